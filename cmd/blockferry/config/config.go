@@ -1,0 +1,133 @@
+// Package config reads blockferry's configuration: one YAML file, checked
+// without touching any device. Every error names file, line and column, and
+// all errors of a file are reported at once.
+package config
+
+import (
+	"sort"
+	"strings"
+	"time"
+)
+
+// DefaultPath is where commands look when --config is not given.
+const DefaultPath = "/etc/blockferry/blockferry.yaml"
+
+// Ranges of what a file may say. Sizes are in bytes.
+const (
+	KiB = int64(1) << 10
+	MiB = int64(1) << 20
+	GiB = int64(1) << 30
+	TiB = int64(1) << 40
+
+	MinVolumeBytes   = 1 * MiB
+	MaxVolumeBytes   = 256 * TiB
+	MinEraBlockBytes = 64 * KiB
+	MaxEraBlockBytes = 4 * MiB
+	MinCowBytes      = 16 * MiB
+	MaxCowBytes      = 4 * TiB
+	MinJournalBytes  = 16 * MiB
+	MaxJournalBytes  = 4 * TiB
+
+	MinInterval = 100 * time.Millisecond
+	MaxInterval = time.Hour
+
+	// MaxNameLength leaves room for the suffixes of the inner devices in the
+	// kernel's 127 bytes.
+	MaxNameLength = 63
+)
+
+// Config is a whole file. Volumes and replicas are sorted by name.
+type Config struct {
+	Path    string
+	Volumes []*Volume
+}
+
+// Volume is one replicated device.
+type Volume struct {
+	Name string
+	// Device is the disk that holds the volume.
+	Device string
+	// SizeBytes is the volume's size, a multiple of 4096; 0 means as large as
+	// fits on all its devices.
+	SizeBytes int64
+	// Interval is the time from one cut to the next.
+	Interval time.Duration
+	// FreezeFilesystem asks for a file-system freeze at each cut.
+	FreezeFilesystem bool
+	// EraBlockBytes is the grain of the kernel's mark, a multiple of 64 KiB.
+	EraBlockBytes int64
+	// CowBytes is the size of the area that keeps what is overwritten while
+	// an epoch is read; 0 means chosen by the volume's size.
+	CowBytes int64
+	// CowDevice, when not empty, is used instead of an area on Device.
+	CowDevice string
+	// MetadataDevice, when not empty, holds the kernel's marks.
+	MetadataDevice string
+	// AutoRestore lets the agent restore a blank Device by itself.
+	AutoRestore bool
+	Replicas    []*Replica
+}
+
+// Replica is one copy of a volume.
+type Replica struct {
+	Name        string
+	Device      string
+	Compression string // none, s2 or zstd
+	// JournalBytes is the room for epochs that are not complete yet; 0 means
+	// chosen by the volume's size.
+	JournalBytes int64
+	// InPlace allows a catch-up that is larger than the journal to write
+	// straight over the old image.
+	InPlace bool
+}
+
+// Volume returns the named volume; with an empty name the only one.
+func (c *Config) Volume(name string) (*Volume, error) {
+	if name == "" {
+		switch len(c.Volumes) {
+		case 1:
+			return c.Volumes[0], nil
+		default:
+			return nil, &Error{File: c.Path, Message: "several volumes are configured (" +
+				strings.Join(c.names(), ", ") + "): say which one"}
+		}
+	}
+	for _, v := range c.Volumes {
+		if v.Name == name {
+			return v, nil
+		}
+	}
+	return nil, &Error{File: c.Path, Message: "no volume '" + name + "' is configured" +
+		didYouMean(name, c.names())}
+}
+
+func (c *Config) names() []string {
+	names := make([]string, 0, len(c.Volumes))
+	for _, v := range c.Volumes {
+		names = append(names, v.Name)
+	}
+	return names
+}
+
+// Replica returns the named replica; with an empty name the only one.
+func (v *Volume) Replica(name string) (*Replica, error) {
+	var names []string
+	for _, r := range v.Replicas {
+		if r.Name == name || (name == "" && len(v.Replicas) == 1) {
+			return r, nil
+		}
+		names = append(names, r.Name)
+	}
+	if name == "" {
+		return nil, &Error{Message: "volume '" + v.Name + "' has several replicas (" +
+			strings.Join(names, ", ") + "): say which one with --from"}
+	}
+	return nil, &Error{Message: "volume '" + v.Name + "' has no replica '" + name + "'" + didYouMean(name, names)}
+}
+
+func (c *Config) sort() {
+	sort.Slice(c.Volumes, func(i, j int) bool { return c.Volumes[i].Name < c.Volumes[j].Name })
+	for _, v := range c.Volumes {
+		sort.Slice(v.Replicas, func(i, j int) bool { return v.Replicas[i].Name < v.Replicas[j].Name })
+	}
+}

@@ -1,0 +1,161 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const samples = "../../../docs/config/"
+
+func TestValidSamples(t *testing.T) {
+	files, _ := filepath.Glob(samples + "valid/*.yaml")
+	if len(files) < 3 {
+		t.Fatalf("only %d valid samples found", len(files))
+	}
+	for _, f := range files {
+		if _, err := Load(f); err != nil {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
+// Every invalid sample states its errors in its first comment lines.
+func TestInvalidSamples(t *testing.T) {
+	files, _ := filepath.Glob(samples + "invalid/*.yaml")
+	if len(files) < 25 {
+		t.Fatalf("only %d invalid samples found", len(files))
+	}
+	for _, f := range files {
+		t.Run(filepath.Base(f), func(t *testing.T) {
+			content, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []string
+			for line := range strings.Lines(string(content)) {
+				if text, ok := strings.CutPrefix(line, "# error: "); ok {
+					want = append(want, f+":"+strings.TrimSuffix(text, "\n"))
+				}
+			}
+			if len(want) == 0 {
+				t.Fatal("the sample's first line must be '# error: line:column: text'")
+			}
+			_, err = Load(f)
+			if err == nil {
+				t.Fatalf("accepted; expected\n%s", strings.Join(want, "\n"))
+			}
+			if got := err.Error(); got != strings.Join(want, "\n") {
+				t.Errorf("got\n%s\nwant\n%s", got, strings.Join(want, "\n"))
+			}
+			var one *Error
+			if !errors.As(err, &one) {
+				t.Error("no *Error inside")
+			}
+		})
+	}
+}
+
+func TestFullSampleIsReadWhole(t *testing.T) {
+	c, err := Load(samples + "valid/full.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := c.Volume("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Volume{Name: "data", Device: "/dev/nvme1n1", SizeBytes: 100 * GiB, Interval: time.Second,
+		EraBlockBytes: 64 * KiB, CowBytes: 8 * GiB, MetadataDevice: "/dev/nvme3n1"}
+	got := *v
+	got.Replicas = nil
+	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: "s2", JournalBytes: 4 * GiB}) {
+		t.Errorf("replicas: %+v", v.Replicas[0])
+	}
+	if got.Name != want.Name || got.Device != want.Device || got.SizeBytes != want.SizeBytes || got.Interval != want.Interval ||
+		got.EraBlockBytes != want.EraBlockBytes || got.CowBytes != want.CowBytes || got.MetadataDevice != want.MetadataDevice ||
+		got.FreezeFilesystem || got.AutoRestore {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+func TestSecondSampleIsReadWhole(t *testing.T) {
+	c, err := Load(samples + "valid/two-volumes.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Volume(""); err == nil || !strings.Contains(err.Error(), "db, logs-2") {
+		t.Errorf("no volume named: %v", err)
+	}
+	if _, err := c.Volume("log-2"); err == nil || !strings.Contains(err.Error(), "did you mean 'logs-2'?") {
+		t.Errorf("a slip: %v", err)
+	}
+	v, err := c.Volume("logs-2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !v.FreezeFilesystem || !v.AutoRestore || v.SizeBytes != GiB || len(v.Replicas) != 2 ||
+		!v.Replicas[0].InPlace || v.Replicas[1].InPlace || v.Replicas[1].JournalBytes != 64*MiB {
+		t.Errorf("%+v", v)
+	}
+	if _, err := v.Replica(""); err == nil || !strings.Contains(err.Error(), "first, second") {
+		t.Errorf("no replica named: %v", err)
+	}
+	db, _ := c.Volume("db")
+	if db.CowDevice != "/dev/nvme5n1" || db.Replicas[0].Compression != "zstd" || db.Interval != 500*time.Millisecond {
+		t.Errorf("%+v", db)
+	}
+}
+
+func TestSizes(t *testing.T) {
+	for text, want := range map[string]int64{"0": 0, "4096": 4096, "64KiB": 64 * KiB, "1.5TiB": 3 * TiB / 2, "100 GiB": 100 * GiB} {
+		if got, err := ParseSize(text); err != nil || got != want {
+			t.Errorf("%q: %d, %v; want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "GiB", "1.5", "-3KiB", "NaNGiB", "InfTiB", "1e30TiB", "10 potatoes", "8192TiB0"} {
+		if got, err := ParseSize(text); err == nil {
+			t.Errorf("%q was read as %d", text, got)
+		}
+	}
+	for bytes, want := range map[int64]string{0: "0B", 1023: "1023B", 1536: "1.5KiB", GiB: "1GiB", 5*GiB + GiB/4: "5.25GiB"} {
+		if got := FormatSize(bytes); got != want {
+			t.Errorf("%d: %s, want %s", bytes, got, want)
+		}
+	}
+}
+
+func TestNearest(t *testing.T) {
+	keys := []string{"device", "size", "interval", "cut", "cow", "restore"}
+	for word, want := range map[string]string{"devcie": "device", "intervl": "interval", "Size": "size", "cwo": "cow", "banana": "", "restroe": "restore"} {
+		if got := nearest(word, keys); got != want {
+			t.Errorf("%s: %q, want %q", word, got, want)
+		}
+	}
+}
+
+// Whatever the bytes are, the parser answers; it never panics and never
+// accepts a volume without disks.
+func FuzzParse(f *testing.F) {
+	for _, dir := range []string{"valid", "invalid"} {
+		files, _ := filepath.Glob(samples + dir + "/*.yaml")
+		for _, name := range files {
+			b, _ := os.ReadFile(name)
+			f.Add(b)
+		}
+	}
+	f.Fuzz(func(t *testing.T, content []byte) {
+		c, err := Parse("x", content)
+		if err != nil {
+			return
+		}
+		for _, v := range c.Volumes {
+			if v.Device == "" || len(v.Replicas) == 0 || v.Interval < MinInterval {
+				t.Errorf("accepted %+v", v)
+			}
+		}
+	})
+}

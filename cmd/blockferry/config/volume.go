@@ -1,0 +1,139 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+// innerSuffixes name the devices below a volume; a volume's own name must
+// not look like one of another volume's.
+var innerSuffixes = []string{"-era", "-base", "-data", "-meta", "-cow", "-snap"}
+
+func (r *reader) root(n ast.Node) {
+	present := r.fields(n, "the file", []field{{"volumes", r.volumes}})
+	if len(present) == 0 && len(r.errors) == 0 {
+		r.fail(n, "the file needs 'volumes:'")
+	}
+}
+
+func (r *reader) volumes(n ast.Node) {
+	r.mapping(n, "'volumes'", func(pair *ast.MappingValueNode, name string) bool {
+		if err := checkName(name); err != nil {
+			r.fail(pair.Key, "volume name '%s': %s", name, err)
+		}
+		v := &Volume{Name: name, Interval: time.Second, EraBlockBytes: MinEraBlockBytes}
+		r.volume(pair, v)
+		r.config.Volumes = append(r.config.Volumes, v)
+		return true
+	})
+	if len(r.config.Volumes) == 0 && len(r.errors) == 0 {
+		r.fail(n, "'volumes' names no volume")
+	}
+}
+
+func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
+	what := "volume '" + v.Name + "'"
+	present := r.fields(pair.Value, what, []field{
+		r.disk("device", &v.Device, what),
+		r.size("size", &v.SizeBytes, MinVolumeBytes, MaxVolumeBytes, 4096),
+		r.text("interval", func(s string) error {
+			d, err := parseDuration(s)
+			if err == nil && (d < MinInterval || d > MaxInterval) {
+				err = fmt.Errorf("%s is not between %s and %s", s, MinInterval, "1h")
+			}
+			v.Interval = d
+			return err
+		}),
+		r.choice("cut", func(s string) { v.FreezeFilesystem = s == "filesystem" }, "block", "filesystem"),
+		r.size("era-block", &v.EraBlockBytes, MinEraBlockBytes, MaxEraBlockBytes, MinEraBlockBytes),
+		r.size("cow", &v.CowBytes, MinCowBytes, MaxCowBytes, 4096),
+		r.disk("cow-device", &v.CowDevice, what),
+		r.disk("metadata-device", &v.MetadataDevice, what),
+		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
+		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
+	})
+	switch {
+	case present["device"] == nil:
+		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)
+	case present["replicas"] == nil:
+		r.fail(pair.Key, "%s needs 'replicas:', at least one", what)
+	}
+	if present["cow"] != nil && present["cow-device"] != nil {
+		r.fail(present["cow-device"], "%s has both 'cow' and 'cow-device'; keep one", what)
+	}
+}
+
+func (r *reader) replicas(n ast.Node, v *Volume) {
+	what := "'replicas' of volume '" + v.Name + "'"
+	before := len(r.errors)
+	r.mapping(n, what, func(pair *ast.MappingValueNode, name string) bool {
+		if err := checkName(name); err != nil {
+			r.fail(pair.Key, "replica name '%s': %s", name, err)
+		}
+		p := &Replica{Name: name, Compression: "s2"}
+		r.replica(pair, v, p)
+		v.Replicas = append(v.Replicas, p)
+		return true
+	})
+	if len(v.Replicas) == 0 && len(r.errors) == before {
+		r.fail(n, "%s names no replica", what)
+	}
+}
+
+func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
+	what := fmt.Sprintf("replica '%s' of volume '%s'", p.Name, v.Name)
+	present := r.fields(pair.Value, what, []field{
+		r.disk("device", &p.Device, what),
+		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
+		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
+		r.choice("catch-up", func(s string) { p.InPlace = s == "in-place" }, "journal", "in-place"),
+	})
+	if present["device"] == nil {
+		r.fail(pair.Key, "%s needs 'device:', the disk that holds the copy", what)
+	}
+}
+
+// disk reads a device's path and refuses one that is used twice. Two paths of
+// one disk are found later, when devices are opened.
+func (r *reader) disk(key string, into *string, what string) field {
+	return r.text(key, func(s string) error {
+		if !filepath.IsAbs(s) {
+			return fmt.Errorf("'%s' is not a whole path like /dev/disk/by-id/...", s)
+		}
+		clean := filepath.Clean(s)
+		user := fmt.Sprintf("%s of %s", key, what)
+		if first, taken := r.disks[clean]; taken {
+			return fmt.Errorf("%s is already the %s", clean, first)
+		}
+		r.disks[clean] = user
+		*into = clean
+		return nil
+	})
+}
+
+// checkName keeps a name usable as a device-mapper name and as a word in
+// status lines.
+func checkName(name string) error {
+	if name == "" || len(name) > MaxNameLength {
+		return fmt.Errorf("1 to %d characters are allowed", MaxNameLength)
+	}
+	for _, c := range name {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return errors.New("only a-z, 0-9 and '-' are allowed")
+		}
+	}
+	if name[0] == '-' || name[len(name)-1] == '-' {
+		return errors.New("it must not begin or end with '-'")
+	}
+	for _, suffix := range innerSuffixes {
+		if strings.HasSuffix(name, suffix) {
+			return fmt.Errorf("the end '%s' is kept for inner devices", suffix)
+		}
+	}
+	return nil
+}
