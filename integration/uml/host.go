@@ -1,0 +1,304 @@
+// Package uml runs a program as root inside a User-Mode Linux guest: a real
+// kernel with device-mapper, as an ordinary process, without KVM.
+//
+// The guest's root is the host's file system, read-only. The program that
+// calls Host.Run is itself the guest's first process (see Init), and then the
+// program that runs there, so a Go test can start itself again inside.
+package uml
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Binary is the guest kernel's name, as the Debian package user-mode-linux
+// installs it.
+const Binary = "linux.uml"
+
+const (
+	defaultMemory  = "1000M"
+	defaultTimeout = 3 * time.Minute
+	// stuckGrace is what the program gets after its timeout to end by itself
+	// (a Go test prints its goroutines) before the guest's init gives it up.
+	stuckGrace = 15 * time.Second
+	// bootGrace is what a guest gets on top: boot, report and power-off, on a
+	// machine that is busy with other guests.
+	bootGrace = 45 * time.Second
+	// maxBoots ends a guest that would reboot for ever.
+	maxBoots = 10
+	// outputLimitBytes bounds what is kept of one guest's console.
+	outputLimitBytes = 8 << 20
+)
+
+// Disk is one of the guest's disks, /dev/ubda, /dev/ubdb and so on. It is a
+// sparse file that reads as zeros and is gone when the run ends. It survives
+// Reboot: what the guest had written to the disk is there, what it still held
+// in its page cache is not.
+type Disk struct {
+	Size int64 // bytes, a multiple of 512
+}
+
+// Spec says what to run in a guest.
+type Spec struct {
+	Name    string // for messages
+	Memory  string // as the kernel's mem=, default 1000M
+	Disks   []Disk
+	Modules []string // loaded before the program starts
+	// Args is the command line; a first word that is an absolute path is the
+	// host's. The program runs as root with /run/guest (Dir) as its way to
+	// hand files out, and its standard output is the guest's console.
+	Args []string
+	Env  []string
+	// Timeout is how long the program may take; the guest as a whole gets a
+	// minute more. Default 3 minutes.
+	Timeout time.Duration
+	// Console, if set, gets the guest's console as it is written.
+	Console io.Writer
+	// Collect, if set, is called before the guest's files are removed, with
+	// the host's path of what the program sees as Dir.
+	Collect func(dir string) error
+}
+
+// Result is how a guest ended.
+type Result struct {
+	Exit    int // the program's exit status; -1 when a signal ended it
+	Output  string
+	Retried bool // the first guest hung or never booted, this is the second
+	Elapsed time.Duration
+}
+
+// ErrNoGuest says that guests can't be started on this machine.
+var ErrNoGuest = errors.New("no User-Mode Linux here: install the package user-mode-linux (make deps)")
+
+// Host starts guests, a limited number at a time. It may be used from several
+// goroutines.
+type Host struct {
+	dir   string
+	self  string
+	slots chan struct{}
+}
+
+// NewHost makes a Host that runs at most limit guests at once. Close removes
+// what it keeps.
+func NewHost(limit int) (*Host, error) {
+	if _, err := exec.LookPath(Binary); err != nil {
+		return nil, ErrNoGuest
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(memoryDir(), "blockferry-guests-")
+	if err != nil {
+		return nil, err
+	}
+	return &Host{dir: dir, self: self, slots: make(chan struct{}, max(limit, 1))}, nil
+}
+
+// memoryDir is where guests' memory and disks are kept: in memory where there
+// is such a place, since their host's disk would only slow them down.
+func memoryDir() string {
+	if probe, err := os.MkdirTemp("/dev/shm", "blockferry-probe-"); err == nil {
+		os.Remove(probe)
+		return "/dev/shm"
+	}
+	return os.TempDir()
+}
+
+// Dir is a folder that lives as long as the Host, for files that guests read
+// (GuestPath says where they see it).
+func (h *Host) Dir() string { return h.dir }
+
+// Close removes everything the Host made. No guest may be running.
+func (h *Host) Close() error { return os.RemoveAll(h.dir) }
+
+// Run boots a guest, runs the program there and waits for the guest's end. A
+// guest that hung or never booted is tried once more; a program that ended,
+// however it ended, is not. The error is about the guest, Result.Exit about
+// the program; Result.Output is there in either case.
+func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
+	select {
+	case h.slots <- struct{}{}:
+		defer func() { <-h.slots }()
+	case <-ctx.Done():
+		return Result{}, ctx.Err()
+	}
+	if spec.Memory == "" {
+		spec.Memory = defaultMemory
+	}
+	if spec.Timeout == 0 {
+		spec.Timeout = defaultTimeout
+	}
+	first, err := h.attempt(ctx, spec)
+	if !errors.Is(err, errNoEnd) || ctx.Err() != nil {
+		return first, err
+	}
+	second, err := h.attempt(ctx, spec)
+	second.Retried = true
+	second.Output = fmt.Sprintf("%s\n--- guest %s gave no end mark after %v and was started once more ---\n%s",
+		first.Output, spec.Name, first.Elapsed.Round(time.Second), second.Output)
+	return second, err
+}
+
+// errNoEnd is the one reason for a second attempt.
+var errNoEnd = errors.New("guest hung or never booted: no end mark")
+
+// attempt runs the program in one guest, over as many boots as it asks for.
+func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error) {
+	dir, err := os.MkdirTemp(h.dir, "guest-")
+	if err != nil {
+		return Result{}, err
+	}
+	defer os.RemoveAll(dir)
+	shared := filepath.Join(dir, "shared")
+	if err := os.Mkdir(shared, 0o755); err != nil {
+		return Result{}, err
+	}
+	disks := make([]string, len(spec.Disks))
+	for i, disk := range spec.Disks {
+		disks[i] = filepath.Join(dir, fmt.Sprintf("disk%c", 'a'+i))
+		if err := makeSparse(disks[i], disk.Size); err != nil {
+			return Result{}, err
+		}
+	}
+	started := time.Now()
+	console := &console{live: spec.Console}
+	defer func() {
+		result.Output = console.String()
+		result.Elapsed = time.Since(started)
+	}()
+	for boot := 0; boot < maxBoots; boot++ {
+		ended, err := h.boot(ctx, spec, dir, shared, disks, boot, console)
+		if err != nil {
+			return result, err
+		}
+		if ended.Reboot {
+			continue
+		}
+		result.Exit = ended.Exit
+		if ended.Stuck {
+			return result, fmt.Errorf("guest %s: the program did not end within %v and could not be killed", spec.Name, spec.Timeout)
+		}
+		if spec.Collect != nil {
+			return result, spec.Collect(shared)
+		}
+		return result, nil
+	}
+	return result, fmt.Errorf("guest %s rebooted %d times", spec.Name, maxBoots)
+}
+
+// boot runs one guest to its end.
+func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []string, boot int, out io.Writer) (endMark, error) {
+	mark := filepath.Join(shared, endFile)
+	os.Remove(mark)
+	plan, err := json.Marshal(bootPlan{
+		Shared: shared, Modules: spec.Modules, Args: spec.Args, Env: spec.Env,
+		Boot: boot, GiveUpAfter: spec.Timeout + stuckGrace,
+	})
+	if err != nil {
+		return endMark{}, err
+	}
+	planPath := filepath.Join(dir, "plan.json")
+	if err := os.WriteFile(planPath, plan, 0o644); err != nil {
+		return endMark{}, err
+	}
+	args := []string{
+		"mem=" + spec.Memory, "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro",
+		"init=" + h.self, "PATH=" + guestPathVar, planVar + "=" + planPath,
+		// Until init mounts its own /dev, the host's files there are visible.
+		"devtmpfs.mount=0", "con=null", "con0=null,fd:1", "quiet", "uml_dir=" + dir + "/",
+	}
+	for i, disk := range disks {
+		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, disk))
+	}
+	ctx, cancel := context.WithTimeout(ctx, spec.Timeout+stuckGrace+bootGrace)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, Binary, args...)
+	cmd.Env = []string{"TMPDIR=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
+	cmd.Stdout, cmd.Stderr = out, out
+	// Its own process group: the kernel and the processes it traces end
+	// together. They also end when this process does.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	waitErr := runOnThread(cmd)
+
+	text, err := os.ReadFile(mark)
+	if err != nil {
+		return endMark{}, fmt.Errorf("%w (guest %s, boot %d: %v)", errNoEnd, spec.Name, boot, waitErr)
+	}
+	var ended endMark
+	if err := json.Unmarshal(text, &ended); err != nil {
+		return endMark{}, fmt.Errorf("%w (guest %s: end mark %q: %v)", errNoEnd, spec.Name, text, err)
+	}
+	return ended, nil
+}
+
+// runOnThread runs a command on a thread that lives as long as the command:
+// Pdeathsig is sent when the thread that started the child ends.
+func runOnThread(cmd *exec.Cmd) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		done <- cmd.Run()
+	}()
+	return <-done
+}
+
+func makeSparse(path string, size int64) error {
+	if size <= 0 || size%512 != 0 {
+		return fmt.Errorf("disk %s: size %d is not a positive multiple of 512", path, size)
+	}
+	file, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Truncate(size), file.Close())
+}
+
+// console keeps what a guest prints, without the carriage returns of its tty.
+type console struct {
+	mu      sync.Mutex
+	text    bytes.Buffer
+	dropped int
+	live    io.Writer
+}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clean := bytes.ReplaceAll(p, []byte("\r"), nil)
+	if room := outputLimitBytes - c.text.Len(); len(clean) <= room {
+		c.text.Write(clean)
+	} else {
+		c.dropped += len(clean)
+	}
+	if c.live != nil {
+		c.live.Write(clean)
+	}
+	return len(p), nil
+}
+
+func (c *console) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	text := strings.ToValidUTF8(c.text.String(), "?")
+	if c.dropped > 0 {
+		text += "\n[" + strconv.Itoa(c.dropped) + " more bytes of console output dropped]\n"
+	}
+	return text
+}
