@@ -1,0 +1,73 @@
+// Package status is what `blockferry status` shows: one document, as text
+// for people and as JSON for programs. JSON keys are in kebab-case and carry
+// their unit; what is not known is left out, never 0 or -1.
+package status
+
+import "time"
+
+// Document is the state of an agent.
+type Document struct {
+	Version string   `json:"version"`
+	Volumes []Volume `json:"volumes"`
+}
+
+// Volume is a volume as its primary sees it.
+type Volume struct {
+	Name string `json:"name"`
+	UUID string `json:"uuid,omitempty"`
+	// Device is the disk, Path what the application opens while it is up.
+	Device string `json:"device"`
+	Path   string `json:"path,omitempty"`
+	// Role is Primary, or Unknown while the disk holds no label of ours.
+	Role string `json:"role"`
+	// Disk is UpToDate, Diskless or DUnknown.
+	Disk            string    `json:"disk"`
+	Up              bool      `json:"up"`
+	Paused          bool      `json:"paused"`
+	SizeBytes       int64     `json:"size-bytes,omitempty"`
+	IntervalSeconds float64   `json:"interval-seconds"`
+	Position        *Position `json:"position,omitempty"`
+	LastCut         *Cut      `json:"last-cut,omitempty"`
+	WrittenBytes    *uint64   `json:"written-bytes,omitempty"`
+	// Reason says why it is not as it should be, Advice what to do then.
+	Reason   string    `json:"reason,omitempty"`
+	Advice   string    `json:"advice,omitempty"`
+	Replicas []Replica `json:"replicas"`
+}
+
+// Position is what a copy holds.
+type Position struct {
+	Generation string `json:"generation"`
+	Epoch      uint64 `json:"epoch"`
+}
+
+// Cut is the last point in time that was fixed.
+type Cut struct {
+	Epoch          uint64     `json:"epoch"`
+	At             *time.Time `json:"at,omitempty"`
+	StalledSeconds *float64   `json:"stalled-seconds,omitempty"`
+}
+
+// Replica is one copy.
+type Replica struct {
+	Name   string `json:"name"`
+	Device string `json:"device,omitempty"`
+	// Connection is StandAlone, Connecting or Connected; Replication is Off,
+	// Established, SyncSource, PausedSyncS, VerifyS or Behind; Disk is
+	// Inconsistent, Consistent, UpToDate or DUnknown.
+	Connection  string    `json:"connection"`
+	Replication string    `json:"replication"`
+	Disk        string    `json:"disk"`
+	Position    *Position `json:"position,omitempty"`
+	// BehindSeconds and BehindBytes are what a loss of the primary would cost.
+	BehindSeconds *float64 `json:"behind-seconds,omitempty"`
+	BehindBytes   *uint64  `json:"behind-bytes,omitempty"`
+	// Mode is how the epoch on its way travels, Done and Total how far it is.
+	Mode             string   `json:"mode,omitempty"`
+	DoneBytes        *uint64  `json:"done-bytes,omitempty"`
+	TotalBytes       *uint64  `json:"total-bytes,omitempty"`
+	EtaSeconds       *float64 `json:"eta-seconds,omitempty"`
+	JournalFreeBytes *uint64  `json:"journal-free-bytes,omitempty"`
+	Reason           string   `json:"reason,omitempty"`
+	Advice           string   `json:"advice,omitempty"`
+}

@@ -1,0 +1,125 @@
+package status
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/progress"
+)
+
+// WriteText prints the document: each volume, then its replicas indented,
+// key:value as DRBD's users know it.
+func WriteText(w io.Writer, d *Document) error {
+	var b strings.Builder
+	for i := range d.Volumes {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		writeVolume(&b, &d.Volumes[i])
+	}
+	if len(d.Volumes) == 0 {
+		b.WriteString("no volumes\n")
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// line collects key:value pairs and leaves out what is not known.
+type line struct{ words []string }
+
+func (l *line) add(key, value string) {
+	if value != "" {
+		l.words = append(l.words, key+":"+value)
+	}
+}
+
+func (l *line) to(b *strings.Builder, indent string) {
+	if len(l.words) > 0 {
+		b.WriteString(indent + strings.Join(l.words, " ") + "\n")
+	}
+}
+
+func writeVolume(b *strings.Builder, v *Volume) {
+	head := line{words: []string{v.Name}}
+	head.add("role", v.Role)
+	head.add("disk", v.Disk)
+	if !v.Up {
+		head.add("up", "no")
+	}
+	if v.Paused {
+		head.add("paused", "yes")
+	}
+	head.to(b, "")
+	var where line
+	where.add("device", v.Device)
+	where.add("path", v.Path)
+	if v.SizeBytes > 0 {
+		where.add("size", config.FormatSize(v.SizeBytes))
+	}
+	where.to(b, "  ")
+	var now line
+	now.add("position", v.Position.String())
+	now.add("interval", seconds(v.IntervalSeconds).String())
+	if c := v.LastCut; c != nil && c.StalledSeconds != nil {
+		now.add("stalled", stall(*c.StalledSeconds))
+	}
+	now.to(b, "  ")
+	writeWhy(b, "  ", v.Reason, v.Advice)
+	for i := range v.Replicas {
+		writeReplica(b, &v.Replicas[i])
+	}
+}
+
+func writeReplica(b *strings.Builder, r *Replica) {
+	head := line{words: []string{r.Name}}
+	if r.Connection != "Connected" {
+		head.add("connection", r.Connection)
+	}
+	head.add("replication", r.Replication)
+	head.add("disk", r.Disk)
+	head.to(b, "  ")
+	var now line
+	now.add("position", r.Position.String())
+	if r.BehindSeconds != nil {
+		now.add("behind", progress.FormatDuration(seconds(*r.BehindSeconds)))
+	}
+	if r.BehindBytes != nil {
+		now.add("behind-bytes", config.FormatSize(int64(*r.BehindBytes)))
+	}
+	now.to(b, "    ")
+	if r.TotalBytes != nil && r.DoneBytes != nil && *r.TotalBytes > 0 {
+		var move line
+		move.add("sending", r.Mode)
+		move.add("done", fmt.Sprintf("%d%%", min(100, *r.DoneBytes*100 / *r.TotalBytes)))
+		move.add("of", config.FormatSize(int64(*r.TotalBytes)))
+		if r.EtaSeconds != nil {
+			move.add("eta", progress.FormatDuration(seconds(*r.EtaSeconds)))
+		}
+		move.to(b, "    ")
+	}
+	writeWhy(b, "    ", r.Reason, r.Advice)
+}
+
+func writeWhy(b *strings.Builder, indent, reason, advice string) {
+	if reason != "" {
+		b.WriteString(indent + "reason: " + reason + "\n")
+	}
+	if advice != "" {
+		b.WriteString(indent + "to do: " + advice + "\n")
+	}
+}
+
+// String is the generation's first eight digits and the epoch.
+func (p *Position) String() string {
+	if p == nil {
+		return ""
+	}
+	return fmt.Sprintf("%.8s/%d", p.Generation, p.Epoch)
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+func stall(s float64) string { return fmt.Sprintf("%.1fms", s*1000) }
