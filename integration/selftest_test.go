@@ -1,9 +1,13 @@
 package integration
 
 import (
+	"bytes"
+	"encoding/binary"
 	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"blockferry/integration/uml"
 )
@@ -26,6 +30,176 @@ func TestHarnessGuestHasDeviceMapper(t *testing.T) {
 		}
 		if _, err := os.Stat(uml.GuestPath("/etc/passwd")); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+func TestHarnessJudge(t *testing.T) {
+	h := history{Seed: 7, Size: 5<<20 + 1536, MaxBytes: 300 << 10}
+	const writes = 700
+	at := imagesOf(h, writes)
+	image := at(writes)
+	v, err := judgeImage(bytes.NewReader(image), h)
+	if err != nil || v.K > writes || v.Latest < writes || v.Partial {
+		t.Fatalf("a whole image: %+v, %v", v, err)
+	}
+	if v, err := judgeImage(bytes.NewReader(make([]byte, h.Size)), h); err != nil || v.K != 0 {
+		t.Errorf("an empty image: %+v, %v", v, err)
+	}
+	for k := uint64(1); k <= writes; k += 23 {
+		if v, err := judgeImage(bytes.NewReader(at(k)), h); err != nil || v.K > k || v.Latest < k {
+			t.Errorf("the image after write %d: %+v, %v", k, v, err)
+		}
+	}
+
+	// Each way to damage it must be seen.
+	lost := 0
+	for back := uint64(1); back < 60; back++ { // a write that is missing though later ones are there
+		k := writes - back
+		op, before := h.op(k), at(k-1)
+		torn := append([]byte{}, image...)
+		copy(torn[op.Offset:op.Offset+op.Length], before[op.Offset:op.Offset+op.Length])
+		later := false // what later writes put there belongs there
+		for next := k + 1; next <= writes; next++ {
+			o := h.op(next)
+			later = later || o.Offset < op.Offset+op.Length && op.Offset < o.Offset+o.Length
+		}
+		if later || bytes.Equal(torn, image) {
+			continue
+		}
+		lost++
+		if v, err := judgeImage(bytes.NewReader(torn), h); err == nil {
+			t.Errorf("write %d of %d is missing (%+v), judged whole: %+v", k, writes, op, v)
+		}
+	}
+	if lost < 10 {
+		t.Errorf("only %d lost writes were tried", lost)
+	}
+	for at := int64(0); at < h.Size; at += 77 * sector {
+		if allZero(image[at : at+sector]) {
+			continue
+		}
+		for name, damage := range map[string]func([]byte){
+			"a flipped bit": func(b []byte) { b[300] ^= 4 },
+			"zeros":         func(b []byte) { clear(b) },
+			"another place": func(b []byte) { h.fillSector(b, binary.LittleEndian.Uint64(b[8:]), at/sector+1) },
+			"an old write":  func(b []byte) { h.fillSector(b, 1, at/sector) },
+			"another seed":  func(b []byte) { history{Seed: 8}.fillSector(b, binary.LittleEndian.Uint64(b[8:]), at/sector) },
+			"a future write": func(b []byte) {
+				h.fillSector(b, binary.LittleEndian.Uint64(b[8:])+writes, at/sector)
+			},
+		} {
+			torn := append([]byte{}, image...)
+			damage(torn[at : at+sector])
+			if v, err := judgeImage(bytes.NewReader(torn), h); err == nil {
+				t.Errorf("sector %d has %s, judged whole: %+v", at/sector, name, v)
+			}
+		}
+	}
+}
+
+func TestHarnessJudgeKnowsAWriteInProgress(t *testing.T) {
+	h := history{Seed: 7, Size: 8 << 20}
+	at := imagesOf(h, 400)
+	small, large := 0, 0
+	for k := uint64(300); k <= 400; k++ {
+		op := h.op(k)
+		image, after := at(k-1), at(k)
+		if op.Length < 2*sector || bytes.Equal(image[op.Offset+sector:op.Offset+op.Length], after[op.Offset+sector:op.Offset+op.Length]) ||
+			bytes.Equal(image[op.Offset:op.Offset+sector], after[op.Offset:op.Offset+sector]) {
+			continue
+		}
+		copy(image[op.Offset:op.Offset+sector], after[op.Offset:])
+		v, err := judgeImage(bytes.NewReader(image), h)
+		if op.Length > 4096 {
+			large++
+			if err != nil || v.K > k-1 || v.Latest < k-1 {
+				t.Errorf("write %d (%+v) in progress: %+v, %v", k, op, v, err)
+			}
+		} else {
+			small++
+			if err == nil {
+				t.Errorf("half of write %d (%+v) judged whole: %+v", k, op, v)
+			}
+		}
+	}
+	if small < 5 || large < 5 {
+		t.Errorf("tried only %d small and %d large writes", small, large)
+	}
+}
+
+// imagesOf makes a function that returns the image after write k, a fresh
+// copy each time.
+func imagesOf(h history, writes uint64) func(k uint64) []byte {
+	return func(k uint64) []byte {
+		image := make([]byte, h.Size)
+		for i := uint64(1); i <= min(k, writes); i++ {
+			op := h.op(i)
+			h.fill(image[op.Offset:], i, op)
+		}
+		return image
+	}
+}
+
+func TestHarnessWriterOnARealDisk(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 33<<20 + 512}}, Modules: []string{"loop"}}, func(t *testing.T) {
+		h := history{Seed: 3, Size: sectors(t, ubd(0)) * sector}
+		w := startWriter(t, ubd(0), h, 1)
+		w.awaitWrites(t, 300)
+		mid := w.acked()
+		if mid < 300 || w.issued() < mid {
+			t.Errorf("acked %d, issued %d", mid, w.issued())
+		}
+		k := w.stop(t)
+		judgeDevice(t, ubd(0), h, k, k)
+		w = startWriter(t, ubd(0), h, k+1) // the history goes on
+		w.awaitWrites(t, 100)
+		k = w.stop(t)
+		judgeDevice(t, ubd(0), h, k, k)
+	})
+}
+
+func TestHarnessFsckSeesDamage(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 64 << 20}, {Size: 320 << 20}}, Modules: []string{"loop"}}, func(t *testing.T) {
+		for i, kind := range []string{"ext4", "xfs"} {
+			mkfs(t, kind, ubd(i))
+			dir := mustMount(t, kind, ubd(i), "")
+			run(t, "cp", "-r", "/etc/init.d", dir)
+			mustUnmount(t, dir)
+			fsck(t, kind, ubd(i))
+			disk, err := os.OpenFile(ubd(i), os.O_RDWR|unix.O_DIRECT, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Damage behind the superblock: group descriptors and bitmaps of
+			// ext4, the allocation group's btrees of XFS.
+			garbage := alignedBuffer(64 << 10)
+			for j := range garbage {
+				garbage[j] = byte(j * 7)
+			}
+			if _, err := disk.WriteAt(garbage, 4096); err != nil {
+				t.Fatal(err)
+			}
+			disk.Close()
+			if out, err := checkCopy(t, kind, ubd(i)); err == nil {
+				t.Errorf("damage to %s was not seen:\n%s", kind, out)
+			}
+		}
+	})
+}
+
+func TestHarnessReboot(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 1 << 20}}}, func(t *testing.T) {
+		h := history{Seed: 5, Size: 1 << 20}
+		if uml.Boot() == 0 {
+			w := startWriter(t, ubd(0), h, 1)
+			w.awaitWrites(t, 50)
+			w.stop(t)
+			t.Fatal(uml.Reboot())
+		}
+		judgeDevice(t, ubd(0), h, 50, 1e6)
+		if uml.Boot() != 1 {
+			t.Errorf("boot %d", uml.Boot())
 		}
 	})
 }
