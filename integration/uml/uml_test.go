@@ -1,0 +1,75 @@
+package uml
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestMain(m *testing.M) {
+	Init()
+	os.Exit(m.Run())
+}
+
+func testHost(t *testing.T) *Host {
+	t.Helper()
+	t.Parallel()
+	h, err := NewHost(1)
+	if errors.Is(err, ErrNoGuest) && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.Close() })
+	return h
+}
+
+func TestRunReportsTheProgramsExitStatus(t *testing.T) {
+	h := testHost(t)
+	result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "echo hello; exit 7"}})
+	if err != nil || result.Exit != 7 || !strings.Contains(result.Output, "hello\n") || result.Retried {
+		t.Errorf("%+v, %v", result, err)
+	}
+	if result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "kill -KILL $$"}}); err != nil || result.Exit == 0 {
+		t.Errorf("killed: %+v, %v", result, err)
+	}
+}
+
+func TestRunTriesAGuestWithoutAnEndMarkOnceMore(t *testing.T) {
+	h := testHost(t)
+	result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "echo attempt; sleep 0.3; echo c > /proc/sysrq-trigger"}})
+	if !errors.Is(err, errNoEnd) || !result.Retried || strings.Count(result.Output, "attempt\n") != 2 {
+		t.Errorf("%+v, %v", result, err)
+	}
+	if left, _ := os.ReadDir(h.Dir()); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// A program that waits for the kernel for good, as one does that writes to a
+// device left suspended, is a finding and not tried again.
+func TestRunGivesUpOnAStuckProgram(t *testing.T) {
+	h := testHost(t)
+	result, err := h.Run(context.Background(), Spec{
+		Timeout: time.Second, Disks: []Disk{{Size: 1 << 20}}, Modules: []string{"dm-mod"},
+		Args: []string{"/bin/sh", "-c", "dmsetup create x --table '0 2048 linear /dev/ubda 0' && dmsetup suspend x && exec dd if=/dev/zero of=/dev/mapper/x bs=4k count=1 oflag=direct"},
+	})
+	if err == nil || errors.Is(err, errNoEnd) || result.Retried || !strings.Contains(result.Output, "task:dd") {
+		t.Errorf("%+v, %v", result, err)
+	}
+}
+
+func TestRunEndsWithItsContext(t *testing.T) {
+	h := testHost(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	began := time.Now()
+	result, err := h.Run(ctx, Spec{Args: []string{"/bin/sleep", "1000"}})
+	if err == nil || result.Retried || time.Since(began) > 30*time.Second {
+		t.Errorf("%+v, %v after %v", result, err, time.Since(began))
+	}
+}
