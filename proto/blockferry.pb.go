@@ -12,7 +12,7 @@
 //	                              <-       Differences    (which units differ, finer hashes of those)
 //	Frames ...                    ->
 //	                              <-       Window         (more bytes may be sent)
-//	Commit                        ->
+//	Commit                        ->                      (names the position the replica then holds)
 //	                              <-       Committed      (durable at the replica)
 //	                              <-       Applied        (the data area holds it)
 //
@@ -146,15 +146,16 @@ func (Mode) EnumDescriptor() ([]byte, []int) {
 type Reason int32
 
 const (
-	Reason_REASON_UNSPECIFIED  Reason = 0
-	Reason_REASON_VERSION      Reason = 1
-	Reason_REASON_WRONG_VOLUME Reason = 2
-	Reason_REASON_SIZE         Reason = 3
-	Reason_REASON_BUSY         Reason = 4
-	Reason_REASON_JOURNAL_FULL Reason = 5
-	Reason_REASON_STORAGE      Reason = 6
-	Reason_REASON_PROTOCOL     Reason = 7
-	Reason_REASON_LINEAGE      Reason = 8
+	Reason_REASON_UNSPECIFIED     Reason = 0
+	Reason_REASON_VERSION         Reason = 1
+	Reason_REASON_WRONG_VOLUME    Reason = 2
+	Reason_REASON_SIZE            Reason = 3
+	Reason_REASON_BUSY            Reason = 4
+	Reason_REASON_JOURNAL_FULL    Reason = 5
+	Reason_REASON_STORAGE         Reason = 6
+	Reason_REASON_PROTOCOL        Reason = 7
+	Reason_REASON_LINEAGE         Reason = 8
+	Reason_REASON_UNKNOWN_REPLICA Reason = 9
 )
 
 // Enum value maps for Reason.
@@ -169,17 +170,19 @@ var (
 		6: "REASON_STORAGE",
 		7: "REASON_PROTOCOL",
 		8: "REASON_LINEAGE",
+		9: "REASON_UNKNOWN_REPLICA",
 	}
 	Reason_value = map[string]int32{
-		"REASON_UNSPECIFIED":  0,
-		"REASON_VERSION":      1,
-		"REASON_WRONG_VOLUME": 2,
-		"REASON_SIZE":         3,
-		"REASON_BUSY":         4,
-		"REASON_JOURNAL_FULL": 5,
-		"REASON_STORAGE":      6,
-		"REASON_PROTOCOL":     7,
-		"REASON_LINEAGE":      8,
+		"REASON_UNSPECIFIED":     0,
+		"REASON_VERSION":         1,
+		"REASON_WRONG_VOLUME":    2,
+		"REASON_SIZE":            3,
+		"REASON_BUSY":            4,
+		"REASON_JOURNAL_FULL":    5,
+		"REASON_STORAGE":         6,
+		"REASON_PROTOCOL":        7,
+		"REASON_LINEAGE":         8,
+		"REASON_UNKNOWN_REPLICA": 9,
 	}
 )
 
@@ -826,15 +829,16 @@ func (x *Welcome) GetJournalFreeBytes() uint64 {
 }
 
 type Begin struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Attempt       uint32                 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"` // counts attempts within the session, from 1
-	Mode          Mode                   `protobuf:"varint,3,opt,name=mode,proto3,enum=blockferry.v1.Mode" json:"mode,omitempty"`
-	Lineage       *Lineage               `protobuf:"bytes,4,opt,name=lineage,proto3" json:"lineage,omitempty"`                                  // the replica's lineage once this epoch is committed; its last point is the epoch
-	CutUnixNanos  int64                  `protobuf:"varint,5,opt,name=cut_unix_nanos,json=cutUnixNanos,proto3" json:"cut_unix_nanos,omitempty"` // wall clock of the cut, for people only
-	Full          bool                   `protobuf:"varint,6,opt,name=full,proto3" json:"full,omitempty"`                                       // the frames describe the whole volume, not changes since the replica's position
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Epoch              uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Attempt            uint32                 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"` // counts attempts within the session, from 1
+	Mode               Mode                   `protobuf:"varint,3,opt,name=mode,proto3,enum=blockferry.v1.Mode" json:"mode,omitempty"`
+	Lineage            *Lineage               `protobuf:"bytes,4,opt,name=lineage,proto3" json:"lineage,omitempty"`                                                  // the replica's lineage once this epoch is committed; its last point is the epoch
+	CutUnixNanos       int64                  `protobuf:"varint,5,opt,name=cut_unix_nanos,json=cutUnixNanos,proto3" json:"cut_unix_nanos,omitempty"`                 // wall clock of the cut, for people only
+	Full               bool                   `protobuf:"varint,6,opt,name=full,proto3" json:"full,omitempty"`                                                       // the frames describe the whole volume, not changes since the replica's position
+	OverwriteUnrelated bool                   `protobuf:"varint,7,opt,name=overwrite_unrelated,json=overwriteUnrelated,proto3" json:"overwrite_unrelated,omitempty"` // the operator allowed a replica of unrelated history to be overwritten
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Begin) Reset() {
@@ -905,6 +909,13 @@ func (x *Begin) GetCutUnixNanos() int64 {
 func (x *Begin) GetFull() bool {
 	if x != nil {
 		return x.Full
+	}
+	return false
+}
+
+func (x *Begin) GetOverwriteUnrelated() bool {
+	if x != nil {
+		return x.OverwriteUnrelated
 	}
 	return false
 }
@@ -1138,11 +1149,17 @@ func (x *Differences) GetBlockHashes() []byte {
 	return nil
 }
 
+// Commit ends an epoch. What was begun as one epoch may be committed as a
+// later one: a first sync begins while its last cut, and so its number, is
+// still hours away, and a slow replica finishes an epoch with a later cut.
+// Frames carry the number of Begin; the copy's position is the lineage's tip.
 type Commit struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // of Begin
 	Attempt       uint32                 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	Streams       []*StreamSum           `protobuf:"bytes,3,rep,name=streams,proto3" json:"streams,omitempty"` // what each stream carried
+	Streams       []*StreamSum           `protobuf:"bytes,3,rep,name=streams,proto3" json:"streams,omitempty"`                                  // what each stream carried
+	Lineage       *Lineage               `protobuf:"bytes,4,opt,name=lineage,proto3" json:"lineage,omitempty"`                                  // the replica's once committed; its tip's epoch is at least Begin's. Unset: Begin's lineage
+	CutUnixNanos  int64                  `protobuf:"varint,5,opt,name=cut_unix_nanos,json=cutUnixNanos,proto3" json:"cut_unix_nanos,omitempty"` // wall clock of the last cut, for people only; 0: Begin's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1196,6 +1213,20 @@ func (x *Commit) GetStreams() []*StreamSum {
 		return x.Streams
 	}
 	return nil
+}
+
+func (x *Commit) GetLineage() *Lineage {
+	if x != nil {
+		return x.Lineage
+	}
+	return nil
+}
+
+func (x *Commit) GetCutUnixNanos() int64 {
+	if x != nil {
+		return x.CutUnixNanos
+	}
+	return 0
 }
 
 type StreamSum struct {
@@ -1408,7 +1439,7 @@ func (x *Window) GetBytes() uint64 {
 
 type Committed struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
-	Epoch            uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch            uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // the position's: the tip of Commit's lineage
 	JournalFreeBytes uint64                 `protobuf:"varint,2,opt,name=journal_free_bytes,json=journalFreeBytes,proto3" json:"journal_free_bytes,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
@@ -1569,6 +1600,7 @@ type RestoreRequest struct {
 	FromOffset    uint64                 `protobuf:"varint,3,opt,name=from_offset,json=fromOffset,proto3" json:"from_offset,omitempty"` // resume: bytes below are already restored
 	Expected      *Position              `protobuf:"bytes,4,opt,name=expected,proto3" json:"expected,omitempty"`                        // resume: the position begun with; unset at the first try
 	HashKey       []byte                 `protobuf:"bytes,5,opt,name=hash_key,json=hashKey,proto3" json:"hash_key,omitempty"`           // not empty: send checksums of the ranges, not their data (verification)
+	Codec         string                 `protobuf:"bytes,6,opt,name=codec,proto3" json:"codec,omitempty"`                              // how data frames may be packed: "none" (also when empty), "s2" or "zstd"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1636,6 +1668,13 @@ func (x *RestoreRequest) GetHashKey() []byte {
 		return x.HashKey
 	}
 	return nil
+}
+
+func (x *RestoreRequest) GetCodec() string {
+	if x != nil {
+		return x.Codec
+	}
+	return ""
 }
 
 type RestoreChunk struct {
@@ -2544,14 +2583,15 @@ const file_blockferry_proto_rawDesc = "" +
 	"disk_state\x18\x03 \x01(\x0e2\x18.blockferry.v1.DiskStateR\tdiskState\x120\n" +
 	"\alineage\x18\x04 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12!\n" +
 	"\fwindow_bytes\x18\x05 \x01(\x04R\vwindowBytes\x12,\n" +
-	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\"\xcc\x01\n" +
+	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\"\xfd\x01\n" +
 	"\x05Begin\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12'\n" +
 	"\x04mode\x18\x03 \x01(\x0e2\x13.blockferry.v1.ModeR\x04mode\x120\n" +
 	"\alineage\x18\x04 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12$\n" +
 	"\x0ecut_unix_nanos\x18\x05 \x01(\x03R\fcutUnixNanos\x12\x12\n" +
-	"\x04full\x18\x06 \x01(\bR\x04full\"7\n" +
+	"\x04full\x18\x06 \x01(\bR\x04full\x12/\n" +
+	"\x13overwrite_unrelated\x18\a \x01(\bR\x12overwriteUnrelated\"7\n" +
 	"\x05Begun\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\"\x1c\n" +
@@ -2566,11 +2606,13 @@ const file_blockferry_proto_rawDesc = "" +
 	"\vDifferences\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x14\n" +
 	"\x05units\x18\x02 \x01(\fR\x05units\x12!\n" +
-	"\fblock_hashes\x18\x03 \x01(\fR\vblockHashes\"l\n" +
+	"\fblock_hashes\x18\x03 \x01(\fR\vblockHashes\"\xc4\x01\n" +
 	"\x06Commit\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x122\n" +
-	"\astreams\x18\x03 \x03(\v2\x18.blockferry.v1.StreamSumR\astreams\";\n" +
+	"\astreams\x18\x03 \x03(\v2\x18.blockferry.v1.StreamSumR\astreams\x120\n" +
+	"\alineage\x18\x04 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12$\n" +
+	"\x0ecut_unix_nanos\x18\x05 \x01(\x03R\fcutUnixNanos\";\n" +
 	"\tStreamSum\x12\x16\n" +
 	"\x06frames\x18\x01 \x01(\x04R\x06frames\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\"O\n" +
@@ -2591,7 +2633,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x12journal_free_bytes\x18\x02 \x01(\x04R\x10journalFreeBytes\"R\n" +
 	"\aRefused\x12-\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x15.blockferry.v1.ReasonR\x06reason\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xbc\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\xd2\x01\n" +
 	"\x0eRestoreRequest\x12\x1f\n" +
 	"\vvolume_uuid\x18\x01 \x01(\fR\n" +
 	"volumeUuid\x12\x18\n" +
@@ -2599,7 +2641,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\vfrom_offset\x18\x03 \x01(\x04R\n" +
 	"fromOffset\x123\n" +
 	"\bexpected\x18\x04 \x01(\v2\x17.blockferry.v1.PositionR\bexpected\x12\x19\n" +
-	"\bhash_key\x18\x05 \x01(\fR\ahashKey\"\xe3\x01\n" +
+	"\bhash_key\x18\x05 \x01(\fR\ahashKey\x12\x14\n" +
+	"\x05codec\x18\x06 \x01(\tR\x05codec\"\xe3\x01\n" +
 	"\fRestoreChunk\x126\n" +
 	"\x06header\x18\x01 \x01(\v2\x1c.blockferry.v1.RestoreHeaderH\x00R\x06header\x12/\n" +
 	"\x06frames\x18\x02 \x01(\v2\x15.blockferry.v1.FramesH\x00R\x06frames\x120\n" +
@@ -2668,7 +2711,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fMODE_JOURNAL\x10\x01\x12\x11\n" +
-	"\rMODE_IN_PLACE\x10\x02*\xc5\x01\n" +
+	"\rMODE_IN_PLACE\x10\x02*\xe1\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eREASON_VERSION\x10\x01\x12\x17\n" +
@@ -2678,7 +2721,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x13REASON_JOURNAL_FULL\x10\x05\x12\x12\n" +
 	"\x0eREASON_STORAGE\x10\x06\x12\x13\n" +
 	"\x0fREASON_PROTOCOL\x10\a\x12\x12\n" +
-	"\x0eREASON_LINEAGE\x10\b2\x9f\x01\n" +
+	"\x0eREASON_LINEAGE\x10\b\x12\x1a\n" +
+	"\x16REASON_UNKNOWN_REPLICA\x10\t2\x9f\x01\n" +
 	"\vReplication\x12G\n" +
 	"\tReplicate\x12\x1a.blockferry.v1.FromPrimary\x1a\x1a.blockferry.v1.FromReplica(\x010\x01\x12G\n" +
 	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x012\xcc\x04\n" +
@@ -2768,40 +2812,41 @@ var file_blockferry_proto_depIdxs = []int32{
 	1,  // 18: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
 	4,  // 19: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
 	15, // 20: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
-	2,  // 21: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
-	3,  // 22: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
-	24, // 23: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
-	11, // 24: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
-	25, // 25: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
-	26, // 26: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
-	4,  // 27: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 28: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
-	22, // 29: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
-	27, // 30: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
-	29, // 31: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
-	31, // 32: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
-	31, // 33: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	33, // 34: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
-	31, // 35: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
-	31, // 36: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	31, // 37: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	35, // 38: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
-	6,  // 39: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	23, // 40: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	28, // 41: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	30, // 42: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	32, // 43: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	32, // 44: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	34, // 45: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	32, // 46: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	32, // 47: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	36, // 48: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	36, // 49: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	39, // [39:50] is the sub-list for method output_type
-	28, // [28:39] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	4,  // 21: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
+	2,  // 22: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
+	3,  // 23: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
+	24, // 24: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
+	11, // 25: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
+	25, // 26: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
+	26, // 27: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
+	4,  // 28: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 29: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
+	22, // 30: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
+	27, // 31: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
+	29, // 32: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
+	31, // 33: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
+	31, // 34: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
+	33, // 35: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	31, // 36: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
+	31, // 37: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
+	31, // 38: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
+	35, // 39: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	6,  // 40: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	23, // 41: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	28, // 42: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	30, // 43: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	32, // 44: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	32, // 45: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	34, // 46: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	32, // 47: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	32, // 48: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	36, // 49: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	36, // 50: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	40, // [40:51] is the sub-list for method output_type
+	29, // [29:40] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_blockferry_proto_init() }

@@ -12,7 +12,7 @@
 //	                              <-       Differences    (which units differ, finer hashes of those)
 //	Frames ...                    ->
 //	                              <-       Window         (more bytes may be sent)
-//	Commit                        ->
+//	Commit                        ->                      (names the position the replica then holds)
 //	                              <-       Committed      (durable at the replica)
 //	                              <-       Applied        (the data area holds it)
 //
