@@ -1,0 +1,168 @@
+package protocol
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+)
+
+// A replica's device, from its start:
+//
+//	0 (or dataOffset)                                          end (rounded down to 1 MiB)
+//	+-----------+-----+---------+------------+--------------+----------------------+
+//	| data      | gap | reserve | change map | journal ring | superblocks A and B  |
+//	| size bytes|     |         |            |              | A at end - 1 MiB     |
+//	+-----------+-----+---------+------------+--------------+ B at end - 512 KiB   +
+//
+// All areas but the data begin and end at multiples of 1 MiB. The reserve is
+// not touched; it is for the areas the device needs in the primary's role.
+const (
+	layoutAlign     = 1 << 20
+	superAreaBytes  = 1 << 20
+	superCopyOffset = 512 << 10 // of copy B behind copy A
+
+	// MinJournalBytes is the smallest journal a replica can work with.
+	MinJournalBytes = 4 << 20
+	// MaxVolumeBytes is the largest volume, 1 PiB.
+	MaxVolumeBytes = 1 << 50
+	// MaxJournalBytes is the largest journal, 16 TiB.
+	MaxJournalBytes = 1 << 44
+)
+
+// ErrTooSmall says that a device has no room for what is to be put on it.
+var ErrTooSmall = errors.New("device too small")
+
+// layout is where the areas of a replica are, in bytes.
+type layout struct {
+	size         int64 // of the volume
+	dataOffset   int64
+	reserve      area
+	changeMap    area
+	journal      area
+	superA       int64
+	deviceBytes  int64 // of the whole device as used: the end of the superblocks
+	mapPageCount int64
+}
+
+type area struct{ offset, length int64 }
+
+func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
+
+func mapAreaBytes(sizeBytes int64) int64 {
+	return roundUp(mapPages(sizeBytes)*mapPageBytes, layoutAlign)
+}
+
+// TailBytes is the room behind the data that a volume's change map, journal
+// and superblocks take, in bytes: with a reserve of zero, a device of
+// TailBytes plus the volume's size, both rounded up to 1 MiB, is large enough.
+func TailBytes(sizeBytes, journalBytes int64) int64 {
+	return mapAreaBytes(sizeBytes) + roundUp(journalBytes, layoutAlign) + superAreaBytes
+}
+
+// FormatOptions says what to put on a replica's device; sizes in bytes.
+type FormatOptions struct {
+	VolumeUUID  [16]byte
+	ReplicaUUID [16]byte // zero: a random one is made
+
+	SizeBytes    int64 // of the volume; a multiple of BlockSize
+	DataOffset   int64 // where the volume's data begins: 0 for a plain replica; a multiple of 1 MiB
+	JournalBytes int64 // rounded up to 1 MiB; at least MinJournalBytes
+	ReserveBytes int64 // kept free between data and tail; rounded up to 1 MiB
+}
+
+// NeededBytes is how large a device must be for these options.
+func (o FormatOptions) NeededBytes() int64 {
+	return o.DataOffset + roundUp(o.SizeBytes, layoutAlign) + roundUp(o.ReserveBytes, layoutAlign) +
+		TailBytes(o.SizeBytes, o.JournalBytes)
+}
+
+func (o FormatOptions) check() error {
+	switch {
+	case o.VolumeUUID == [16]byte{}:
+		return errors.New("no volume UUID")
+	case o.SizeBytes <= 0 || o.SizeBytes%BlockSize != 0 || o.SizeBytes > MaxVolumeBytes:
+		return fmt.Errorf("volume size of %d bytes: want a multiple of %d up to %d", o.SizeBytes, BlockSize, int64(MaxVolumeBytes))
+	case o.DataOffset < 0 || o.DataOffset%layoutAlign != 0 || o.DataOffset > MaxVolumeBytes:
+		return fmt.Errorf("data offset of %d bytes: want a multiple of %d", o.DataOffset, layoutAlign)
+	case o.JournalBytes < MinJournalBytes || o.JournalBytes > MaxJournalBytes:
+		return fmt.Errorf("journal of %d bytes: want %d to %d", o.JournalBytes, MinJournalBytes, int64(MaxJournalBytes))
+	case o.ReserveBytes < 0 || o.ReserveBytes > MaxVolumeBytes:
+		return fmt.Errorf("reserve of %d bytes: want 0 to %d", o.ReserveBytes, int64(MaxVolumeBytes))
+	}
+	return nil
+}
+
+// layoutFor places the areas at the end of a device.
+func layoutFor(deviceBytes int64, o FormatOptions) (layout, error) {
+	if err := o.check(); err != nil {
+		return layout{}, err
+	}
+	end := deviceBytes / layoutAlign * layoutAlign
+	if need := o.NeededBytes(); end < need {
+		return layout{}, fmt.Errorf("%w: %d bytes, a volume of %d bytes with this journal and reserve needs %d",
+			ErrTooSmall, deviceBytes, o.SizeBytes, need)
+	}
+	l := layout{size: o.SizeBytes, dataOffset: o.DataOffset, deviceBytes: end, superA: end - superAreaBytes, mapPageCount: mapPages(o.SizeBytes)}
+	l.journal.length = roundUp(o.JournalBytes, layoutAlign)
+	l.journal.offset = l.superA - l.journal.length
+	l.changeMap.length = mapAreaBytes(o.SizeBytes)
+	l.changeMap.offset = l.journal.offset - l.changeMap.length
+	l.reserve.length = roundUp(o.ReserveBytes, layoutAlign)
+	l.reserve.offset = l.changeMap.offset - l.reserve.length
+	return l, nil
+}
+
+// check says whether an area description read from a disk makes sense on a
+// device of the given size.
+func (l layout) check(deviceBytes int64) error {
+	want, err := layoutFor(l.deviceBytes, FormatOptions{VolumeUUID: [16]byte{1}, SizeBytes: l.size, DataOffset: l.dataOffset,
+		JournalBytes: l.journal.length, ReserveBytes: l.reserve.length})
+	if err != nil {
+		return err
+	}
+	if l != want {
+		return fmt.Errorf("areas %+v, want %+v", l, want)
+	}
+	if l.deviceBytes > deviceBytes {
+		return fmt.Errorf("areas end at %d, the device at %d", l.deviceBytes, deviceBytes)
+	}
+	return nil
+}
+
+// FormatReplica writes an empty change map and two superblocks to the tail of
+// a device, which is then a blank replica. The data area is not touched. Whether the
+// device's present content may go is the caller's to decide. When the options
+// don't fit nothing is written; after any other error the device is not a
+// replica and FormatReplica is to be repeated.
+func FormatReplica(store Store, o FormatOptions) error {
+	l, err := layoutFor(store.Size(), o)
+	if err != nil {
+		return fmt.Errorf("format %s: %w", store.Name(), err)
+	}
+	sb := superblock{volume: o.VolumeUUID, replica: o.ReplicaUUID, layout: l, state: DiskBlank}
+	if sb.replica == [16]byte{} {
+		if _, err := rand.Read(sb.replica[:]); err != nil {
+			return fmt.Errorf("format %s: %w", store.Name(), err)
+		}
+	}
+	// An older superblock must not vouch for a map that is being replaced.
+	if err := store.ZeroOut(l.superA, superAreaBytes); err != nil {
+		return fmt.Errorf("format %s: superblocks: %w", store.Name(), err)
+	}
+	if err := store.Flush(); err != nil {
+		return fmt.Errorf("format %s: %w", store.Name(), err)
+	}
+	if err := writeWholeMap(store, l, sb.tag(), 0); err != nil {
+		return fmt.Errorf("format %s: %w", store.Name(), err)
+	}
+	if err := store.Flush(); err != nil {
+		return fmt.Errorf("format %s: %w", store.Name(), err)
+	}
+	for range 2 {
+		sb.sequence++
+		if err := writeSuperblock(store, sb); err != nil {
+			return fmt.Errorf("format %s: %w", store.Name(), err)
+		}
+	}
+	return nil
+}

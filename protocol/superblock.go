@@ -1,0 +1,304 @@
+package protocol
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+// A superblock is one block of 4 KiB; two copies are written in turn, the
+// higher sequence counts. Numbers are little-endian, sizes and offsets bytes.
+//
+//	   0  magic "BFSUPER1"          8  version u32 = 1      12  crc32c of the block with this field 0
+//	  16  sequence u64             24  volume UUID [16]     40  replica UUID [16]
+//	  56  volume size u64          64  data offset u64      72  device end u64
+//	  80  reserve offset, length   96  map offset, length  112  journal offset, length
+//	 128  state u8: 1 blank, 2 inconsistent, 3 consistent
+//	 129  why inconsistent u8: 0 not, 1 in-place write, 2 changed outside, 3 journal damaged
+//	 130  flags u16: 1 only a full epoch may follow; 2 a map entry of 0 means zeros
+//	 132  number of lineage points u16     134  number of watched places u16
+//	 136  applied position (generation [16], epoch u64)
+//	 160  committed position: decided, the part beyond 'applied' is in the journal
+//	 184  in-place position: the epoch whose frames were last written in place, zero when none is under way
+//	 208  epoch being applied u64: 0 when the data area is exactly the applied position's
+//	 216  map base u64: the map can tell what changed since this epoch or a later one
+//	 224  cut of the applied epoch, wall clock, ns u64
+//	 232  journal tail: logical offset u64, segment sequence u64, chain u32, 0 u32
+//	 256  journal head: the same, after the last committed segment
+//	 512  lineage of the applied position: up to 64 points (generation [16], last epoch u64)
+//	2048  watched places, up to 16: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
+//	2816  zero to 4095
+const (
+	superBytes      = 4096
+	superMagic      = 0x3152455055534642 // "BFSUPER1" read as a little-endian u64
+	superVersion    = 1
+	superLineageAt  = 512
+	superWatchAt    = 2048
+	superWatchBytes = 48
+
+	// MaxLineagePoints is the longest lineage a replica can keep.
+	MaxLineagePoints = 64
+	maxWatched       = 16
+
+	superFlagNeedFull  = 1
+	superFlagZeroKnown = 2
+)
+
+// ErrNoSuperblock says that a device is not a replica, or not one any more.
+var ErrNoSuperblock = errors.New("no valid superblock")
+
+// DiskState says what a replica's data area is worth.
+type DiskState uint8
+
+const (
+	DiskBlank        DiskState = 1 // formatted, never synced
+	DiskInconsistent DiskState = 2 // torn, or of unknown content: no image until a sync ends
+	DiskConsistent   DiskState = 3 // holds exactly one committed epoch (perhaps with the journal laid over it)
+)
+
+// String is the state as people and JSON see it.
+func (s DiskState) String() string {
+	switch s {
+	case DiskBlank:
+		return "blank"
+	case DiskInconsistent:
+		return "inconsistent"
+	case DiskConsistent:
+		return "consistent"
+	}
+	return fmt.Sprintf("state %d", uint8(s))
+}
+
+// causes of DiskInconsistent
+const (
+	whyNone           = 0
+	whyInPlace        = 1
+	whyChangedOutside = 2
+	whyJournalDamaged = 3
+)
+
+// cursor is a place in the journal: what the segment there must carry.
+type cursor struct {
+	logical  uint64 // bytes; the physical place is this modulo the ring's length
+	sequence uint64
+	chain    uint32 // header checksum of the segment before
+}
+
+type superblock struct {
+	sequence  uint64
+	volume    [16]byte
+	replica   [16]byte
+	layout    layout
+	state     DiskState
+	why       uint8
+	needFull  bool
+	zeroKnown bool
+
+	applied   Position
+	committed Position
+	inPlace   Position
+	applying  uint64
+	mapBase   uint64
+	cutNanos  int64
+	tail      cursor
+	head      cursor
+	lineage   []Position
+	watched   []watchedPlace
+}
+
+// tag marks this replica's map pages and journal segments, so that those of
+// an earlier use of the device are never taken for its own.
+func (s *superblock) tag() uint64 { return binary.LittleEndian.Uint64(s.replica[:]) }
+
+func appendPosition(b []byte, p Position) []byte {
+	return binary.LittleEndian.AppendUint64(append(b, p.Generation[:]...), p.Epoch)
+}
+
+func readPosition(b []byte) (p Position) {
+	copy(p.Generation[:], b)
+	p.Epoch = binary.LittleEndian.Uint64(b[16:])
+	return p
+}
+
+func appendCursor(b []byte, c cursor) []byte {
+	b = binary.LittleEndian.AppendUint64(b, c.logical)
+	b = binary.LittleEndian.AppendUint64(b, c.sequence)
+	b = binary.LittleEndian.AppendUint32(b, c.chain)
+	return binary.LittleEndian.AppendUint32(b, 0)
+}
+
+func readCursor(b []byte) cursor {
+	le := binary.LittleEndian
+	return cursor{logical: le.Uint64(b), sequence: le.Uint64(b[8:]), chain: le.Uint32(b[16:])}
+}
+
+func (s *superblock) encode() []byte {
+	le := binary.LittleEndian
+	b := make([]byte, 0, superBytes)
+	b = le.AppendUint64(b, superMagic)
+	b = le.AppendUint32(b, superVersion)
+	b = le.AppendUint32(b, 0)
+	b = le.AppendUint64(b, s.sequence)
+	b = append(b, s.volume[:]...)
+	b = append(b, s.replica[:]...)
+	l := s.layout
+	for _, n := range []int64{l.size, l.dataOffset, l.deviceBytes, l.reserve.offset, l.reserve.length,
+		l.changeMap.offset, l.changeMap.length, l.journal.offset, l.journal.length} {
+		b = le.AppendUint64(b, uint64(n))
+	}
+	var flags uint16
+	if s.needFull {
+		flags |= superFlagNeedFull
+	}
+	if s.zeroKnown {
+		flags |= superFlagZeroKnown
+	}
+	b = append(b, byte(s.state), s.why)
+	b = le.AppendUint16(b, flags)
+	b = le.AppendUint16(b, uint16(len(s.lineage)))
+	b = le.AppendUint16(b, uint16(len(s.watched)))
+	b = appendPosition(b, s.applied)
+	b = appendPosition(b, s.committed)
+	b = appendPosition(b, s.inPlace)
+	b = le.AppendUint64(b, s.applying)
+	b = le.AppendUint64(b, s.mapBase)
+	b = le.AppendUint64(b, uint64(s.cutNanos))
+	b = appendCursor(b, s.tail)
+	b = appendCursor(b, s.head)
+	b = b[:superLineageAt]
+	for _, p := range s.lineage {
+		b = appendPosition(b, p)
+	}
+	b = b[:superWatchAt]
+	for _, w := range s.watched {
+		b = le.AppendUint64(b, uint64(w.offset))
+		b = le.AppendUint32(b, uint32(w.length))
+		b = le.AppendUint32(b, 0)
+		b = append(b, w.digest[:]...)
+	}
+	b = b[:superBytes]
+	le.PutUint32(b[12:], crc32c(b))
+	return b
+}
+
+// decodeSuperblock checks everything that can be checked in one copy alone.
+func decodeSuperblock(b []byte) (*superblock, error) {
+	le := binary.LittleEndian
+	if len(b) != superBytes {
+		return nil, fmt.Errorf("%d bytes, want %d", len(b), superBytes)
+	}
+	if got := le.Uint64(b); got != superMagic {
+		return nil, fmt.Errorf("magic %#x, want %#x", got, uint64(superMagic))
+	}
+	plain := append([]byte(nil), b...)
+	le.PutUint32(plain[12:], 0)
+	if got, want := le.Uint32(b[12:]), crc32c(plain); got != want {
+		return nil, fmt.Errorf("checksum %#x, computed %#x", got, want)
+	}
+	if v := le.Uint32(b[8:]); v != superVersion {
+		return nil, fmt.Errorf("version %d, this program reads version %d", v, superVersion)
+	}
+	s := &superblock{sequence: le.Uint64(b[16:])}
+	copy(s.volume[:], b[24:])
+	copy(s.replica[:], b[40:])
+	var n [9]int64
+	for i := range n {
+		n[i] = int64(le.Uint64(b[56+8*i:]))
+	}
+	s.layout = layout{size: n[0], dataOffset: n[1], deviceBytes: n[2], reserve: area{n[3], n[4]}, changeMap: area{n[5], n[6]},
+		journal: area{n[7], n[8]}, superA: n[2] - superAreaBytes}
+	if n[0] > 0 && n[0] <= MaxVolumeBytes {
+		s.layout.mapPageCount = mapPages(n[0])
+	}
+	s.state, s.why = DiskState(b[128]), b[129]
+	flags := le.Uint16(b[130:])
+	s.needFull, s.zeroKnown = flags&superFlagNeedFull != 0, flags&superFlagZeroKnown != 0
+	points, watched := int(le.Uint16(b[132:])), int(le.Uint16(b[134:]))
+	s.applied, s.committed, s.inPlace = readPosition(b[136:]), readPosition(b[160:]), readPosition(b[184:])
+	s.applying, s.mapBase, s.cutNanos = le.Uint64(b[208:]), le.Uint64(b[216:]), int64(le.Uint64(b[224:]))
+	s.tail, s.head = readCursor(b[232:]), readCursor(b[256:])
+	if err := s.layout.check(s.layout.deviceBytes); err != nil {
+		return nil, err
+	}
+	used := s.head.logical - s.tail.logical
+	switch {
+	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > 3:
+		return nil, fmt.Errorf("state %d, reason %d, flags %#x: unknown", s.state, s.why, flags)
+	case points > MaxLineagePoints || watched > maxWatched:
+		return nil, fmt.Errorf("%d lineage points and %d watched places, at most %d and %d", points, watched, MaxLineagePoints, maxWatched)
+	case s.head.logical < s.tail.logical || used > uint64(s.layout.journal.length) || s.head.logical%BlockSize != 0 || s.tail.logical%BlockSize != 0:
+		return nil, fmt.Errorf("journal from %d to %d in a ring of %d bytes", s.tail.logical, s.head.logical, s.layout.journal.length)
+	case s.state == DiskConsistent && (points == 0 || !s.inPlace.IsZero() || s.needFull || s.why != whyNone):
+		return nil, fmt.Errorf("consistent, yet %d lineage points, in-place epoch %s, reason %d", points, s.inPlace, s.why)
+	}
+	for i := range points {
+		s.lineage = append(s.lineage, readPosition(b[superLineageAt+24*i:]))
+	}
+	if points > 0 && s.lineage[points-1] != s.applied {
+		return nil, fmt.Errorf("lineage ends with %s, applied is %s", s.lineage[points-1], s.applied)
+	}
+	for i := range watched {
+		at := superWatchAt + superWatchBytes*i
+		w := watchedPlace{offset: int64(le.Uint64(b[at:])), length: int64(le.Uint32(b[at+8:]))}
+		copy(w.digest[:], b[at+16:])
+		if w.offset < 0 || w.length <= 0 || w.length > maxWatchedBytes || w.offset%BlockSize != 0 || w.length%BlockSize != 0 ||
+			w.offset > s.layout.size-w.length {
+			return nil, fmt.Errorf("watched place of %d bytes at %d", w.length, w.offset)
+		}
+		s.watched = append(s.watched, w)
+	}
+	return s, nil
+}
+
+// superOffset is where the copy with a sequence goes.
+func superOffset(l layout, sequence uint64) int64 {
+	return l.superA + int64(sequence%2)*superCopyOffset
+}
+
+// writeSuperblock writes the copy whose turn it is and makes it durable.
+func writeSuperblock(store Store, s superblock) error {
+	at := superOffset(s.layout, s.sequence)
+	if _, err := store.WriteAt(s.encode(), at); err != nil {
+		return fmt.Errorf("%s: superblock at %d: %w", store.Name(), at, err)
+	}
+	if err := store.Flush(); err != nil {
+		return fmt.Errorf("%s: flush of the superblock at %d: %w", store.Name(), at, err)
+	}
+	return nil
+}
+
+// readSuperblocks returns the newest valid copy; warnings tell of a damaged
+// other one. Without any the error is ErrNoSuperblock.
+func readSuperblocks(store Store) (best *superblock, warnings []string, err error) {
+	end := store.Size() / layoutAlign * layoutAlign
+	if end < superAreaBytes {
+		return nil, nil, fmt.Errorf("%s: %w: only %d bytes", store.Name(), ErrNoSuperblock, store.Size())
+	}
+	for i := range uint64(2) {
+		at := superOffset(layout{superA: end - superAreaBytes}, i)
+		b := make([]byte, superBytes)
+		if _, err := store.ReadAt(b, at); err != nil {
+			warnings = append(warnings, fmt.Sprintf("superblock at %d: %s", at, err))
+			continue
+		}
+		s, err := decodeSuperblock(b)
+		if err == nil && s.sequence%2 != i {
+			err = fmt.Errorf("sequence %d belongs into the other place", s.sequence)
+		}
+		if err == nil {
+			err = s.layout.check(store.Size())
+		}
+		if err != nil {
+			warnings = append(warnings, fmt.Sprintf("superblock at %d: %s", at, err))
+			continue
+		}
+		if best == nil || s.sequence > best.sequence {
+			best = s
+		}
+	}
+	if best == nil {
+		return nil, nil, fmt.Errorf("%s: %w: %s (if the device was resized, give it its former size; otherwise it is not a blockferry replica)",
+			store.Name(), ErrNoSuperblock, warnings)
+	}
+	return best, warnings, nil
+}
