@@ -46,8 +46,12 @@ const (
 // defaultModules are loaded in every guest.
 var defaultModules = []string{"dm-mod", "dm-era", "dm-snapshot"}
 
-// host is this test run's guests; nil where there can be none.
-var host *uml.Host
+// host is this test run's guests; nil where there can be none, and then
+// errNoHost says why.
+var (
+	host      *uml.Host
+	errNoHost error
+)
 
 func TestMain(m *testing.M) {
 	uml.Init()
@@ -66,6 +70,7 @@ func runWithHost(m *testing.M) (int, error) {
 	var err error
 	host, err = uml.NewHost(guestsAtOnce)
 	if errors.Is(err, uml.ErrNoGuest) {
+		errNoHost = err
 		return m.Run(), nil
 	}
 	if err != nil {
@@ -101,9 +106,9 @@ func inGuest(t *testing.T, g guest, fn func(t *testing.T)) {
 	}
 	if host == nil {
 		if os.Getenv(requireVar) != "" {
-			t.Fatal(uml.ErrNoGuest)
+			t.Fatal(errNoHost)
 		}
-		t.Skip(uml.ErrNoGuest)
+		t.Skip(errNoHost)
 	}
 	t.Parallel()
 	spec := guestSpec(t.Name(), g)

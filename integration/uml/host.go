@@ -16,7 +16,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -80,8 +83,8 @@ type Result struct {
 	Elapsed time.Duration
 }
 
-// ErrNoGuest says that guests can't be started on this machine.
-var ErrNoGuest = errors.New("no User-Mode Linux here: install the package user-mode-linux (make deps)")
+// ErrNoGuest says that this program can't start guests on this machine.
+var ErrNoGuest = errors.New("no guest kernel")
 
 // Host starts guests, a limited number at a time. It may be used from several
 // goroutines.
@@ -95,7 +98,10 @@ type Host struct {
 // what it keeps.
 func NewHost(limit int) (*Host, error) {
 	if _, err := exec.LookPath(Binary); err != nil {
-		return nil, ErrNoGuest
+		return nil, fmt.Errorf("%w: install the package user-mode-linux (make deps)", ErrNoGuest)
+	}
+	if builtForRace() {
+		return nil, fmt.Errorf("%w: programs built with -race do not run in one (their address space is too large)", ErrNoGuest)
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -106,6 +112,11 @@ func NewHost(limit int) (*Host, error) {
 		return nil, err
 	}
 	return &Host{dir: dir, self: self, slots: make(chan struct{}, max(limit, 1))}, nil
+}
+
+func builtForRace() bool {
+	info, _ := debug.ReadBuildInfo()
+	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // memoryDir is where guests' memory and disks are kept: in memory where there
@@ -270,6 +281,9 @@ func makeSparse(path string, size int64) error {
 	return errors.Join(file.Truncate(size), file.Close())
 }
 
+// noise is what every guest's kernel says, to no use.
+var noise = regexp.MustCompile(`(?m)^(SELinux: |mmapper_init - |Failed to initialize ubd device 0 :Couldn't determine|reboot: System halted).*\n`)
+
 // console keeps what a guest prints, without the carriage returns of its tty.
 type console struct {
 	mu      sync.Mutex
@@ -296,7 +310,7 @@ func (c *console) Write(p []byte) (int, error) {
 func (c *console) String() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	text := strings.ToValidUTF8(c.text.String(), "?")
+	text := noise.ReplaceAllString(strings.ToValidUTF8(c.text.String(), "?"), "")
 	if c.dropped > 0 {
 		text += "\n[" + strconv.Itoa(c.dropped) + " more bytes of console output dropped]\n"
 	}
