@@ -53,10 +53,25 @@ type EpochStart struct {
 	// comparison with ReadData, describe the whole volume, not changes since
 	// the replica's position.
 	Full bool
-	// Lineage is the replica's once the epoch is committed; its last point is
-	// the epoch. At most MaxLineagePoints.
-	Lineage []Position
+	// Lineage is the replica's once the epoch is committed, as far as it is
+	// known yet: its tip's epoch is at least Epoch, and Commit may replace it.
+	Lineage Lineage
 	// CutUnixNanos is the wall clock of the cut, for people only.
+	CutUnixNanos int64
+}
+
+// EpochCommit decides an epoch.
+type EpochCommit struct {
+	Epoch   uint64 // of EpochStart
+	Attempt uint32 // of EpochStart
+	// Streams[i] is what stream i carried; streams that carried nothing may be
+	// left out at the end.
+	Streams []StreamSum
+	// Lineage is what the replica then holds; its tip's epoch is at least
+	// Epoch. Nil: that of EpochStart.
+	Lineage Lineage
+	// CutUnixNanos is the wall clock of the last cut, for people only; 0: that
+	// of EpochStart.
 	CutUnixNanos int64
 }
 
@@ -70,9 +85,9 @@ type ReplicaStatus struct {
 	NeedsFull        bool
 	Committed        Position
 	Applied          Position
-	Lineage          []Position // up to Committed
-	CutUnixNanos     int64      // of Committed
-	PendingEpochs    int        // committed, not yet applied
+	Lineage          Lineage // up to Committed
+	CutUnixNanos     int64   // of Committed
+	PendingEpochs    int     // committed, not yet applied
 	JournalBytes     int64
 	JournalFreeBytes int64 // room for one epoch's frames once everything before it is applied: see JournalFree
 	Warnings         []string
@@ -111,10 +126,8 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error { return errTOD
 func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error { return errTODO }
 
 // Commit decides the open epoch: once it returns nil the epoch is durable and
-// may be acknowledged. sums[i] belongs to stream i.
-func (r *Replica) Commit(ctx context.Context, epoch uint64, attempt uint32, sums []StreamSum) error {
-	return errTODO
-}
+// may be acknowledged.
+func (r *Replica) Commit(ctx context.Context, c EpochCommit) error { return errTODO }
 
 // Abort drops the open epoch, if there is one.
 func (r *Replica) Abort() error { return errTODO }
@@ -147,7 +160,7 @@ type Image struct{ r *Replica }
 func (i *Image) Position() Position { return Position{} }
 
 // Lineage is the image's; its last point is Position.
-func (i *Image) Lineage() []Position { return nil }
+func (i *Image) Lineage() Lineage { return nil }
 
 // CutUnixNanos is the wall clock of the image's cut, for people only.
 func (i *Image) CutUnixNanos() int64 { return 0 }

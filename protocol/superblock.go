@@ -25,20 +25,18 @@ import (
 //	 224  cut of the applied epoch, wall clock, ns u64
 //	 232  journal tail: logical offset u64, segment sequence u64, chain u32, 0 u32
 //	 256  journal head: the same, after the last committed segment
-//	 512  lineage of the applied position: up to 64 points (generation [16], last epoch u64)
-//	2048  watched places, up to 16: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
-//	2816  zero to 4095
+//	 512  lineage of the applied position: up to 128 points (generation [16], last epoch u64)
+//	3584  watched places, up to 8: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
+//	3968  zero to 4095
 const (
 	superBytes      = 4096
 	superMagic      = 0x3152455055534642 // "BFSUPER1" read as a little-endian u64
 	superVersion    = 1
 	superLineageAt  = 512
-	superWatchAt    = 2048
+	superWatchAt    = superLineageAt + 24*MaxGenerations
 	superWatchBytes = 48
 
-	// MaxLineagePoints is the longest lineage a replica can keep.
-	MaxLineagePoints = 64
-	maxWatched       = 16
+	maxWatched = 8
 
 	superFlagNeedFull  = 1
 	superFlagZeroKnown = 2
@@ -102,7 +100,7 @@ type superblock struct {
 	cutNanos  int64
 	tail      cursor
 	head      cursor
-	lineage   []Position
+	lineage   Lineage
 	watched   []watchedPlace
 }
 
@@ -224,8 +222,8 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	switch {
 	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > 3:
 		return nil, fmt.Errorf("state %d, reason %d, flags %#x: unknown", s.state, s.why, flags)
-	case points > MaxLineagePoints || watched > maxWatched:
-		return nil, fmt.Errorf("%d lineage points and %d watched places, at most %d and %d", points, watched, MaxLineagePoints, maxWatched)
+	case points > MaxGenerations || watched > maxWatched:
+		return nil, fmt.Errorf("%d lineage points and %d watched places, at most %d and %d", points, watched, MaxGenerations, maxWatched)
 	case s.head.logical < s.tail.logical || used > uint64(s.layout.journal.length) || s.head.logical%BlockSize != 0 || s.tail.logical%BlockSize != 0:
 		return nil, fmt.Errorf("journal from %d to %d in a ring of %d bytes", s.tail.logical, s.head.logical, s.layout.journal.length)
 	case s.state == DiskConsistent && (points == 0 || !s.inPlace.IsZero() || s.needFull || s.why != whyNone):
@@ -234,8 +232,11 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	for i := range points {
 		s.lineage = append(s.lineage, readPosition(b[superLineageAt+24*i:]))
 	}
-	if points > 0 && s.lineage[points-1] != s.applied {
-		return nil, fmt.Errorf("lineage ends with %s, applied is %s", s.lineage[points-1], s.applied)
+	if err := s.lineage.Check(); err != nil {
+		return nil, err
+	}
+	if s.lineage.Tip() != s.applied {
+		return nil, fmt.Errorf("lineage ends with %s, applied is %s", s.lineage.Tip(), s.applied)
 	}
 	for i := range watched {
 		at := superWatchAt + superWatchBytes*i
