@@ -1,0 +1,78 @@
+# make demo   a disk is wiped under load and comes back        (3 minutes)
+# make test   lint, unit tests with -race, tests on real kernels (15 minutes)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+TOOLS := .cache/tools
+PACKAGES = $(shell go list ./... | grep -v /integration)
+# What the tests run, and the Debian package it comes in.
+DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
+	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools
+RACE_DEPS := gcc=gcc gcc=libc6-dev
+FUZZTIME ?= 20s
+
+.PHONY: build demo test lint unit race integration bench fuzz deps proto proto-check rules clean
+
+build: # bin/blockferry
+	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
+
+demo: deps # ends in one line; not 0 on any difference
+	go run ./integration/demo
+
+test: deps lint race integration
+
+lint: rules proto-check $(TOOLS)/staticcheck
+	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
+	go vet ./...
+	$(TOOLS)/staticcheck ./...
+
+rules: # who may import whom, unsafe, file sizes
+	go test -count=1 ./integration/rules
+
+unit: # without guests
+	go test $(PACKAGES)
+
+race:
+	@integration/deps $(RACE_DEPS)
+	CGO_ENABLED=1 go test -race $(PACKAGES)
+
+integration: # RUN=REGEXP chooses tests
+	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 40m $(if $(RUN),-run '$(RUN)') ./integration/...
+
+bench: # FIGURE=NAME, QUICK=1; without a name it lists them
+	go run ./integration/bench $(if $(QUICK),-quick) $(FIGURE)
+
+fuzz: # each fuzz test for FUZZTIME
+	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r package dir; do \
+	  for name in $$(grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$$dir"/*_test.go 2>/dev/null | cut -d' ' -f2); do \
+	    echo "== $$package $$name"; go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$package"; \
+	  done; done
+
+deps:
+	@integration/deps $(DEPS)
+
+$(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
+	cd integration/tools && CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go install $$(go list tool | grep "/$*$$")
+
+PROTOC = cd proto && PATH=$(CURDIR)/$(TOOLS):$$PATH protoc --go_out=$(1) --go_opt=paths=source_relative \
+	--go-grpc_out=$(1) --go-grpc_opt=paths=source_relative blockferry.proto
+
+proto: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc # needs protoc (protobuf-compiler)
+	$(call PROTOC,.)
+
+# Generated code must be current. protoc's own version may differ.
+proto-check:
+	@if command -v protoc >/dev/null; then $(MAKE) -s proto-compare; else echo "no protoc: generated code not compared"; fi
+
+.PHONY: proto-compare
+proto-compare: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@dir=$$(mktemp -d); trap 'rm -r "$$dir"' EXIT; ($(call PROTOC,"$$dir")); \
+	for file in proto/*.pb.go; do \
+	  diff -q -I '^// -* *	*protoc  *	*v' "$$file" "$$dir/$${file#proto/}" >/dev/null || \
+	    { echo "$$file is not what blockferry.proto generates: make proto"; exit 1; }; \
+	done
+
+clean:
+	rm -rf bin .cache
