@@ -3,7 +3,11 @@
 // wire.
 package blockdev
 
-import "io"
+import (
+	"errors"
+	"fmt"
+	"io"
+)
 
 const (
 	// SectorSize is the unit of device-mapper tables and of the kernel's
@@ -32,7 +36,30 @@ type Device interface {
 	// ZeroOut makes the range read as zeros.
 	ZeroOut(offset, length int64) error
 	// Discard tells the device that the range's content is not needed. What
-	// it reads as afterwards is undefined.
+	// it reads as afterwards is undefined. A device that can't do it returns
+	// an error that wraps errors.ErrUnsupported; the content is as before.
 	Discard(offset, length int64) error
 	Close() error
+}
+
+// ErrRange says that an offset or a length is no multiple of BlockSize or
+// reaches outside the device. Nothing was touched.
+var ErrRange = errors.New("range not allowed")
+
+// CheckRange is the check every Device begins with: offset and length, in
+// bytes, are multiples of BlockSize and lie within the device. The error
+// wraps ErrRange and names device, operation and range.
+func CheckRange(d interface {
+	Name() string
+	Size() int64
+}, op string, offset, length int64) error {
+	switch {
+	case offset < 0, length < 0, offset%BlockSize != 0, length%BlockSize != 0:
+		return fmt.Errorf("%s: %s of %d bytes at offset %d: %w: want multiples of %d",
+			d.Name(), op, length, offset, ErrRange, BlockSize)
+	case length > d.Size() || offset > d.Size()-length:
+		return fmt.Errorf("%s: %s of %d bytes at offset %d: %w: the device has %d bytes",
+			d.Name(), op, length, offset, ErrRange, d.Size())
+	}
+	return nil
 }
