@@ -752,6 +752,7 @@ type Welcome struct {
 	Lineage          *Lineage               `protobuf:"bytes,4,opt,name=lineage,proto3" json:"lineage,omitempty"`                                              // empty: never synced
 	WindowBytes      uint64                 `protobuf:"varint,5,opt,name=window_bytes,json=windowBytes,proto3" json:"window_bytes,omitempty"`                  // may be sent before the first Window
 	JournalFreeBytes uint64                 `protobuf:"varint,6,opt,name=journal_free_bytes,json=journalFreeBytes,proto3" json:"journal_free_bytes,omitempty"` // room for one epoch's frames
+	NeedsFull        bool                   `protobuf:"varint,7,opt,name=needs_full,json=needsFull,proto3" json:"needs_full,omitempty"`                        // the content is not what was last committed: all must be sent or compared
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -826,6 +827,13 @@ func (x *Welcome) GetJournalFreeBytes() uint64 {
 		return x.JournalFreeBytes
 	}
 	return 0
+}
+
+func (x *Welcome) GetNeedsFull() bool {
+	if x != nil {
+		return x.NeedsFull
+	}
+	return false
 }
 
 type Begin struct {
@@ -2575,7 +2583,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x18\n" +
 	"\areplica\x18\a \x01(\tR\areplica\x12\x19\n" +
 	"\bhash_key\x18\b \x01(\fR\ahashKey\x120\n" +
-	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xfb\x01\n" +
+	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\x9a\x02\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x127\n" +
@@ -2583,7 +2591,9 @@ const file_blockferry_proto_rawDesc = "" +
 	"disk_state\x18\x03 \x01(\x0e2\x18.blockferry.v1.DiskStateR\tdiskState\x120\n" +
 	"\alineage\x18\x04 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12!\n" +
 	"\fwindow_bytes\x18\x05 \x01(\x04R\vwindowBytes\x12,\n" +
-	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\"\xfd\x01\n" +
+	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\x12\x1d\n" +
+	"\n" +
+	"needs_full\x18\a \x01(\bR\tneedsFull\"\xfd\x01\n" +
 	"\x05Begin\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12'\n" +
