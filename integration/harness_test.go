@@ -198,7 +198,7 @@ func (p *prefixed) Write(b []byte) (int, error) {
 		if !found {
 			return len(b), nil
 		}
-		fmt.Fprintf(p.out, "%s%s\n", p.prefix, line)
+		fmt.Fprintf(p.out, "%s%s\n", p.prefix, bytes.TrimRight(line, "\r"))
 		p.rest = rest
 	}
 }

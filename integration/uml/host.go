@@ -70,6 +70,8 @@ type Spec struct {
 	Timeout time.Duration
 	// Console, if set, gets the guest's console as it is written.
 	Console io.Writer
+	// KernelSilent keeps the kernel's own messages off the console.
+	KernelSilent bool
 	// Collect, if set, is called before the guest's files are removed, with
 	// the host's path of what the program sees as Dir.
 	Collect func(dir string) error
@@ -232,6 +234,9 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 		// Until init mounts its own /dev, the host's files there are visible.
 		"devtmpfs.mount=0", "con=null", "con0=null,fd:1", "quiet", "uml_dir=" + dir + "/",
 	}
+	if spec.KernelSilent {
+		args = append(args, "loglevel=0")
+	}
 	for i, disk := range disks {
 		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, disk))
 	}
@@ -302,7 +307,7 @@ func (c *console) Write(p []byte) (int, error) {
 		c.dropped += len(clean)
 	}
 	if c.live != nil {
-		c.live.Write(clean)
+		c.live.Write(p) // with what a progress bar needs
 	}
 	return len(p), nil
 }
