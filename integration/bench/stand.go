@@ -1,0 +1,158 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/cmd/blockferry/status"
+	"blockferry/integration/rig"
+)
+
+const (
+	ssdDisk = "/dev/ubda"
+	ebsDisk = "/dev/ubdb"
+	rawDisk = "/dev/ubdc"
+	volume  = "/dev/mapper/data"
+	raw     = "/dev/mapper/raw" // the same kind of disk, with nothing but a linear target over it
+
+	volumeBytes = 256 << 20
+)
+
+// stand is the place a figure is measured at.
+type stand struct {
+	rig rig.Rig
+	log bytes.Buffer
+}
+
+// replicated brings up a volume on ssdDisk, replicated to ebsDisk.
+func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
+	err := s.rig.Configure(fmt.Sprintf(`volumes:
+  data:
+    device: %s
+    size: %d
+    interval: %v
+    replicas:
+      ebs: {device: %s, compression: none}
+`, ssdDisk, volumeBytes, interval, ebsDisk))
+	if err != nil {
+		return err
+	}
+	if err := s.rig.Run(ctx, "create", "data"); err != nil {
+		return err
+	}
+	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
+		return s.withLog(err)
+	}
+	if err := rig.AwaitFile(volume, 20*time.Second); err != nil {
+		return s.withLog(err)
+	}
+	return s.withLog(s.rig.Await(ctx, "replicated", 2*time.Minute, upToDate))
+}
+
+func upToDate(v status.Volume) bool {
+	return len(v.Replicas) == 1 && v.Replicas[0].Position != nil && v.Replicas[0].Disk == "UpToDate"
+}
+
+// unreplicated makes the device that is compared with.
+func (s *stand) unreplicated() error {
+	return rig.Do("dmsetup", "create", "raw", "--table", fmt.Sprintf("0 %d linear %s 0", volumeBytes/512, rawDisk))
+}
+
+func (s *stand) withLog(err error) error {
+	if err == nil {
+		return nil
+	}
+	lines := strings.Split(strings.TrimSpace(s.log.String()), "\n")
+	return fmt.Errorf("%w; the agent's log ends with:\n%s", err, strings.Join(lines[max(0, len(lines)-15):], "\n"))
+}
+
+func (s *stand) close() error { return s.rig.StopAgent() }
+
+// fill writes noise over a whole device.
+func fill(device string, size int64, seed uint64) error {
+	file, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	buffer, err := rig.Buffer(1 << 20)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(buffer)
+	noise := rand.NewChaCha8([32]byte{byte(seed)})
+	for offset := int64(0); offset < size; offset += int64(len(buffer)) {
+		noise.Read(buffer)
+		if _, err := file.WriteAt(buffer[:min(int64(len(buffer)), size-offset)], offset); err != nil {
+			return err
+		}
+	}
+	return file.Sync()
+}
+
+// writes is what a run of single small writes showed.
+type writes struct {
+	perSecond float64
+	worst     time.Duration
+	median    time.Duration
+}
+
+// randomWrites writes 4 KiB blocks of noise at random places, one at a time,
+// until the time is over.
+func randomWrites(ctx context.Context, device string, size int64, lasting time.Duration, random *rand.Rand) (writes, error) {
+	file, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return writes{}, err
+	}
+	defer file.Close()
+	block, err := rig.Buffer(4096)
+	if err != nil {
+		return writes{}, err
+	}
+	defer unix.Munmap(block)
+	var took []time.Duration
+	began := time.Now()
+	for time.Since(began) < lasting {
+		if err := ctx.Err(); err != nil {
+			return writes{}, err
+		}
+		for i := 0; i < len(block); i += 64 {
+			block[i] = byte(random.Uint32())
+		}
+		at := time.Now()
+		if _, err := file.WriteAt(block, random.Int64N(size/4096)*4096); err != nil {
+			return writes{}, err
+		}
+		took = append(took, time.Since(at))
+	}
+	elapsed := time.Since(began)
+	if len(took) == 0 {
+		return writes{}, errors.New("no write in all the time")
+	}
+	slices.Sort(took)
+	return writes{perSecond: float64(len(took)) / elapsed.Seconds(), worst: took[len(took)-1], median: took[len(took)/2]}, nil
+}
+
+// writtenTo is how many bytes were ever written to a disk, by its own count.
+func writtenTo(disk string) (uint64, error) {
+	text, err := os.ReadFile("/sys/block/" + strings.TrimPrefix(disk, "/dev/") + "/stat")
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(text))
+	if len(fields) < 7 {
+		return 0, fmt.Errorf("statistics of %s: %q", disk, text)
+	}
+	var sectors uint64
+	_, err = fmt.Sscan(fields[6], &sectors)
+	return sectors * 512, err
+}
