@@ -1,9 +1,243 @@
 package protocol
 
-const maxWatchedBytes = 1 << 20
+import (
+	"crypto/sha256"
+	"fmt"
+	"sync"
+)
 
-// watchedPlace is a stretch of the volume that any mount rewrites.
+// What a writePipe holds at most: applyWorkers*applyRunBytes of unpacked
+// data, and the memory that the payloads of applyInFlight+1 runs lie in.
+const (
+	applyWorkers  = 4
+	applyInFlight = 8
+	applyRunBytes = 2 << 20  // contiguous frames are written together up to this
+	applyFill     = 64 << 10 // zero frames up to this are written as zeros to keep a run going
+)
+
+// writePipe lays frames over a volume's data area: it joins contiguous ones,
+// and unpacks and writes in a few goroutines. Where frames overlap the later
+// put wins. put, drain and close are for one goroutine.
+type writePipe struct {
+	store Store
+	base  int64 // of the volume in the store
+	dec   *Decompressor
+	jobs  chan *applyRun
+	wg    sync.WaitGroup
+	run   *applyRun
+
+	mu       sync.Mutex
+	changed  sync.Cond
+	inFlight []*applyRun
+	err      error
+}
+
+// applyRun is contiguous frames.
+type applyRun struct {
+	Range
+	frames []Frame
+	data   bool // holds data frames; otherwise all are zeros
+}
+
+func newWritePipe(store Store, base int64, dec *Decompressor) *writePipe {
+	p := &writePipe{store: store, base: base, dec: dec, jobs: make(chan *applyRun, applyInFlight)}
+	p.changed.L = &p.mu
+	for range applyWorkers {
+		p.wg.Go(p.work)
+	}
+	return p
+}
+
+// put takes a frame and owns its payload. The error is the first any frame met.
+func (p *writePipe) put(f Frame) error {
+	data := f.Kind == FrameData
+	if r := p.run; r != nil && r.End() == f.Offset {
+		joined := r.Length + f.Length
+		mixed := joined <= applyRunBytes && (data || f.Length <= applyFill) && (r.data || r.Length <= applyFill)
+		if !r.data && !data || mixed {
+			r.frames = append(r.frames, f)
+			r.Length = joined
+			r.data = r.data || data
+			return nil
+		}
+	}
+	if err := p.submit(); err != nil {
+		return err
+	}
+	p.run = &applyRun{Range: f.Range(), frames: []Frame{f}, data: data}
+	return nil
+}
+
+// submit hands the run being collected to the workers, after whatever it
+// overlaps.
+func (p *writePipe) submit() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.run
+	if r == nil || p.err != nil {
+		return p.err
+	}
+	for len(p.inFlight) >= applyInFlight || p.overlaps(r) {
+		p.changed.Wait()
+	}
+	if p.err != nil {
+		return p.err
+	}
+	p.inFlight = append(p.inFlight, r)
+	p.run = nil
+	p.jobs <- r // has room for all that may be in flight
+	return nil
+}
+
+func (p *writePipe) overlaps(r *applyRun) bool {
+	for _, o := range p.inFlight {
+		if o.Offset < r.End() && r.Offset < o.End() {
+			return true
+		}
+	}
+	return false
+}
+
+// drain returns when everything put was written (not flushed).
+func (p *writePipe) drain() error {
+	err := p.submit()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.inFlight) > 0 {
+		p.changed.Wait()
+	}
+	if p.err != nil {
+		return p.err
+	}
+	return err
+}
+
+// close ends the goroutines; what is still being collected is dropped.
+func (p *writePipe) close() {
+	close(p.jobs)
+	p.wg.Wait()
+}
+
+func (p *writePipe) work() {
+	var buf []byte
+	for r := range p.jobs {
+		err := p.write(r, &buf)
+		p.mu.Lock()
+		if err != nil && p.err == nil {
+			p.err = err
+		}
+		for i, o := range p.inFlight {
+			if o == r {
+				p.inFlight = append(p.inFlight[:i], p.inFlight[i+1:]...)
+				break
+			}
+		}
+		p.changed.Broadcast()
+		p.mu.Unlock()
+	}
+}
+
+func (p *writePipe) write(r *applyRun, buf *[]byte) error {
+	at := p.base + r.Offset
+	if !r.data {
+		if err := p.store.ZeroOut(at, r.Length); err != nil {
+			return fmt.Errorf("%s: zeros for %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
+		}
+		return nil
+	}
+	if int64(len(*buf)) < r.Length {
+		*buf = make([]byte, max(r.Length, applyRunBytes))
+	}
+	b := (*buf)[:r.Length]
+	for _, f := range r.frames {
+		to := b[f.Offset-r.Offset:][:f.Length]
+		if f.Kind != FrameData {
+			clear(to)
+		} else if err := p.dec.Decode(to, f); err != nil {
+			return err
+		}
+	}
+	if _, err := p.store.WriteAt(b, at); err != nil {
+		return fmt.Errorf("%s: %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
+	}
+	return nil
+}
+
+// maxWatchedBytes is the longest watched place.
+const maxWatchedBytes = ChunkBytes
+
+// watchedPlace is a stretch of the volume that any mount rewrites, with the
+// digest of what it held after the last apply.
 type watchedPlace struct {
 	offset, length int64
-	digest         [32]byte
+	digest         [sha256.Size]byte
+}
+
+// watchPlaces picks what to watch: the first MiB, where nearly every file
+// system has its superblock, the last chunk, and those where xfs by default
+// keeps those of its allocation groups.
+func watchPlaces(sizeBytes int64) (out []watchedPlace) {
+	const last = maxWatched - 1
+	var end int64
+	for i := range int64(maxWatched) {
+		offset := i * ChunkBytes
+		if i >= 4 {
+			offset = sizeBytes / 4 * (i - 3) / ChunkBytes * ChunkBytes
+		}
+		if i == last {
+			offset = (sizeBytes - 1) / ChunkBytes * ChunkBytes
+		}
+		if offset < end || offset >= sizeBytes {
+			continue
+		}
+		end = min(offset+ChunkBytes, sizeBytes)
+		out = append(out, watchedPlace{offset: offset, length: end - offset})
+	}
+	return out
+}
+
+// watch returns the digests of the watched places; those in old that nothing
+// in t touched are taken as they are.
+func watch(store Store, l layout, old []watchedPlace, t *touched) ([]watchedPlace, error) {
+	places := watchPlaces(l.size)
+	buf := make([]byte, maxWatchedBytes)
+	for i := range places {
+		w := &places[i]
+		if len(old) == len(places) && !t.has(Range{w.offset, w.length}) {
+			*w = old[i]
+			continue
+		}
+		if err := w.read(store, l, buf); err != nil {
+			return nil, err
+		}
+	}
+	return places, nil
+}
+
+func (w *watchedPlace) read(store Store, l layout, buf []byte) error {
+	if _, err := store.ReadAt(buf[:w.length], l.dataOffset+w.offset); err != nil {
+		return fmt.Errorf("%s: watched place at %d: %w", store.Name(), l.dataOffset+w.offset, err)
+	}
+	w.digest = sha256.Sum256(buf[:w.length])
+	return nil
+}
+
+// changedOutside reads the watched places again and names the first that
+// differs; "" when none does. Places that t touches are left out: they are
+// being rewritten by an apply that a crash cut short.
+func changedOutside(store Store, l layout, watched []watchedPlace, t *touched) (string, error) {
+	buf := make([]byte, maxWatchedBytes)
+	for _, w := range watched {
+		if t != nil && t.has(Range{w.offset, w.length}) {
+			continue
+		}
+		now := w
+		if err := now.read(store, l, buf); err != nil {
+			return "", err
+		}
+		if now.digest != w.digest {
+			return fmt.Sprintf("%d bytes at volume offset %d are not what the last apply left there", w.length, w.offset), nil
+		}
+	}
+	return "", nil
 }

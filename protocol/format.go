@@ -152,7 +152,7 @@ func FormatReplica(store Store, o FormatOptions) error {
 	if err := store.Flush(); err != nil {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
-	if err := writeWholeMap(store, l, sb.tag(), 0); err != nil {
+	if err := (changeMap{store, l, sb.tag()}).writeAll(0, nil); err != nil {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
 	if err := store.Flush(); err != nil {

@@ -57,6 +57,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func crc32c(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
 
+func crc32cUpdate(sum uint32, b []byte) uint32 { return crc32.Update(sum, castagnoli, b) }
+
 // FrameMeta is what all frames of one round share. For one block the highest
 // (attempt, round) of an epoch counts, whatever the order of arrival.
 type FrameMeta struct {

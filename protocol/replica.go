@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 )
 
 // ErrJournalFull says that an epoch doesn't fit into the journal, also after
@@ -18,6 +20,13 @@ var ErrJournalDamaged = errors.New("journal damaged")
 // ErrNeedsFull says that only a full epoch can follow: the replica is blank or
 // inconsistent, was changed outside, or went another way than the volume.
 var ErrNeedsFull = errors.New("needs a full sync")
+
+// ErrChangedOutside says that a replica was written to by somebody else while
+// committed epochs waited in its journal.
+var ErrChangedOutside = errors.New("changed outside")
+
+// ErrNotForward says that an epoch does not lie ahead of what a replica holds.
+var ErrNotForward = errors.New("not ahead of the replica")
 
 // ErrSums says that what arrived is not what the sender says it sent.
 var ErrSums = errors.New("frames missing or changed on the way")
@@ -41,7 +50,9 @@ const (
 const (
 	MaxStreams     = 16
 	MaxRounds      = 64
-	MaxAppendBytes = 8 << 20
+	MaxAppendBytes = 4 << 20
+
+	maxPendingEpochs = 16 // committed and not yet applied; Commit waits when there are more
 )
 
 // EpochStart announces an epoch.
@@ -89,92 +100,265 @@ type ReplicaStatus struct {
 	CutUnixNanos     int64   // of Committed
 	PendingEpochs    int     // committed, not yet applied
 	JournalBytes     int64
-	JournalFreeBytes int64 // room for one epoch's frames once everything before it is applied: see JournalFree
+	JournalFreeBytes int64 // room for frames right now
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
 }
 
 // OpenOptions changes how a replica is opened.
 type OpenOptions struct {
-	// DropDamagedJournal accepts the loss of acknowledged epochs that the
-	// journal can't give back: the replica falls back to the image it has, or
-	// is inconsistent if it has none.
-	DropDamagedJournal bool
+	// DropJournal accepts the loss of acknowledged epochs that the journal
+	// can't give back, or whose image was changed outside: the replica falls
+	// back to the image it has, or is inconsistent if it has none.
+	DropJournal bool
 }
 
-// Replica is a copy of a volume on a Store.
-type Replica struct{ store Store }
+// Replica is a copy of a volume on a Store: it holds the image of the last
+// epoch applied, and in its journal those committed since. One epoch at a
+// time is open; its frames come by Append, and Commit decides it. Meanwhile a goroutine
+// applies the epochs before.
+//
+// Its memory is bounded: 5 journal segments and 12 runs of frames (about 40
+// MiB, and what Append was given of at most 9 calls), and for each of up to 16
+// pending epochs about 2 MiB per TiB of volume that it touches.
+//
+// After a fault of the store every call returns it: close the replica and
+// open it again, which finds out what is durable. All methods may be called
+// from several goroutines at once.
+type Replica struct {
+	store Store
+	lay   layout
+	ring  ring
+	cmap  changeMap
+	dec   *Decompressor
+	pool  sync.Pool // scratch memory of Append
+	stop  context.CancelFunc
+	wg    sync.WaitGroup
 
-var errTODO = fmt.Errorf("not built yet")
+	epochMu sync.Mutex // held by Begin, Append, Commit, Abort: guards open
+	open    *openEpoch
 
-// OpenReplica opens a formatted device and applies what was committed.
-func OpenReplica(store Store, o OpenOptions) (*Replica, error) { return nil, errTODO }
+	superMu sync.Mutex // held while a superblock is written
 
-// Status never blocks on the device.
-func (r *Replica) Status() ReplicaStatus { return ReplicaStatus{} }
-
-// JournalFree is the room for frames that Append has without waiting, bytes.
-func (r *Replica) JournalFree() int64 { return 0 }
-
-// Begin starts an epoch or a new attempt at one; what was appended for an
-// epoch that was not committed is dropped.
-func (r *Replica) Begin(ctx context.Context, s EpochStart) error { return errTODO }
-
-// Append takes whole frames of the open epoch and owns their memory from then
-// on. stream (0 to MaxStreams-1) is which of the sender's streams they came
-// by. It may be called for several streams at once.
-func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error { return errTODO }
-
-// Commit decides the open epoch: once it returns nil the epoch is durable and
-// may be acknowledged.
-func (r *Replica) Commit(ctx context.Context, c EpochCommit) error { return errTODO }
-
-// Abort drops the open epoch, if there is one.
-func (r *Replica) Abort() error { return errTODO }
-
-// WaitApplied returns when the data area holds at least the epoch.
-func (r *Replica) WaitApplied(ctx context.Context, epoch uint64) error { return errTODO }
-
-// ReadData reads what the open epoch's frames are laid over: the committed image
-// if the replica is consistent, otherwise whatever is there. It waits until
-// all committed epochs are applied.
-func (r *Replica) ReadData(ctx context.Context, p []byte, offset int64) error { return errTODO }
-
-// ChangedSince lists, ascending, the ranges that may have changed between an
-// epoch of the replica's lineage and its applied position. It may name too
-// much, never too little; when the map doesn't reach back, the error is
-// ErrTrackingLost.
-func (r *Replica) ChangedSince(ctx context.Context, epoch uint64) ([]Range, error) {
-	return nil, errTODO
+	mu       sync.Mutex
+	wake     chan struct{} // closed and replaced when anything below changes
+	sb       superblock    // as it is on the device
+	pending  []*pendingEpoch
+	applying bool // the data area is being written by an apply
+	inPlace  bool // ... or by an in-place epoch
+	holds    int
+	waiting  []*holdWaiter
+	commits  uint64 // epochs committed since it was opened
+	applies  uint64 // ... and applied, those found pending counted in both
+	usedEnd  uint64 // how far the open epoch has got in the journal
+	warnings []string
+	fail     error
+	closed   bool
 }
 
-// Hold waits until the data area holds the last committed epoch and keeps
-// this image until Release: epochs can still be committed, but they wait in
-// the journal.
-func (r *Replica) Hold(ctx context.Context) (*Image, error) { return nil, errTODO }
+// holdWaiter keeps applies from starting once its epoch is there.
+type holdWaiter struct{ target uint64 }
 
-// Image is one committed epoch of a replica, held for reading.
-type Image struct{ r *Replica }
-
-// Position is the epoch the image holds.
-func (i *Image) Position() Position { return Position{} }
-
-// Lineage is the image's; its last point is Position.
-func (i *Image) Lineage() Lineage { return nil }
-
-// CutUnixNanos is the wall clock of the image's cut, for people only.
-func (i *Image) CutUnixNanos() int64 { return 0 }
-
-// ReadAt reads from the image; offsets and lengths are multiples of BlockSize.
-func (i *Image) ReadAt(p []byte, offset int64) (int, error) { return 0, errTODO }
-
-// DataRanges lists, ascending and without overlap, the ranges that may hold
-// anything but zeros.
-func (i *Image) DataRanges() ([]Range, error) { return nil, errTODO }
-
-// Release lets the image go. It may be called more than once.
-func (i *Image) Release() {}
+// OpenReplica opens a formatted device, applies what was committed and drops
+// what was not. Errors: ErrNoSuperblock, ErrJournalDamaged (a *JournalDamage)
+// and ErrChangedOutside, for which see OpenOptions; in these cases nothing
+// was written. ctx bounds only the opening.
+func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, error) {
+	sb, warnings, err := readSuperblocks(store)
+	if err != nil {
+		return nil, fmt.Errorf("open replica %w", err)
+	}
+	dec, err := NewDecompressor(applyWorkers)
+	if err != nil {
+		return nil, err
+	}
+	r := &Replica{store: store, lay: sb.layout, dec: dec, sb: *sb, wake: make(chan struct{}), warnings: warnings}
+	r.ring = ring{store, sb.layout.journal, sb.tag()}
+	r.cmap = changeMap{store, sb.layout, sb.tag()}
+	r.pool.New = func() any { b := make([]byte, MaxDataFrameBytes); return &b }
+	if err := r.recover(ctx, o); err != nil {
+		return nil, fmt.Errorf("open replica: %w", err)
+	}
+	applyCtx, stop := context.WithCancel(context.Background())
+	r.stop = stop
+	r.wg.Go(func() { r.applyLoop(applyCtx) })
+	return r, nil
+}
 
 // Close stops the background apply and waits for it; what is left is applied
-// by the next OpenReplica. The store stays open.
-func (r *Replica) Close() error { return nil }
+// by the next OpenReplica. An open epoch is dropped. The store stays open.
+func (r *Replica) Close() error {
+	r.mu.Lock()
+	r.closed = true
+	r.notify()
+	r.mu.Unlock()
+	r.stop()
+	r.wg.Wait()
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	r.dropOpen()
+	return nil
+}
+
+// notify wakes everybody who waits; mu is held.
+func (r *Replica) notify() {
+	close(r.wake)
+	r.wake = make(chan struct{})
+}
+
+// usable is why nothing more can be done, nil if something can; mu is held.
+func (r *Replica) usable() error {
+	if r.fail != nil {
+		return r.fail
+	}
+	if r.closed {
+		return ErrClosed
+	}
+	return nil
+}
+
+// wait calls ready, with mu held, until it says true or fails. While the
+// replica is not usable that is the error.
+func (r *Replica) wait(ctx context.Context, ready func() (bool, error)) error {
+	for {
+		r.mu.Lock()
+		err := r.usable()
+		var ok bool
+		if err == nil {
+			ok, err = ready()
+		}
+		wake := r.wake
+		r.mu.Unlock()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// failed notes a fault after which memory and device may differ.
+func (r *Replica) failed(err error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.fail == nil {
+		r.fail = fmt.Errorf("%w (open the replica again)", err)
+		r.notify()
+	}
+	return r.fail
+}
+
+func (r *Replica) warn(texts []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range texts {
+		if len(r.warnings) < 16 && !slices.Contains(r.warnings, t) {
+			r.warnings = append(r.warnings, t)
+		}
+	}
+}
+
+// writeSuper makes the superblock durable as change leaves it, in one copy or
+// in both, and calls then (may be nil) with mu held. Both copies are for what
+// must not be forgotten when the newest copy is lost: that the data area is
+// not whole any more.
+func (r *Replica) writeSuper(copies int, change func(*superblock), then func()) error {
+	r.superMu.Lock()
+	defer r.superMu.Unlock()
+	r.mu.Lock()
+	sb, fail := r.sb, r.fail
+	r.mu.Unlock()
+	if fail != nil {
+		return fail
+	}
+	change(&sb)
+	for range copies {
+		sb.sequence++
+		if err := writeSuperblock(r.store, sb); err != nil {
+			return r.failed(err)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.sb = sb
+	if then != nil {
+		then()
+	}
+	r.notify()
+	return nil
+}
+
+// lineage is that of the last committed epoch; mu is held.
+func (r *Replica) lineage() Lineage {
+	if n := len(r.pending); n > 0 {
+		return r.pending[n-1].commit.lineage
+	}
+	return r.sb.lineage
+}
+
+// needsFull reports whether only a full epoch may follow what is committed;
+// mu is held.
+func (r *Replica) needsFull() bool {
+	for _, p := range r.pending {
+		if p.commit.full {
+			return false
+		}
+	}
+	return r.sb.needFull || r.sb.state == DiskBlank
+}
+
+// Status never waits for the device.
+func (r *Replica) Status() ReplicaStatus {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	sb := &r.sb
+	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, State: sb.state, NeedsFull: r.needsFull(),
+		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
+		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(),
+		Warnings: slices.Clone(r.warnings), Err: r.fail}
+	if n := len(r.pending); n > 0 {
+		s.CutUnixNanos = r.pending[n-1].commit.cutNanos
+		s.State = DiskConsistent // with the journal laid over
+	}
+	if s.State == DiskInconsistent {
+		switch sb.why {
+		case whyInPlace:
+			s.Reason = fmt.Sprintf("an in-place sync to epoch %d has not ended", sb.inPlace.Epoch)
+		case whyChangedOutside:
+			s.Reason = "changed outside: written to by something else than blockferry"
+		case whyJournalDamaged:
+			s.Reason = "the journal was damaged while an epoch was being applied"
+		}
+	}
+	return s
+}
+
+// JournalFree is the room for frames that Append has without waiting, in bytes.
+func (r *Replica) JournalFree() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.journalFree()
+}
+
+func (r *Replica) journalFree() int64 {
+	free := r.lay.journal.length - int64(max(r.usedEnd, r.sb.head.logical)-r.sb.tail.logical)
+	// Segments are half full at least, and need up to 8 KiB around their body.
+	return max(0, free-free/64-2*commitMaxBytes)
+}
+
+// WaitApplied returns when the data area holds at least the epoch, which was
+// committed.
+func (r *Replica) WaitApplied(ctx context.Context, epoch uint64) error {
+	return r.wait(ctx, func() (bool, error) {
+		if r.sb.applied.Epoch >= epoch && !r.inPlace {
+			return true, nil
+		}
+		if len(r.pending) == 0 {
+			return false, fmt.Errorf("%s: epoch %d was not committed: the replica holds %s", r.store.Name(), epoch, r.sb.applied)
+		}
+		return false, nil
+	})
+}

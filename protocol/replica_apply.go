@@ -1,0 +1,199 @@
+package protocol
+
+import (
+	"context"
+	"fmt"
+)
+
+// recover brings a replica that was just read to a state in which its data
+// area is one committed epoch: it applies what is pending.
+func (r *Replica) recover(ctx context.Context, o OpenOptions) error {
+	pending, damage, err := readPending(ctx, &r.sb, r.ring)
+	if err != nil {
+		return err
+	}
+	if damage != nil && !o.DropJournal {
+		return damage
+	}
+	changed := ""
+	if r.sb.state == DiskConsistent {
+		var being *touched
+		if r.sb.applying != 0 && len(pending) > 0 {
+			being = pending[0].touched
+		}
+		if changed, err = changedOutside(r.store, r.lay, r.sb.watched, being); err != nil {
+			return err
+		}
+	}
+	if changed != "" {
+		if len(pending) > 0 && !o.DropJournal {
+			return fmt.Errorf("%s: %w: %s, while committed epochs up to %s wait in the journal; they are not laid over it: open it dropping the journal, and sync it in full",
+				r.store.Name(), ErrChangedOutside, changed, pending[len(pending)-1].position())
+		}
+		r.warn([]string{changed})
+		if err := r.dropJournal(whyChangedOutside); err != nil {
+			return err
+		}
+		pending, damage = nil, nil
+	}
+	if len(pending) > 0 {
+		if err := r.adopt(pending); err != nil {
+			return err
+		}
+		for range pending {
+			if err := r.applyNext(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	if damage != nil {
+		r.warn([]string{damage.Error()})
+		why := uint8(whyJournalDamaged)
+		if damage.ImageWhole || r.sb.state == DiskBlank && r.sb.applying == 0 {
+			why = whyNone
+		}
+		return r.dropJournal(why)
+	}
+	return nil
+}
+
+// adopt takes over the epochs found in the journal, of which the last ones
+// may be missing in the superblock.
+func (r *Replica) adopt(pending []*pendingEpoch) error {
+	last := pending[len(pending)-1]
+	then := func() {
+		r.pending = pending
+		r.commits = uint64(len(pending))
+	}
+	if last.end.logical <= r.sb.head.logical {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		then()
+		return nil
+	}
+	// What was read may still be in a cache only.
+	if err := r.store.Flush(); err != nil {
+		return err
+	}
+	return r.writeSuper(1, func(sb *superblock) {
+		sb.committed, sb.head = last.position(), last.end
+	}, then)
+}
+
+// dropJournal forgets what is committed but not applied. With a reason the
+// data area counts as torn.
+func (r *Replica) dropJournal(why uint8) error {
+	return r.writeSuper(2, func(sb *superblock) {
+		if why != whyNone {
+			sb.state, sb.why, sb.needFull, sb.zeroKnown = DiskInconsistent, why, true, false
+		}
+		sb.applying, sb.committed = 0, sb.applied
+		// A lap on, nothing in the ring can be taken for a continuation.
+		sb.head = cursor{logical: sb.head.logical + uint64(r.lay.journal.length), sequence: sb.head.sequence + 1}
+		sb.tail = sb.head
+	}, nil)
+}
+
+// applyLoop applies pending epochs until ctx ends or something fails.
+func (r *Replica) applyLoop(ctx context.Context) {
+	for {
+		err := r.wait(ctx, func() (bool, error) {
+			if len(r.pending) == 0 || r.holds > 0 {
+				return false, nil
+			}
+			for _, w := range r.waiting {
+				if r.applies >= w.target {
+					return false, nil // it takes this image first
+				}
+			}
+			r.applying = true
+			return true, nil
+		})
+		if err != nil {
+			return
+		}
+		err = r.applyNext(ctx)
+		if err != nil && ctx.Err() == nil {
+			r.failed(err)
+		}
+		r.mu.Lock()
+		r.applying = false
+		r.notify()
+		r.mu.Unlock()
+	}
+}
+
+// applyNext lays the oldest pending epoch over the data area. Each step is
+// durable before the next begins, and a crash at any of them repeats them all:
+//
+//	change map names what will change; superblock says that the apply begins
+//	data
+//	change map (full epochs only), superblock: applied, journal tail
+func (r *Replica) applyNext(ctx context.Context) error {
+	r.mu.Lock()
+	p := r.pending[0]
+	r.mu.Unlock()
+	epoch := p.position().Epoch
+	var damaged []string
+	var err error
+	if p.commit.full {
+		err = r.cmap.writeAll(epoch, nil)
+	} else {
+		damaged, err = r.cmap.update(p.touched, epoch)
+		r.warn(damaged)
+	}
+	if err == nil {
+		// Its flush makes the map durable too.
+		err = r.writeSuper(1, func(sb *superblock) { sb.applying = epoch }, nil)
+	}
+	if err == nil {
+		err = r.applyData(ctx, p)
+	}
+	if err == nil {
+		err = r.store.Flush()
+	}
+	if err == nil && p.commit.full {
+		err = r.finishMap(p.touched, p.commit)
+	}
+	if err == nil {
+		err = r.markApplied(p.touched, p.commit, p)
+	}
+	if err != nil {
+		return fmt.Errorf("apply of epoch %d: %w", epoch, err)
+	}
+	return nil
+}
+
+func (r *Replica) applyData(ctx context.Context, p *pendingEpoch) error {
+	pipe := newWritePipe(r.store, r.lay.dataOffset, r.dec)
+	defer pipe.close()
+	for _, rounds := range p.rounds.passes() {
+		for at := p.first; at != p.end; {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			s, err := r.ring.readHeader(at)
+			if err != nil {
+				return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+			}
+			at = s.next()
+			if s.kind != segFrames || s.maxRound < rounds[0] || s.minRound > rounds[1] {
+				continue
+			}
+			body, err := r.ring.readBody(s)
+			if err != nil {
+				return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+			}
+			_, err = eachFrame(body, s, r.lay.size, func(f Frame) error {
+				if f.Round < rounds[0] || f.Round > rounds[1] {
+					return nil
+				}
+				return pipe.put(f)
+			})
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return pipe.drain()
+}

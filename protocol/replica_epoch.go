@@ -1,0 +1,445 @@
+package protocol
+
+import (
+	"context"
+	"fmt"
+	"slices"
+)
+
+// openEpoch is the epoch whose frames are coming in; epochMu guards it.
+type openEpoch struct {
+	start   EpochStart
+	digests [MaxStreams]*StreamDigest
+	frames  uint64
+	touched *touched
+	rounds  roundSet
+	broken  error // why it can't be committed any more
+
+	writer *segmentWriter // of a journal epoch
+	first  cursor
+
+	pipe   *writePipe // of an in-place epoch
+	marked *touched   // what the durable change map names already
+}
+
+// Begin starts an epoch or a new attempt at one; what was appended for an
+// epoch that was not committed is dropped. ErrNeedsFull and ErrNotForward say
+// that it can't follow what the replica holds; nothing was written then. An in-place
+// epoch waits until everything is applied and no image is held, and makes it
+// durable that the replica is inconsistent; Abort doesn't change that any more.
+func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	s.Lineage = s.Lineage.Clone()
+	r.mu.Lock()
+	err := r.usable()
+	if err == nil {
+		err = r.mayBegin(s)
+	}
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	r.dropOpen()
+	o := &openEpoch{start: s, touched: newTouched(r.lay.size)}
+	if s.Mode == ModeInPlace {
+		return r.beginInPlace(ctx, o)
+	}
+	r.mu.Lock()
+	o.first = r.sb.head
+	r.mu.Unlock()
+	o.writer = newSegmentWriter(r.ring, o.first, s.Epoch, s.Attempt)
+	r.open = o
+	return nil
+}
+
+// mayBegin checks an epoch's announcement; mu is held.
+func (r *Replica) mayBegin(s EpochStart) error {
+	if s.Mode != ModeJournal && s.Mode != ModeInPlace || s.Epoch == 0 {
+		return fmt.Errorf("%s: epoch %d in mode %d: want an epoch above 0 and mode journal or in-place", r.store.Name(), s.Epoch, s.Mode)
+	}
+	return r.mayFollow(s.Epoch, s.Lineage, s.Full)
+}
+
+// mayFollow says whether an epoch can be laid over what is committed; mu is held.
+func (r *Replica) mayFollow(epoch uint64, l Lineage, full bool) error {
+	if err := l.Check(); err != nil {
+		return fmt.Errorf("%s: epoch %d: %w", r.store.Name(), epoch, err)
+	}
+	if l.Tip().Epoch < epoch {
+		return fmt.Errorf("%s: epoch %d: its lineage ends with %s", r.store.Name(), epoch, l.Tip())
+	}
+	have := r.lineage()
+	relation := Compare(l, have)
+	forward := relation.Kind == Ahead && epoch > have.Tip().Epoch
+	if full {
+		if relation.Kind == Same && len(have) > 0 || relation.Kind == Behind || relation.Kind == Ahead && !forward {
+			return fmt.Errorf("%s: %w: it holds %s, the epoch is %d of %s", r.store.Name(), ErrNotForward, have.Tip(), epoch, l.Tip())
+		}
+		return nil
+	}
+	var why string
+	interrupted := r.sb.inPlace
+	switch {
+	case r.needsFull():
+		why = r.sb.state.String()
+	case relation.Kind == Same || relation.Kind == Behind || relation.Kind == Ahead && !forward:
+		return fmt.Errorf("%s: %w: it holds %s, the epoch is %d of %s", r.store.Name(), ErrNotForward, have.Tip(), epoch, l.Tip())
+	case relation.Kind != Ahead:
+		why = fmt.Sprintf("its lineage %s and the epoch's, %s, are %s", have, l, relation)
+	case !interrupted.IsZero() && !slices.ContainsFunc(l, func(p Position) bool {
+		return p.Generation == interrupted.Generation && p.Epoch >= interrupted.Epoch
+	}):
+		// What that epoch wrote is only covered by changes since the image
+		// before it if the new epoch went the same way.
+		why = fmt.Sprintf("an in-place sync to %s has not ended and is not part of %s", interrupted, l)
+	default:
+		return nil
+	}
+	return fmt.Errorf("%s: %w: %s", r.store.Name(), ErrNeedsFull, why)
+}
+
+func (r *Replica) beginInPlace(ctx context.Context, o *openEpoch) error {
+	err := r.wait(ctx, func() (bool, error) {
+		if len(r.pending) > 0 || r.applying || r.holds > 0 {
+			return false, nil
+		}
+		r.inPlace = true // from here on no image is handed out
+		return true, nil
+	})
+	if err != nil {
+		return err
+	}
+	o.marked = newTouched(r.lay.size)
+	o.pipe = newWritePipe(r.store, r.lay.dataOffset, r.dec)
+	r.open = o
+	s := o.start
+	err = r.writeSuper(2, func(sb *superblock) {
+		sb.state, sb.why = DiskInconsistent, whyInPlace
+		sb.needFull = sb.needFull || s.Full || sb.applied.IsZero()
+		sb.inPlace = Position{s.Lineage.Tip().Generation, s.Epoch}
+		// Nothing left in the ring by an attempt at a journaled epoch can be
+		// taken for a continuation.
+		sb.head = cursor{logical: sb.head.logical + uint64(r.lay.journal.length), sequence: sb.head.sequence + 1}
+		sb.tail = sb.head
+	}, nil)
+	if err == nil && s.Full {
+		// Everything counts as changed until the commit knows better.
+		if err = r.cmap.writeAll(s.Epoch, nil); err == nil {
+			err = r.store.Flush()
+		}
+		if err != nil {
+			err = r.failed(err)
+		}
+	}
+	if err != nil {
+		r.dropOpen()
+	}
+	return err
+}
+
+// dropOpen forgets the open epoch; epochMu is held.
+func (r *Replica) dropOpen() {
+	o := r.open
+	r.open = nil
+	if o == nil {
+		return
+	}
+	if o.writer != nil {
+		o.writer.wait()
+	}
+	if o.pipe != nil {
+		o.pipe.close()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.inPlace = false
+	r.usedEnd = 0
+	r.notify()
+}
+
+// Abort drops the open epoch, if there is one. A replica that an in-place
+// epoch has begun to write stays inconsistent.
+func (r *Replica) Abort() error {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	r.dropOpen()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.usable()
+}
+
+// Append takes whole frames of the open epoch, at most MaxAppendBytes, and
+// owns their memory from then on. stream (0 to MaxStreams-1) is which of the
+// sender's streams they came by; the calls for one stream come one after
+// another, those for several may run at once. In-place epochs want rounds in ascending
+// order. When the journal has no room Append waits for applies, and returns
+// ErrJournalFull when these can't help. After an error the epoch can't be committed.
+func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
+	if stream < 0 || stream >= MaxStreams || len(frames) > MaxAppendBytes {
+		return fmt.Errorf("%s: append of %d bytes to stream %d: at most %d bytes, streams 0 to %d",
+			r.store.Name(), len(frames), stream, MaxAppendBytes, MaxStreams-1)
+	}
+	// Unpacked once here, so that nothing is ever committed that can't be applied.
+	parsed, err := r.parse(frames)
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	o := r.open
+	if o == nil {
+		return fmt.Errorf("%s: append without an open epoch", r.store.Name())
+	}
+	if o.broken != nil {
+		return o.broken
+	}
+	if err == nil {
+		err = r.append(ctx, o, stream, parsed)
+	}
+	if err != nil {
+		o.broken = fmt.Errorf("%s: epoch %d: %w", r.store.Name(), o.start.Epoch, err)
+		return o.broken
+	}
+	return nil
+}
+
+func (r *Replica) parse(frames []byte) (out []Frame, err error) {
+	scratch := r.pool.Get().(*[]byte)
+	defer r.pool.Put(scratch)
+	for fr := NewFrameReader(frames); fr.More(); {
+		f, err := fr.Next()
+		if err != nil {
+			return nil, err
+		}
+		if f.Kind == FrameData && f.Codec != CodecNone {
+			if err := r.dec.Decode((*scratch)[:f.Length], f); err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}
+
+func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, frames []Frame) error {
+	for _, f := range frames {
+		if err := checkFrame(f, o.start.Epoch, o.start.Attempt, r.lay.size); err != nil {
+			return err
+		}
+		if o.pipe != nil && o.frames > 0 && f.Round < o.rounds.last {
+			return fmt.Errorf("%w: round %d after round %d in an in-place epoch", ErrBadFrame, f.Round, o.rounds.last)
+		}
+		if err := o.rounds.add(f.Round); err != nil {
+			return err
+		}
+		o.touched.add(f)
+		o.frames++
+	}
+	if o.digests[stream] == nil {
+		o.digests[stream] = NewStreamDigest()
+	}
+	for _, f := range frames {
+		o.digests[stream].Add(f.Header)
+	}
+	if o.pipe != nil {
+		return r.appendInPlace(o, frames)
+	}
+	for _, f := range frames {
+		if err := r.makeRoom(ctx, o.writer.endAfter(FrameHeaderBytes+len(f.Payload))+commitMaxBytes); err != nil {
+			return err
+		}
+		if err := o.writer.add(f); err != nil {
+			return r.failed(err)
+		}
+	}
+	r.mu.Lock()
+	r.usedEnd = o.writer.endAfter(0)
+	r.mu.Unlock()
+	return nil
+}
+
+// makeRoom waits until the journal may be written up to a logical offset.
+func (r *Replica) makeRoom(ctx context.Context, end uint64) error {
+	return r.wait(ctx, func() (bool, error) {
+		if end-r.sb.tail.logical <= uint64(r.lay.journal.length) {
+			return true, nil
+		}
+		if len(r.pending) == 0 {
+			return false, fmt.Errorf("%w: the epoch needs more than %d bytes: enlarge the journal or allow an in-place catch-up",
+				ErrJournalFull, r.lay.journal.length)
+		}
+		return false, nil
+	})
+}
+
+func (r *Replica) appendInPlace(o *openEpoch, frames []Frame) error {
+	if !o.start.Full {
+		these := newTouched(r.lay.size)
+		for _, f := range frames {
+			these.add(f)
+		}
+		// The change map is durable before the data it describes.
+		if fresh := o.marked.takeNew(these); fresh != nil {
+			damaged, err := r.cmap.update(fresh, o.start.Epoch)
+			r.warn(damaged)
+			if err == nil {
+				err = r.store.Flush()
+			}
+			if err != nil {
+				return r.failed(err)
+			}
+		}
+	}
+	for _, f := range frames {
+		if err := o.pipe.put(f); err != nil {
+			return r.failed(err)
+		}
+	}
+	return nil
+}
+
+// Commit decides the open epoch: once it returns nil the epoch is durable and
+// may be acknowledged. ErrSums says that what arrived is not what was sent.
+// When ctx ends early nothing was decided; after any other error but ErrSums
+// and those of Begin only opening the replica again tells.
+func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	o := r.open
+	if o == nil || o.start.Epoch != c.Epoch || o.start.Attempt != c.Attempt {
+		return fmt.Errorf("%s: commit of epoch %d attempt %d, which is not open", r.store.Name(), c.Epoch, c.Attempt)
+	}
+	if o.broken != nil {
+		return o.broken
+	}
+	record := commitRecord{frames: o.frames, cutNanos: c.CutUnixNanos, full: o.start.Full, streams: c.Streams, lineage: c.Lineage.Clone()}
+	if len(c.Lineage) == 0 {
+		record.lineage = o.start.Lineage
+	}
+	if record.cutNanos == 0 {
+		record.cutNanos = o.start.CutUnixNanos
+	}
+	if err := o.checkSums(c.Streams); err != nil {
+		return fmt.Errorf("%s: epoch %d: %w", r.store.Name(), c.Epoch, err)
+	}
+	// Room among the pending is waited for before anything is decided.
+	err := r.wait(ctx, func() (bool, error) {
+		if err := r.mayFollow(c.Epoch, record.lineage, record.full); err != nil {
+			return false, err
+		}
+		return len(r.pending) < maxPendingEpochs, nil
+	})
+	if err != nil {
+		return err
+	}
+	if o.pipe != nil {
+		err = r.commitInPlace(o, record)
+	} else {
+		err = r.commitJournal(o, record)
+	}
+	if err != nil {
+		return r.failed(err)
+	}
+	r.dropOpen()
+	return nil
+}
+
+func (o *openEpoch) checkSums(sums []StreamSum) error {
+	if len(sums) > MaxStreams {
+		return fmt.Errorf("%w: %d streams, at most %d", ErrSums, len(sums), MaxStreams)
+	}
+	for i, d := range o.digests {
+		var got, want StreamSum
+		if d != nil {
+			got = d.Sum()
+		}
+		if i < len(sums) {
+			want = sums[i]
+		}
+		if got.Frames != want.Frames || got.Frames > 0 && got != want {
+			return fmt.Errorf("%w: stream %d brought %d frames (digest %x), the sender names %d (%x)",
+				ErrSums, i, got.Frames, got.Digest[:4], want.Frames, want.Digest[:4])
+		}
+	}
+	return nil
+}
+
+// commitJournal makes the epoch's segments durable, then names them in the
+// superblock; only the second decides.
+func (r *Replica) commitJournal(o *openEpoch, c commitRecord) error {
+	if err := o.writer.commit(c); err != nil {
+		return err
+	}
+	if err := r.store.Flush(); err != nil {
+		return fmt.Errorf("%s: flush of the journal: %w", r.store.Name(), err)
+	}
+	p := &pendingEpoch{first: o.first, end: o.writer.next, start: o.start.Epoch, attempt: o.start.Attempt,
+		commit: c, touched: o.touched, rounds: o.rounds}
+	return r.writeSuper(1, func(sb *superblock) {
+		sb.committed, sb.head = p.position(), p.end
+	}, func() {
+		r.pending = append(r.pending, p)
+		r.commits++
+	})
+}
+
+// commitInPlace makes the data durable, then what the map says of it, then
+// the label that it is whole.
+func (r *Replica) commitInPlace(o *openEpoch, c commitRecord) error {
+	if err := o.pipe.drain(); err != nil {
+		return err
+	}
+	if err := r.store.Flush(); err != nil {
+		return fmt.Errorf("%s: flush of the data: %w", r.store.Name(), err)
+	}
+	if err := r.finishMap(o.touched, c); err != nil {
+		return err
+	}
+	return r.markApplied(o.touched, c, nil)
+}
+
+// finishMap writes the map as it is after an epoch whose data is durable.
+func (r *Replica) finishMap(t *touched, c commitRecord) error {
+	var err error
+	if c.full {
+		err = r.cmap.writeAll(c.lineage.Tip().Epoch, t)
+	} else {
+		var damaged []string
+		damaged, err = r.cmap.update(t, c.lineage.Tip().Epoch)
+		r.warn(damaged)
+	}
+	if err == nil {
+		err = r.store.Flush()
+	}
+	return err
+}
+
+// markApplied makes it durable that the data area holds an epoch. p is the
+// pending epoch it was, nil for an in-place one.
+func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error {
+	r.mu.Lock()
+	old := r.sb.watched
+	r.mu.Unlock()
+	watched, err := watch(r.store, r.lay, old, t)
+	if err != nil {
+		return err
+	}
+	return r.writeSuper(1, func(sb *superblock) {
+		sb.applied, sb.lineage, sb.cutNanos, sb.watched = c.lineage.Tip(), c.lineage, c.cutNanos, watched
+		sb.applying = 0
+		if p != nil {
+			sb.tail = p.end
+		} else {
+			sb.committed = sb.applied
+		}
+		if c.full {
+			sb.needFull, sb.zeroKnown, sb.mapBase = false, true, sb.applied.Epoch
+		}
+		if !sb.needFull {
+			sb.state, sb.why, sb.inPlace = DiskConsistent, whyNone, Position{}
+		}
+	}, func() {
+		if p != nil {
+			r.pending = r.pending[1:]
+			r.applies++
+		}
+	})
+}
