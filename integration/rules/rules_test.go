@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -243,5 +244,38 @@ func TestTopLevel(t *testing.T) {
 		if !strings.HasPrefix(top, ".") && !slices.Contains(known, top) {
 			t.Errorf("%s: the top holds only %v and dotfiles", lines.Text(), known)
 		}
+	}
+}
+
+// Links between the pages, and the files they name, must exist.
+func TestPagesNameWhatExists(t *testing.T) {
+	named := regexp.MustCompile("\\]\\(([^)#:]+)\\)|`((?:cmd|blockdev|protocol|proto|integration)/[A-Za-z0-9_/.-]+)`")
+	pages, err := filepath.Glob(root + "/docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	top, err := filepath.Glob(root + "/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, page := range append(pages, top...) {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range named.FindAllStringSubmatch(string(text), -1) {
+			path := filepath.Join(root, match[2])
+			if match[1] != "" {
+				path = filepath.Join(filepath.Dir(page), match[1])
+			}
+			seen++
+			if _, err := os.Stat(path); err != nil {
+				t.Errorf("%s names %s: %v", page, match[0], err)
+			}
+		}
+	}
+	if seen == 0 {
+		t.Error("no links seen: this test checks nothing")
 	}
 }
