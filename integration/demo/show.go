@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/cmd/blockferry/status"
+	"blockferry/integration/load"
 	"blockferry/integration/rig"
 )
 
@@ -42,8 +43,8 @@ const (
 type demo struct {
 	rig    rig.Rig
 	log    bytes.Buffer // the agent's
-	ledger *ledger
-	load   *load
+	ledger *load.Ledger
+	load   *load.Load
 	cutAt  map[uint64]time.Duration // of each epoch seen in a status, by the ledger's clock
 }
 
@@ -70,7 +71,7 @@ func show(ctx context.Context) (err error) {
 	if err := d.setUp(ctx); err != nil {
 		return err
 	}
-	head(fmt.Sprintf("%d writers on ext4, each write made durable; one line a second", logWriters+pageWriters+1))
+	head(fmt.Sprintf("%d writers on ext4, each write made durable; one line a second", load.Writers))
 	wiped, err := d.writeUntilWiped(ctx, seconds)
 	if err != nil {
 		return err
@@ -134,13 +135,13 @@ func mount() error {
 func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration, error) {
 	loadCtx, stop := context.WithCancel(ctx)
 	defer stop()
-	d.ledger = newLedger()
-	d.load = &load{dir: folder, ledger: d.ledger}
-	if err := d.load.start(loadCtx); err != nil {
+	d.ledger = load.NewLedger()
+	d.load = &load.Load{Dir: folder, Ledger: d.ledger}
+	if err := d.load.Start(loadCtx); err != nil {
 		return 0, err
 	}
 	for tick := time.Duration(0); tick < time.Duration(seconds); tick++ {
-		time.Sleep(max(0, (tick+1)*time.Second-d.ledger.now()))
+		time.Sleep(max(0, (tick+1)*time.Second-d.ledger.Now()))
 		if err := d.showLag(ctx); err != nil {
 			return 0, err
 		}
@@ -150,14 +151,14 @@ func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration,
 	if err := rig.SwapTable("ssd", ssdTable("error")); err != nil {
 		return 0, err
 	}
-	wiped := d.ledger.now()
+	wiped := d.ledger.Now()
 	if err := rig.Zero(ssdDisk, ssdBytes); err != nil {
 		return 0, err
 	}
-	records, bytes := d.ledger.totals()
+	records, bytes := d.ledger.Totals()
 	say("%5.1fs  the SSD is gone: every access fails, all of it is zero. %d durable writes, %d MiB, so far", wiped.Seconds(), records, bytes>>20)
 	failure := make(chan error, 1)
-	go func() { failure <- d.load.wait() }()
+	go func() { failure <- d.load.Wait() }()
 	select {
 	case err := <-failure:
 		if err == nil {
@@ -179,12 +180,12 @@ func (d *demo) showLag(ctx context.Context) error {
 	if len(document.Volumes) != 1 || len(document.Volumes[0].Replicas) != 1 {
 		return fmt.Errorf("status knows other volumes or replicas than were configured: %+v", document)
 	}
-	v, now := document.Volumes[0], d.ledger.now()
-	records, bytes := d.ledger.totals()
+	v, now := document.Volumes[0], d.ledger.Now()
+	records, bytes := d.ledger.Totals()
 	line := fmt.Sprintf("%5.1fs  %6d writes %5d MiB", now.Seconds(), records, bytes>>20)
 	if cut := v.LastCut; cut != nil {
 		if cut.At != nil {
-			d.cutAt[cut.Epoch] = cut.At.Sub(d.ledger.begun)
+			d.cutAt[cut.Epoch] = cut.At.Sub(d.ledger.Begun)
 		}
 		if cut.StalledSeconds != nil {
 			line += fmt.Sprintf("  cut %d stalled %.0f ms", cut.Epoch, *cut.StalledSeconds*1000)
@@ -238,7 +239,7 @@ func (d *demo) compare(ctx context.Context, wiped time.Duration, epoch uint64) e
 	if err := mount(); err != nil { // replays ext4's journal
 		return err
 	}
-	found, err := readBack(folder)
+	found, err := load.ReadBack(folder)
 	if err != nil {
 		return err
 	}
@@ -249,20 +250,20 @@ func (d *demo) compare(ctx context.Context, wiped time.Duration, epoch uint64) e
 		return fmt.Errorf("e2fsck -fn: %w\n%s", err, out)
 	}
 	say("e2fsck -fn: clean")
-	m, err := d.ledger.judge(found)
+	m, err := d.ledger.Judge(found)
 	if err != nil {
 		return err
 	}
-	if m.held == 0 {
+	if m.Held == 0 {
 		return errors.New("nothing that was written came back")
 	}
 	cut, known := d.cutAt[epoch]
-	if known && (cut+clockSlack < m.after || cut-clockSlack > m.before) {
+	if known && (cut+clockSlack < m.After || cut-clockSlack > m.Before) {
 		return fmt.Errorf("epoch %d was cut at %.2f s, but its image is from between %.2f and %.2f s",
-			epoch, cut.Seconds(), m.after.Seconds(), m.before.Seconds())
+			epoch, cut.Seconds(), m.After.Seconds(), m.Before.Seconds())
 	}
-	say("%d places hold a durable write, none torn; all is as it was at one instant, %.2f s", m.held, m.after.Seconds())
+	say("%d places hold a durable write, none torn; all is as it was at one instant, %.2f s", m.Held, m.After.Seconds())
 	say("demo: OK: wiped at %.1f s, restored to epoch %d, e2fsck clean, nothing differs; lost: the last %.1f s (%d writes)",
-		wiped.Seconds(), epoch, (wiped - m.after).Seconds(), m.lost)
+		wiped.Seconds(), epoch, (wiped - m.After).Seconds(), m.Lost)
 	return nil
 }

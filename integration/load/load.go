@@ -1,4 +1,4 @@
-package main
+package load
 
 import (
 	"context"
@@ -23,6 +23,9 @@ import (
 //	pages/B          4 KiB pages overwritten in place at random, up to 16, then fdatasync
 //	files/C/NAME     small files written, fsynced, renamed over the old one, folder fsynced
 const (
+	// Writers is how many work at once.
+	Writers = logWriters + pageWriters + 1
+
 	logWriters      = 2
 	pageWriters     = 2
 	pagesPerFile    = 16384
@@ -52,7 +55,7 @@ func sealBlock(block []byte, key string, version int) {
 // its length.
 func openBlock(b []byte, key string) (version, length int, err error) {
 	if len(b) < blockHeadBytes || binary.LittleEndian.Uint32(b) != blockMagic {
-		return 0, 0, errNoBlock
+		return 0, 0, fmt.Errorf("%s: %w", key, errNoBlock)
 	}
 	declared := binary.LittleEndian.Uint64(b[8:])
 	if declared < blockHeadBytes || declared > uint64(len(b)) {
@@ -68,7 +71,7 @@ func openBlock(b []byte, key string) (version, length int, err error) {
 	return int(binary.LittleEndian.Uint64(b[16:])), len(b), nil
 }
 
-var errNoBlock = errors.New("no block here")
+var errNoBlock = errors.New("no block of ours here")
 
 func checksum(b []byte) uint32 { return crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)) }
 
@@ -78,18 +81,21 @@ func noise(random *rand.Rand, b []byte) {
 	}
 }
 
-// load runs all writers until the context ends or the file system fails.
-type load struct {
-	dir    string
-	ledger *ledger
+// Load is all writers at work on one folder, until the context ends or the
+// file system fails.
+type Load struct {
+	Dir    string // empty
+	Ledger *Ledger
+
 	group  sync.WaitGroup
 	mu     sync.Mutex
 	failed error // the first failure
 }
 
-func (l *load) start(ctx context.Context) error {
+// Start starts the writers.
+func (l *Load) Start(ctx context.Context) error {
 	for _, dir := range []string{"log", "pages", "files"} {
-		if err := os.Mkdir(filepath.Join(l.dir, dir), 0o755); err != nil {
+		if err := os.Mkdir(filepath.Join(l.Dir, dir), 0o755); err != nil {
 			return err
 		}
 	}
@@ -115,8 +121,8 @@ func (l *load) start(ctx context.Context) error {
 	return nil
 }
 
-// wait returns the first writer's failure after all have ended.
-func (l *load) wait() error {
+// Wait returns the first writer's failure after all have ended.
+func (l *Load) Wait() error {
 	l.group.Wait()
 	return l.failed
 }
@@ -135,7 +141,7 @@ func segmentName(writer, segment int) string { return fmt.Sprintf("log/%d-%06d",
 // recordKey names one record: logs are never overwritten, so each has one version.
 func recordKey(segment string, offset int64) string { return fmt.Sprintf("%s@%d", segment, offset) }
 
-func (l *load) appendRecords(ctx context.Context, writer int) error {
+func (l *Load) appendRecords(ctx context.Context, writer int) error {
 	random := rand.New(rand.NewPCG(uint64(writer), 1))
 	buffer := make([]byte, maxRecordBytes)
 	var keysOf [][]string // by segment
@@ -159,14 +165,14 @@ func (l *load) appendRecords(ctx context.Context, writer int) error {
 			key := recordKey(name, offset)
 			noise(random, record)
 			sealBlock(record, key, 1)
-			l.ledger.issue(key)
+			l.Ledger.issue(key)
 			if _, err := file.Write(record); err != nil {
 				return errors.Join(err, file.Close())
 			}
 			if err := file.Sync(); err != nil {
 				return errors.Join(err, file.Close())
 			}
-			l.ledger.commit(int64(len(record)), key)
+			l.Ledger.commit(int64(len(record)), key)
 			keys = append(keys, key)
 			offset += int64(len(record))
 		}
@@ -176,10 +182,10 @@ func (l *load) appendRecords(ctx context.Context, writer int) error {
 		keysOf = append(keysOf, keys)
 		if old := segment - segmentsKept; old >= 0 {
 			for _, key := range keysOf[old] {
-				l.ledger.forget(key)
+				l.Ledger.forget(key)
 			}
 			keysOf[old] = nil
-			if err := os.Remove(filepath.Join(l.dir, segmentName(writer, old))); err != nil {
+			if err := os.Remove(filepath.Join(l.Dir, segmentName(writer, old))); err != nil {
 				return err
 			}
 		}
@@ -187,8 +193,8 @@ func (l *load) appendRecords(ctx context.Context, writer int) error {
 }
 
 // create makes a file whose name is durable.
-func (l *load) create(name string) (*os.File, error) {
-	path := filepath.Join(l.dir, name)
+func (l *Load) create(name string) (*os.File, error) {
+	path := filepath.Join(l.Dir, name)
 	file, err := os.Create(path)
 	if err != nil {
 		return nil, err
@@ -206,7 +212,7 @@ func syncDir(path string) error {
 
 func pageKey(file string, page int) string { return file + "#" + strconv.Itoa(page) }
 
-func (l *load) overwritePages(ctx context.Context, writer int) error {
+func (l *Load) overwritePages(ctx context.Context, writer int) error {
 	random := rand.New(rand.NewPCG(uint64(writer), 2))
 	name := fmt.Sprintf("pages/%d", writer)
 	file, err := l.create(name)
@@ -230,8 +236,8 @@ func (l *load) overwritePages(ctx context.Context, writer int) error {
 		keys := make([]string, 0, len(chosen))
 		for key, page := range chosen {
 			noise(random, block)
-			sealBlock(block, key, l.ledger.next(key))
-			l.ledger.issue(key)
+			sealBlock(block, key, l.Ledger.next(key))
+			l.Ledger.issue(key)
 			if _, err := file.WriteAt(block, int64(page)*pageBytes); err != nil {
 				return err
 			}
@@ -240,11 +246,11 @@ func (l *load) overwritePages(ctx context.Context, writer int) error {
 		if err := file.Sync(); err != nil {
 			return err
 		}
-		l.ledger.commit(int64(len(keys))*pageBytes, keys...)
+		l.Ledger.commit(int64(len(keys))*pageBytes, keys...)
 	}
 }
 
-func (l *load) replaceFiles(ctx context.Context, writer int) error {
+func (l *Load) replaceFiles(ctx context.Context, writer int) error {
 	random := rand.New(rand.NewPCG(uint64(writer), 3))
 	for {
 		if err := pause(ctx, pauseBetweenOps); err != nil {
@@ -253,17 +259,17 @@ func (l *load) replaceFiles(ctx context.Context, writer int) error {
 		key := "files/" + strconv.Itoa(random.IntN(fileNames))
 		block := make([]byte, 100+random.IntN(16<<10))
 		noise(random, block)
-		sealBlock(block, key, l.ledger.next(key))
-		l.ledger.issue(key)
+		sealBlock(block, key, l.Ledger.next(key))
+		l.Ledger.issue(key)
 		if err := l.replace(key, block); err != nil {
 			return err
 		}
-		l.ledger.commit(int64(len(block)), key)
+		l.Ledger.commit(int64(len(block)), key)
 	}
 }
 
-func (l *load) replace(name string, content []byte) error {
-	path := filepath.Join(l.dir, name)
+func (l *Load) replace(name string, content []byte) error {
+	path := filepath.Join(l.Dir, name)
 	file, err := os.Create(path + ".new")
 	if err != nil {
 		return err
@@ -280,9 +286,9 @@ func (l *load) replace(name string, content []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// readBack finds which version of each key a mounted image holds. An error
+// ReadBack finds which version of each key a mounted image holds. An error
 // says that something is torn.
-func readBack(dir string) (map[string]int, error) {
+func ReadBack(dir string) (map[string]int, error) {
 	found := map[string]int{}
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {

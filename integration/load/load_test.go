@@ -1,4 +1,4 @@
-package main
+package load
 
 import (
 	"context"
@@ -17,8 +17,8 @@ import (
 
 func TestJudgeFindsTheMoment(t *testing.T) {
 	const s = time.Second
-	l := &ledger{keys: map[string][]version{
-		"a": {{1 * s, 2 * s}, {5 * s, 6 * s}, {9 * s, never}},
+	l := &Ledger{keys: map[string][]version{
+		"a": {{1 * s, 2 * s}, {5 * s, 6 * s}, {9 * s, Never}},
 		"b": {{3 * s, 4 * s}, {7 * s, 8 * s}},
 	}}
 	for _, c := range []struct {
@@ -27,16 +27,16 @@ func TestJudgeFindsTheMoment(t *testing.T) {
 		after, before time.Duration
 		torn          string
 	}{
-		{"all", map[string]int{"a": 3, "b": 2}, 9 * s, never, ""},
-		{"all that is durable", map[string]int{"a": 2, "b": 2}, 7 * s, never, ""},
+		{"all", map[string]int{"a": 3, "b": 2}, 9 * s, Never, ""},
+		{"all that is durable", map[string]int{"a": 2, "b": 2}, 7 * s, Never, ""},
 		{"in the middle", map[string]int{"a": 1, "b": 1}, 3 * s, 6 * s, ""},
 		{"during a write", map[string]int{"a": 2, "b": 1}, 5 * s, 8 * s, ""},
 		{"nothing", nil, 0, 2 * s, ""},
 		{"a later write of another key", map[string]int{"a": 1, "b": 2}, 7 * s, 6 * s, "no single point"},
 		{"one key lost", map[string]int{"a": 2}, 5 * s, 4 * s, "no single point"},
-		{"from the future", map[string]int{"a": 4}, 0, never, "only 3"},
+		{"from the future", map[string]int{"a": 4}, 0, Never, "only 3"},
 	} {
-		m, err := l.judge(c.found)
+		m, err := l.Judge(c.found)
 		switch {
 		case c.torn != "":
 			if err == nil || !strings.Contains(err.Error(), c.torn) {
@@ -44,33 +44,33 @@ func TestJudgeFindsTheMoment(t *testing.T) {
 			}
 		case err != nil:
 			t.Errorf("%s: %v", c.name, err)
-		case m.after != c.after || m.before != c.before:
-			t.Errorf("%s: between %v and %v, want %v and %v", c.name, m.after, m.before, c.after, c.before)
+		case m.After != c.after || m.Before != c.before:
+			t.Errorf("%s: between %v and %v, want %v and %v", c.name, m.After, m.Before, c.after, c.before)
 		}
 	}
 }
 
 // loaded runs the demo's writers on an ordinary folder for a moment.
-func loaded(t *testing.T) *load {
+func loaded(t *testing.T) *Load {
 	t.Helper()
-	l := &load{dir: t.TempDir(), ledger: newLedger()}
+	l := &Load{Dir: t.TempDir(), Ledger: NewLedger()}
 	ctx, cancel := context.WithTimeout(t.Context(), 700*time.Millisecond)
 	defer cancel()
-	if err := l.start(ctx); err != nil {
+	if err := l.Start(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.wait(); err != nil {
+	if err := l.Wait(); err != nil {
 		t.Fatal(err)
 	}
 	return l
 }
 
-func (l *load) verdict() error {
-	found, err := readBack(l.dir)
+func (l *Load) verdict() error {
+	found, err := ReadBack(l.Dir)
 	if err != nil {
 		return err
 	}
-	_, err = l.ledger.judge(found)
+	_, err = l.Ledger.Judge(found)
 	return err
 }
 
@@ -79,10 +79,10 @@ func TestDamageIsSeen(t *testing.T) {
 	if err := l.verdict(); err != nil {
 		t.Fatalf("an undamaged image: %v", err)
 	}
-	if records, _ := l.ledger.totals(); records < 100 {
+	if records, _ := l.Ledger.Totals(); records < 100 {
 		t.Fatalf("only %d writes", records)
 	}
-	found, err := readBack(l.dir)
+	found, err := ReadBack(l.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +98,7 @@ func TestDamageIsSeen(t *testing.T) {
 	}
 	damage := func(name, file string, change func([]byte) []byte) {
 		t.Helper()
-		path := filepath.Join(l.dir, file)
+		path := filepath.Join(l.Dir, file)
 		before, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -145,13 +145,13 @@ func TestDamageIsSeen(t *testing.T) {
 
 // A volume whose device vanished must not look as if all was well.
 func TestWritersReportTheirFailure(t *testing.T) {
-	l := &load{dir: t.TempDir(), ledger: newLedger()}
+	l := &Load{Dir: t.TempDir(), Ledger: NewLedger()}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	if err := l.start(ctx); err != nil {
+	if err := l.Start(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.RemoveAll(filepath.Join(l.dir, "files")); err != nil {
+	if err := os.RemoveAll(filepath.Join(l.Dir, "files")); err != nil {
 		t.Fatal(err)
 	}
 	deadline := time.Now().Add(5 * time.Second)
@@ -171,5 +171,5 @@ func TestWritersReportTheirFailure(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	cancel()
-	l.wait()
+	l.Wait()
 }
