@@ -211,6 +211,22 @@ func (r ring) each(b []byte, logical uint64, do func([]byte, int64) (int, error)
 func (r ring) write(b []byte, logical uint64) error { return r.each(b, logical, r.store.WriteAt) }
 func (r ring) read(b []byte, logical uint64) error  { return r.each(b, logical, r.store.ReadAt) }
 
+// rewrite writes again what is read between two logical offsets.
+func (r ring) rewrite(from, to uint64) error {
+	buf := make([]byte, min(to-from, segMaxBytes))
+	for from < to {
+		b := buf[:min(to-from, uint64(len(buf)))]
+		if err := r.read(b, from); err != nil {
+			return err
+		}
+		if err := r.write(b, from); err != nil {
+			return err
+		}
+		from += uint64(len(b))
+	}
+	return nil
+}
+
 // readHeader reads and checks the header of the segment at the cursor.
 func (r ring) readHeader(at cursor) (segment, error) {
 	b := make([]byte, segHeaderBytes)

@@ -71,9 +71,13 @@ func (r *Replica) adopt(pending []*pendingEpoch) error {
 		then()
 		return nil
 	}
-	// What was read may still be in a cache only.
-	if err := r.store.Flush(); err != nil {
+	// What was read may be in a cache only, and a flush that failed before may
+	// have given it up: it is made durable anew.
+	if err := r.ring.rewrite(r.sb.head.logical, last.end.logical); err != nil {
 		return err
+	}
+	if err := r.store.Flush(); err != nil {
+		return fmt.Errorf("%s: flush of the journal: %w", r.store.Name(), err)
 	}
 	return r.writeSuper(1, func(sb *superblock) {
 		sb.committed, sb.head = last.position(), last.end
