@@ -9,7 +9,8 @@
 // compare everything.
 //
 // The reader is called with offsets and lengths that are multiples of 4096
-// and with memory fit for direct I/O, as devices want it.
+// and with memory fit for direct I/O, as devices want it, from up to sixteen
+// goroutines at once, which end before the answer is given.
 package era
 
 import (

@@ -1,20 +1,11 @@
 package era
 
 import (
-	"cmp"
 	"fmt"
 	"io"
 	"math"
-	"slices"
 
 	"blockferry/blockdev"
-)
-
-const (
-	// A stretch of array blocks is read at once when it is at most
-	// stretchBlocks long and no more than gapBlocks lie between two of them.
-	stretchBlocks = 256
-	gapBlocks     = 8
 )
 
 // reader reads metadata blocks, each at most once: one that is pointed to
@@ -78,8 +69,10 @@ type node struct {
 	valueSize int
 }
 
-func (n node) key(i int) uint64   { return le64(n.b, nodeHeaderSize+i*keySize) }
-func (n node) value(i int) []byte { return n.b[nodeHeaderSize+n.max*keySize+i*n.valueSize:][:n.valueSize] }
+func (n node) key(i int) uint64 { return le64(n.b, nodeHeaderSize+i*keySize) }
+func (n node) value(i int) []byte {
+	return n.b[nodeHeaderSize+n.max*keySize+i*n.valueSize:][:n.valueSize]
+}
 func (n node) child(i int) uint64 { return le64(n.value(i), 0) }
 
 func parseNode(b []byte, block uint64, leafValueSize int) (node, error) {
@@ -160,102 +153,6 @@ func (m *reader) subtree(block uint64, valueSize, depth int, first, last uint64,
 		}
 	}
 	return nil
-}
-
-// array describes an array of `length` values.
-type array struct {
-	root      uint64
-	length    int64
-	valueSize int
-	// visit gets the values of one array block: those from index first on.
-	// Blocks come in no particular order.
-	visit func(block uint64, first int64, values []byte) error
-}
-
-func (a array) perBlock() int64 { return int64(metadataBlockSize-arrayHeaderSize) / int64(a.valueSize) }
-
-// arrayBlock is one entry of an array's btree.
-type arrayBlock struct {
-	block uint64
-	index int64
-}
-
-// each visits all of an array, exactly once.
-func (m *reader) each(a array) error {
-	blocks := (a.length + a.perBlock() - 1) / a.perBlock()
-	next := int64(0)
-	var stretch []byte
-	err := m.tree(a.root, blockNumberSize, func(leaf node) error {
-		list := make([]arrayBlock, leaf.entries)
-		for i := range list {
-			if key := leaf.key(i); key != uint64(next) || next >= blocks {
-				return unknown(leaf.block, "array tree: block %d of the array where %d of %d should be", key, next, blocks)
-			}
-			list[i] = arrayBlock{leaf.child(i), next}
-			if err := m.claim(list[i].block); err != nil {
-				return err
-			}
-			next++
-		}
-		slices.SortFunc(list, func(x, y arrayBlock) int { return cmp.Compare(x.block, y.block) })
-		for len(list) > 0 {
-			n := stretchOf(list)
-			first := list[0].block
-			size := int(list[n-1].block-first+1) * metadataBlockSize
-			if size > len(stretch) {
-				stretch = blockdev.AlignedBuffer(size)
-			}
-			if err := m.readStretch(stretch[:size], first); err != nil {
-				return err
-			}
-			for _, e := range list[:n] {
-				if err := a.check(stretch[(e.block-first)*metadataBlockSize:][:metadataBlockSize], e); err != nil {
-					return err
-				}
-			}
-			list = list[n:]
-		}
-		return nil
-	})
-	if err == nil && next != blocks {
-		err = unknown(a.root, "array tree: it ends after %d of %d blocks", next, blocks)
-	}
-	return err
-}
-
-// stretchOf is how many of the first blocks, in ascending order, are read at
-// once.
-func stretchOf(list []arrayBlock) int {
-	n := 1
-	for n < len(list) && list[n].block-list[n-1].block <= gapBlocks+1 && list[n].block-list[0].block < stretchBlocks {
-		n++
-	}
-	return n
-}
-
-// check checks an array block and visits its values.
-func (a array) check(b []byte, e arrayBlock) error {
-	fail := func(format string, args ...any) error {
-		return unknown(e.block, "array block: "+format, args...)
-	}
-	if got, want := le32(b, 0), checksum(b, arrayXOR); got != want {
-		return fail("checksum %#x, want %#x", got, want)
-	}
-	if at := le64(b, 16); at != e.block {
-		return fail("it says it is block %d", at)
-	}
-	if size := le32(b, 12); size != uint32(a.valueSize) {
-		return fail("values of %d bytes, want %d", size, a.valueSize)
-	}
-	if limit := int64(le32(b, 4)); limit != a.perBlock() {
-		return fail("at most %d values, want %d", limit, a.perBlock())
-	}
-	first := e.index * a.perBlock()
-	want := min(a.perBlock(), a.length-first)
-	if n := int64(le32(b, 8)); n != want {
-		return fail("%d values, want %d: those from %d of %d", n, want, first, a.length)
-	}
-	return a.visit(e.block, first, b[arrayHeaderSize:][:want*int64(a.valueSize)])
 }
 
 // eras marks the blocks whose last digested era is since or later.
