@@ -41,7 +41,7 @@ race:
 integration: # RUN=REGEXP chooses tests
 	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 40m $(if $(RUN),-run '$(RUN)') ./integration/...
 
-bench: # FIGURE=NAME, QUICK=1; without a name it lists them
+bench: deps # FIGURE=NAME, QUICK=1; without a name it lists them
 	go run ./integration/bench $(if $(QUICK),-quick) $(FIGURE)
 
 fuzz: # each fuzz test for FUZZTIME

@@ -42,6 +42,9 @@ const (
 	bootGrace = 45 * time.Second
 	// maxBoots ends a guest that would reboot for ever.
 	maxBoots = 10
+
+	dirPrefix = "blockferry-guests-"
+	lockName  = "lock"
 	// outputLimitBytes bounds what is kept of one guest's console.
 	outputLimitBytes = 8 << 20
 )
@@ -92,6 +95,7 @@ var ErrNoGuest = errors.New("no guest kernel")
 // goroutines.
 type Host struct {
 	dir   string
+	lock  *os.File // says that dir is in use
 	self  string
 	slots chan struct{}
 }
@@ -109,11 +113,42 @@ func NewHost(limit int) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp(memoryDir(), "blockferry-guests-")
+	place := memoryDir()
+	sweep(place)
+	dir, err := os.MkdirTemp(place, dirPrefix)
 	if err != nil {
 		return nil, err
 	}
-	return &Host{dir: dir, self: self, slots: make(chan struct{}, max(limit, 1))}, nil
+	lock, err := lockFile(filepath.Join(dir, lockName))
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return &Host{dir: dir, lock: lock, self: self, slots: make(chan struct{}, max(limit, 1))}, nil
+}
+
+// sweep removes what Hosts left whose process was killed. Their files are
+// large, and the memory they may stand in is everybody's.
+func sweep(place string) {
+	left, _ := filepath.Glob(filepath.Join(place, dirPrefix+"*", lockName))
+	for _, path := range left {
+		if lock, err := lockFile(path); err == nil {
+			os.RemoveAll(filepath.Dir(path))
+			lock.Close()
+		}
+	}
+}
+
+// lockFile makes a file and locks it for as long as it is open; an error says
+// that somebody else holds it.
+func lockFile(path string) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
 }
 
 func builtForRace() bool {
@@ -136,7 +171,7 @@ func memoryDir() string {
 func (h *Host) Dir() string { return h.dir }
 
 // Close removes everything the Host made. No guest may be running.
-func (h *Host) Close() error { return os.RemoveAll(h.dir) }
+func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Close()) }
 
 // Run boots a guest, runs the program there and waits for the guest's end. A
 // guest that hung or never booted is tried once more; a program that ended,

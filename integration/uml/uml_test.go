@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func TestRunTriesAGuestWithoutAnEndMarkOnceMore(t *testing.T) {
 	if !errors.Is(err, errNoEnd) || !result.Retried || strings.Count(result.Output, "attempt\n") != 2 {
 		t.Errorf("%+v, %v", result, err)
 	}
-	if left, _ := os.ReadDir(h.Dir()); len(left) != 0 {
+	if left, _ := os.ReadDir(h.Dir()); len(left) != 1 { // its lock
 		t.Errorf("left behind: %v", left)
 	}
 }
@@ -71,5 +72,31 @@ func TestRunEndsWithItsContext(t *testing.T) {
 	result, err := h.Run(ctx, Spec{Args: []string{"/bin/sleep", "1000"}})
 	if err == nil || result.Retried || time.Since(began) > 30*time.Second {
 		t.Errorf("%+v, %v after %v", result, err, time.Since(began))
+	}
+}
+
+func TestWhatAKilledHostLeftIsRemoved(t *testing.T) {
+	place := t.TempDir()
+	left, inUse := filepath.Join(place, dirPrefix+"1"), filepath.Join(place, dirPrefix+"2")
+	for _, dir := range []string{left, inUse} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		lock, err := lockFile(filepath.Join(dir, lockName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if dir == left {
+			lock.Close()
+		} else {
+			defer lock.Close()
+		}
+	}
+	sweep(place)
+	if _, err := os.Stat(left); err == nil {
+		t.Error("left behind")
+	}
+	if _, err := os.Stat(inUse); err != nil {
+		t.Error("in use, yet removed")
 	}
 }
