@@ -1,0 +1,397 @@
+package protocol
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"blockferry/proto"
+)
+
+// Round is one pass over some ranges of the open epoch.
+type Round struct {
+	Number uint32 // never falls within an attempt; below MaxRounds
+	Source io.ReaderAt
+	Ranges []Range // ascending, disjoint, whole blocks
+	// Narrow: compare with the replica first and send what differs. Blocks
+	// that an earlier round of the attempt described are sent in any case:
+	// the replica compares with the image below them.
+	Narrow bool
+	// Stop, when closed, ends reading early; what was not read is returned.
+	Stop <-chan struct{}
+	// ReadsDone is called once, after the last read of Source and mostly
+	// before the last frame has left. Its error is SendRound's.
+	ReadsDone func() error
+	// Progress is told the bytes of Ranges done, from several goroutines.
+	Progress func(bytes int64)
+}
+
+// SendRound reads, narrows, packs and sends. When it returns nil everything but
+// rest is on its way to the replica; after an error it is unknown what is.
+func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error) {
+	if !l.open {
+		return nil, fmt.Errorf("replica %q: no epoch is open", l.cfg.Replica)
+	}
+	if r.Number >= MaxRounds {
+		return nil, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
+	}
+	meta := FrameMeta{Epoch: l.start.Epoch, Attempt: l.start.Attempt, Round: r.Number}
+	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data []byte, p *packer) error {
+		return l.sendBatch(ctx, r, meta, batch, data, p)
+	})
+}
+
+// CompareRound compares ranges of a frozen image with the replica's committed
+// one and reports, in any order, what differs. Nothing is sent.
+func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range)) (rest []Range, err error) {
+	if !l.narrow {
+		return nil, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
+	}
+	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data []byte, _ *packer) error {
+		d, err := l.compareBatch(ctx, batch, data)
+		if err == nil && len(d) > 0 {
+			differs(d)
+		}
+		return err
+	})
+}
+
+// packer is what one worker needs for a batch.
+type packer struct {
+	codec  *Compressor
+	data   []byte // BatchBytes, made at its first use
+	frames []byte
+}
+
+type batchFunc func(ctx context.Context, batch []Range, data []byte, p *packer) error
+
+// pass is one walk over a round's ranges.
+type pass struct {
+	r       Round
+	mu      sync.Mutex
+	batches *batcher
+	reading int  // batches being read
+	last    bool // no further batch will be taken
+	allRead chan struct{}
+	closed  bool
+}
+
+// take is the next batch to read, nil when there is none any more.
+func (p *pass) take(ctx context.Context) []Range {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		p.last = true
+	case <-p.r.Stop: // nil: never
+		p.last = true
+	default:
+	}
+	var batch []Range
+	if !p.last {
+		if batch = p.batches.next(); batch != nil {
+			p.reading++
+		}
+		p.last = len(p.batches.ranges) == 0
+	}
+	p.check()
+	return batch
+}
+
+func (p *pass) readDone() {
+	p.mu.Lock()
+	p.reading--
+	p.check()
+	p.mu.Unlock()
+}
+
+func (p *pass) end() {
+	p.mu.Lock()
+	p.last = true
+	p.check()
+	p.mu.Unlock()
+}
+
+func (p *pass) check() {
+	if p.last && p.reading == 0 && !p.closed {
+		p.closed = true
+		close(p.allRead)
+	}
+}
+
+// pass reads batches and hands each to do, several at once. The last read does
+// not wait for the last send: a frozen image costs the application something
+// as long as it is held.
+func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p := &pass{r: r, batches: newBatcher(r.Ranges, int64(l.cfg.BatchBytes)), allRead: make(chan struct{})}
+	l.count.marked.Add(uint64(totalBytes(r.Ranges)))
+	var working sync.WaitGroup
+	for range l.cfg.Batches {
+		working.Go(func() {
+			pk := <-l.packers
+			defer func() { l.packers <- pk }()
+			for batch := p.take(ctx); batch != nil; batch = p.take(ctx) {
+				if pk.data == nil {
+					pk.data = make([]byte, l.cfg.BatchBytes)
+				}
+				data := pk.data[:totalBytes(batch)]
+				err := l.read(ctx, r.Source, batch, data)
+				p.readDone()
+				if err == nil {
+					err = do(ctx, batch, data, pk)
+				}
+				if err != nil {
+					cancel(err)
+					return
+				}
+				if r.Progress != nil {
+					r.Progress(totalBytes(batch))
+				}
+			}
+		})
+	}
+	select {
+	case <-p.allRead:
+	case <-r.Stop:
+	case <-ctx.Done():
+	}
+	p.end()
+	<-p.allRead
+	var doneErr error
+	if r.ReadsDone != nil {
+		if doneErr = r.ReadsDone(); doneErr != nil {
+			cancel(doneErr)
+		}
+	}
+	working.Wait()
+	if doneErr != nil {
+		return nil, doneErr
+	}
+	if err := context.Cause(ctx); err != nil {
+		return nil, err
+	}
+	return p.batches.ranges, nil
+}
+
+// read fills data with the batch's ranges, one after another. Many small
+// ranges are read several at once.
+func (l *Link) read(ctx context.Context, src io.ReaderAt, batch []Range, data []byte) error {
+	var next atomic.Int64
+	var mu sync.Mutex
+	var first error
+	starts := make([]int64, len(batch))
+	var at int64
+	for i, r := range batch {
+		starts[i] = at
+		at += r.Length
+	}
+	work := func() {
+		for {
+			i := int(next.Add(1)) - 1
+			if i >= len(batch) || ctx.Err() != nil {
+				return
+			}
+			l.readers <- struct{}{}
+			r := batch[i]
+			n, err := src.ReadAt(data[starts[i]:starts[i]+r.Length], r.Offset)
+			<-l.readers
+			if int64(n) == r.Length {
+				err = nil // io.ReaderAt may say EOF with the last byte
+			} else if err == nil {
+				err = io.ErrUnexpectedEOF
+			}
+			if err != nil {
+				mu.Lock()
+				if first == nil {
+					first = &SourceReadError{Range: r, Err: err}
+				}
+				mu.Unlock()
+				return
+			}
+		}
+	}
+	var wg sync.WaitGroup
+	for range min(len(batch), 1+l.cfg.Readers/l.cfg.Batches) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	l.count.read.Add(uint64(at))
+	if first == nil {
+		return ctx.Err()
+	}
+	return first
+}
+
+// SourceReadError says that the source, or a frozen view of it, can't be read.
+type SourceReadError struct {
+	Range Range
+	Err   error
+}
+
+func (e *SourceReadError) Error() string {
+	return fmt.Sprintf("read %d bytes of the source at %d: %v", e.Range.Length, e.Range.Offset, e.Err)
+}
+
+func (e *SourceReadError) Unwrap() error { return e.Err }
+
+// compareBatch asks the replica which blocks of a batch differ.
+func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]Range, error) {
+	answer := make(chan *proto.Differences, 1)
+	l.mu.Lock()
+	l.lastID++
+	id := l.lastID
+	l.pending[id] = answer
+	l.mu.Unlock()
+	if err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: question(l.hasher, id, batch, data)}}); err != nil {
+		return nil, err
+	}
+	d, err := wait(ctx, l, answer)
+	if err != nil {
+		return nil, err
+	}
+	out, err := resolve(l.hasher, batch, data, d)
+	if err != nil {
+		l.fail(err)
+		l.cancel()
+		return nil, l.deadErr
+	}
+	l.count.compared.Add(uint64(len(data)))
+	return out, nil
+}
+
+func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, data []byte, p *packer) error {
+	send := batch
+	l.mu.Lock()
+	compare := r.Narrow && l.narrow && l.advisor.worthwhile(int64(len(data)))
+	l.mu.Unlock()
+	if compare {
+		differ, err := l.compareBatch(ctx, batch, data)
+		if err != nil {
+			return err
+		}
+		l.mu.Lock()
+		l.advisor.learned(int64(len(data)), totalBytes(differ))
+		var again []Range
+		for _, b := range batch {
+			again = l.sent.within(again, b)
+		}
+		l.mu.Unlock()
+		send = uniteRanges(differ, again)
+	}
+	// Each range to send lies within one of the batch's.
+	var at int64
+	i := 0
+	for _, s := range send {
+		for s.Offset >= batch[i].End() {
+			at += batch[i].Length
+			i++
+		}
+		from := at + s.Offset - batch[i].Offset
+		if err := l.pack(ctx, meta, s, data[from:from+s.Length], p); err != nil {
+			return err
+		}
+	}
+	return l.flush(ctx, p)
+}
+
+// packBytes is how much is packed before a look at the message's size; with
+// its headers it fits into MaxFramesBytes.
+const packBytes = 512 << 10
+
+func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p *packer) error {
+	l.mu.Lock()
+	l.sent.add(r)
+	l.mu.Unlock()
+	l.count.sent.Add(uint64(r.Length))
+	for len(data) > 0 {
+		n := min(packBytes, len(data))
+		if len(p.frames)+n+n/BlockSize*FrameHeaderBytes > MaxFramesBytes {
+			if err := l.flush(ctx, p); err != nil {
+				return err
+			}
+		}
+		p.frames = AppendFrames(p.frames, meta, r.Offset, data[:n], p.codec)
+		data = data[n:]
+		r.Offset += int64(n)
+	}
+	return nil
+}
+
+// flush sends what is packed, as soon as the window has room for it.
+func (l *Link) flush(ctx context.Context, p *packer) error {
+	if len(p.frames) == 0 {
+		return nil
+	}
+	if err := l.take(ctx, uint64(len(p.frames))); err != nil {
+		return err
+	}
+	l.sendMu.Lock()
+	defer l.sendMu.Unlock()
+	// The digest is over the frames in the order in which they leave.
+	for b := p.frames; len(b) > 0; {
+		l.digest.Add(b[:FrameHeaderBytes])
+		l.count.frames.Add(1)
+		b = b[FrameHeaderBytes+binary.LittleEndian.Uint32(b[36:]):]
+	}
+	l.count.wire.Add(uint64(len(p.frames)))
+	// gRPC has encoded the message when Send returns, so the buffer is free again.
+	err := l.sendLocked(&proto.FromPrimary{Message: &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: p.frames}}})
+	p.frames = p.frames[:0]
+	return err
+}
+
+// take waits until the window has room for n bytes and takes it.
+func (l *Link) take(ctx context.Context, n uint64) error {
+	for {
+		l.mu.Lock()
+		if l.credit >= n {
+			l.credit -= n
+			l.mu.Unlock()
+			return nil
+		}
+		more := l.more
+		l.mu.Unlock()
+		if _, err := wait(ctx, l, more); err != nil {
+			return err
+		}
+	}
+}
+
+// compareAdvisor finds out whether comparing pays: when nearly all that was
+// compared had to be sent all the same, it is left out for a while, then tried
+// again.
+type compareAdvisor struct {
+	compared, differed int64 // bytes, recent ones
+	skip               int64 // bytes still to be sent without comparing
+}
+
+const (
+	adviseAfterBytes = 32 << 20
+	adviseSkipBytes  = 512 << 20
+)
+
+func (a *compareAdvisor) worthwhile(n int64) bool {
+	if a.skip > 0 {
+		a.skip -= n
+		return false
+	}
+	return true
+}
+
+func (a *compareAdvisor) learned(compared, differed int64) {
+	a.compared += compared
+	a.differed += differed
+	if a.compared < adviseAfterBytes {
+		return
+	}
+	if a.differed*10 > a.compared*9 {
+		a.skip = adviseSkipBytes
+	}
+	a.compared, a.differed = 0, 0
+}
