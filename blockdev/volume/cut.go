@@ -1,0 +1,276 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/dm"
+	"blockferry/blockdev/era"
+)
+
+// ErrViewLost says that a cut's frozen view is not whole any more.
+var ErrViewLost = errors.New("the frozen view is lost")
+
+var errNumber = fmt.Errorf("a cut's number is 1 to %d and larger than any before", uint64(math.MaxInt64))
+
+// Cut is a point in time of a volume. View, Changed, Valid and FlushSource
+// may be used from several goroutines; Release ends it, when they are done.
+type Cut struct {
+	volume    *Volume
+	number    uint64
+	withView  bool
+	view      *blockdev.File
+	snapBlock uint64 // of the metadata snapshot
+	stalled   time.Duration
+	written   uint64
+	cuts      Cuts // up to and with this one
+	released  bool
+}
+
+// Cut fixes a point in time: every write completed before it is in, every
+// write issued after it is out. With a view its content stays readable until
+// Release. The number must be larger than any before, void cuts included.
+// ErrLate, or any other error, means that there is no cut and nothing is
+// left of it.
+func (v *Volume) Cut(ctx context.Context, number uint64, withView bool) (*Cut, error) {
+	v.cutMu.Lock()
+	defer v.cutMu.Unlock()
+	fail := func(err error) (*Cut, error) {
+		return nil, fmt.Errorf("volume %s: cut %d: %w", v.options.Name, number, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return fail(err)
+	}
+	if v.cut != nil {
+		if !v.cut.failed() {
+			return fail(fmt.Errorf("cut %d is not released", v.cut.number))
+		}
+		if err := v.cut.release(); err != nil {
+			return fail(fmt.Errorf("cut %d could not be cleared away: %w", v.cut.number, err))
+		}
+	}
+	if n := v.newestCut(); number > math.MaxInt64 || number <= n {
+		return fail(fmt.Errorf("%w; the newest is %d", errNumber, n))
+	}
+	c := &Cut{volume: v, number: number, withView: withView}
+	v.cut = c
+	err := c.take()
+	if err == nil {
+		return c, nil
+	}
+	v.countStats(func(s *Stats) { s.VoidCuts++ })
+	c.cuts = nil
+	if left := c.release(); left != nil {
+		err = errors.Join(err, fmt.Errorf("what it leaves could not be removed: %w", left))
+	}
+	return fail(err)
+}
+
+func (v *Volume) newestCut() uint64 {
+	cuts := v.labelNow().Cuts
+	if len(cuts) == 0 {
+		return 0
+	}
+	return cuts[len(cuts)-1].Number
+}
+
+func (c *Cut) take() error {
+	v := c.volume
+	if err := v.eraAnswers(); err != nil {
+		return err
+	}
+	if c.withView {
+		if err := v.prepareSnapshot(); err != nil {
+			return err
+		}
+	}
+	w, err := v.newWindow(c.withView)
+	if err != nil {
+		return err
+	}
+	if err := w.run(); err != nil {
+		return err
+	}
+	c.stalled, c.written = w.stalled, w.written
+	return c.afterWindow()
+}
+
+// afterWindow finds out which era the cut began, and records it. Only now:
+// an entry of a cut that never was would lose writes.
+func (c *Cut) afterWindow() error {
+	v := c.volume
+	status, err := v.eraStatus()
+	if err != nil {
+		return err
+	}
+	if status.snapshot == 0 {
+		return fmt.Errorf("%s has no metadata snapshot though it took one", deviceName(v.options.Name, roleEra))
+	}
+	c.snapBlock = status.snapshot
+	// The era in the metadata snapshot, not the present one: something may
+	// have begun another since.
+	super, err := era.ReadSuperblock(v.eras, c.snapBlock)
+	if err != nil {
+		return err
+	}
+	if err := v.changeLabel(func(l *Label) {
+		l.Cuts = l.Cuts.With(CutEra{c.number, super.CurrentEra})
+		c.cuts = l.Cuts
+	}); err != nil {
+		return err
+	}
+	if c.withView {
+		path, err := v.ctl.EnsureNode(deviceName(v.options.Name, roleSnap))
+		if err != nil {
+			return err
+		}
+		if c.view, err = blockdev.OpenFile(path, blockdev.OpenOptions{}); err != nil {
+			return err
+		}
+		if err := c.Valid(); err != nil {
+			return err
+		}
+	}
+	v.countStats(func(s *Stats) {
+		s.Cuts++
+		s.LastStall = c.stalled
+	})
+	return nil
+}
+
+// failed says that the cut is void, or was released in part: there is only
+// something left to clear away.
+func (c *Cut) failed() bool { return c.cuts == nil }
+
+// Number is the cut's number.
+func (c *Cut) Number() uint64 { return c.number }
+
+// View is the frozen image, nil for a cut without one.
+func (c *Cut) View() blockdev.Device {
+	if c.view == nil {
+		return nil
+	}
+	return c.view
+}
+
+// Stalled is how long writers were stopped.
+func (c *Cut) Stalled() time.Duration { return c.stalled }
+
+// WrittenBytes is Volume.WrittenBytes at the cut.
+func (c *Cut) WrittenBytes() uint64 { return c.written }
+
+// FlushSource makes everything written before the cut durable on the disk.
+func (c *Cut) FlushSource() error { return c.volume.FlushSource() }
+
+// Changed lists what may have changed between the cut of the given number and
+// this one: ascending, disjoint, within the volume. ErrTrackingLost when it
+// can't be known.
+func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
+	v := c.volume
+	if since > c.number {
+		return nil, fmt.Errorf("volume %s: cut %d: asked for changes since the later cut %d", v.options.Name, c.number, since)
+	}
+	from, known := c.cuts.Since(since)
+	if !known {
+		return nil, fmt.Errorf("volume %s: %w: tracking began after cut %d", v.options.Name, ErrTrackingLost, since)
+	}
+	extents, err := era.Changed(v.eras, c.snapBlock, from)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w: %w", v.options.Name, ErrTrackingLost, err)
+	}
+	return blockdev.Clip(extents, v.Size()), nil
+}
+
+// Valid says, after the last read of View, whether all that was read was the
+// frozen image.
+func (c *Cut) Valid() error {
+	v := c.volume
+	if !c.withView {
+		return nil
+	}
+	name := deviceName(v.options.Name, roleSnap)
+	if c.released {
+		return fmt.Errorf("volume %s: cut %d: %w: it was released", v.options.Name, c.number, ErrViewLost)
+	}
+	targets, err := v.ctl.Status(name)
+	if err != nil {
+		return fmt.Errorf("volume %s: cut %d: %w: %w", v.options.Name, c.number, ErrViewLost, err)
+	}
+	if len(targets) == 1 && targets[0].Type == "snapshot" && snapshotWhole(targets[0].Params) {
+		return nil
+	}
+	return fmt.Errorf("volume %s: cut %d: %w: status of %s is '%v'; 'Invalid' and 'Overflow' mean that the COW area of %d bytes is full",
+		v.options.Name, c.number, ErrViewLost, name, targets, v.labelNow().Areas.Cow.Length)
+}
+
+// snapshotWhole knows the one status of a snapshot that is whole:
+// "used/total metadata" in sectors.
+func snapshotWhole(status string) bool {
+	status = strings.TrimSpace(status)
+	return status != "" && strings.Trim(status, "0123456789/ ") == "" && strings.Contains(status, "/")
+}
+
+// Release gives the frozen view and the metadata snapshot back. After an
+// error it may be called again; the next Cut does so by itself.
+func (c *Cut) Release() error {
+	v := c.volume
+	v.cutMu.Lock()
+	defer v.cutMu.Unlock()
+	if c.released {
+		return nil
+	}
+	if err := c.release(); err != nil {
+		return fmt.Errorf("volume %s: release cut %d: %w", v.options.Name, c.number, err)
+	}
+	return nil
+}
+
+func (c *Cut) release() error {
+	v := c.volume
+	var errs []error
+	if c.view != nil {
+		errs = append(errs, c.view.Close())
+		c.view = nil
+	}
+	errs = append(errs, v.dropMetadataSnapshot())
+	if c.withView {
+		start := time.Now()
+		err := v.baseToLinear()
+		v.countStats(func(s *Stats) { s.StalledTotal += time.Since(start) })
+		if err == nil {
+			err = v.removeSnapshot()
+		}
+		errs = append(errs, err)
+	}
+	err := errors.Join(errs...)
+	if err == nil {
+		c.released = true
+		v.cut = nil
+	} else {
+		c.cuts = nil // unusable, only to be cleared away
+	}
+	return err
+}
+
+// prepareSnapshot makes the frozen view's device and loads the tables, all
+// that can be done before writers are stopped.
+func (v *Volume) prepareSnapshot() error {
+	name, base := deviceName(v.options.Name, roleSnap), deviceName(v.options.Name, roleBase)
+	info, err := v.ctl.Create(name, deviceUUID(v.label.UUID, roleSnap))
+	if err != nil {
+		return err
+	}
+	v.devices[roleSnap] = info
+	origin := v.originTable()
+	snapshot := dm.Target{Length: origin.Length, Type: "snapshot", Params: fmt.Sprintf("%s %s N %d",
+		v.devices[roleData].Dev(), v.devices[roleCow].Dev(), v.options.ChunkBytes/blockdev.SectorSize)}
+	if err := v.ctl.Load(name, []dm.Target{snapshot}); err != nil {
+		return err
+	}
+	return v.ctl.Load(base, []dm.Target{origin})
+}

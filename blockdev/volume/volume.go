@@ -1,0 +1,307 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/dm"
+)
+
+const (
+	defaultChunkBytes = 16 << 10
+	defaultStallLimit = time.Second
+	maxChunkBytes     = 1 << 20
+)
+
+// ErrTrackingLost says that what changed since a cut can't be known. It never
+// means that nothing changed.
+var ErrTrackingLost = errors.New("what changed since that cut is not known")
+
+// ErrOtherVolume says that a device belongs to another volume, or is a copy
+// of the right one.
+var ErrOtherVolume = errors.New("not the device that was expected")
+
+// Options say which volume Up puts up, and how.
+type Options struct {
+	Name   string // of the device applications open
+	Device string // path of the disk
+	// CowDevice and MetaDevice are where these areas are when they are not on
+	// the disk.
+	CowDevice, MetaDevice string
+	// UUID is the volume's; zero: whatever the label says.
+	UUID UUID
+	// EraBlockBytes is the grain of tracking; 0: as the label says. Another
+	// grain than the label's begins tracking anew.
+	EraBlockBytes int64
+	// ChunkBytes is the grain in which a frozen view keeps what is overwritten,
+	// a power of two from 4 KiB to 1 MiB; 0: 16 KiB.
+	ChunkBytes int64
+	// StallLimit is how long writers may be stopped for a cut; 0: 1 s.
+	StallLimit time.Duration
+	// FreezeFilesystem freezes a mounted file system for each cut, so that an
+	// image needs no log replay. It costs far longer stalls.
+	FreezeFilesystem bool
+	// AllowOldKernel takes kernels that lose tracking in a crash.
+	AllowOldKernel bool
+	// AllowOtherDisk takes a label that was written on a disk with another
+	// identity; tracking begins anew.
+	AllowOtherDisk bool
+	Guard          *Guard
+	Log            *slog.Logger // nil: discarded
+}
+
+func (o *Options) check() error {
+	if o.ChunkBytes == 0 {
+		o.ChunkBytes = defaultChunkBytes
+	}
+	if o.StallLimit == 0 {
+		o.StallLimit = defaultStallLimit
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case o.Name == "" || len(o.Name) > 100:
+		return fmt.Errorf("a volume's name has 1 to 100 characters, not '%s'", o.Name)
+	case o.ChunkBytes < blockdev.BlockSize || o.ChunkBytes > maxChunkBytes || o.ChunkBytes&(o.ChunkBytes-1) != 0:
+		return fmt.Errorf("volume %s: chunks of %d bytes: want a power of two from 4 KiB to 1 MiB", o.Name, o.ChunkBytes)
+	case o.StallLimit < 10*time.Millisecond || o.StallLimit > maxStallLimit:
+		return fmt.Errorf("volume %s: a stall limit of %s: want 10 ms to %s", o.Name, o.StallLimit, maxStallLimit)
+	case o.EraBlockBytes != 0 && checkEraBlock(o.EraBlockBytes) != nil:
+		return fmt.Errorf("volume %s: %w", o.Name, checkEraBlock(o.EraBlockBytes))
+	case o.Guard == nil:
+		return fmt.Errorf("volume %s: no dead-man", o.Name)
+	}
+	return nil
+}
+
+// Volume is a volume that is up. Cut and what it returns belong to one
+// goroutine at a time; everything else may be called from any.
+type Volume struct {
+	ctl     *dm.Control
+	options Options
+	log     *slog.Logger
+
+	lock *blockdev.DeviceLock
+	disk *blockdev.File // the disk itself: the label, nothing else
+	cow  *blockdev.File // where the areas are: disk or a device of its own
+	meta *blockdev.File
+	data *blockdev.File // <name>-data, for reading live
+	eras *blockdev.File // <name>-meta, for reading what changed
+	stat *os.File       // the top device's statistics
+
+	devices map[string]dm.Info // by role
+
+	labelMu sync.Mutex
+	label   Label
+	lost    string // why tracking began anew when the volume came up
+
+	cutMu sync.Mutex
+	cut   *Cut // not yet released
+
+	statsMu sync.Mutex
+	stats   Stats
+}
+
+// Stats are values kept at cuts; reading them asks the kernel nothing.
+type Stats struct {
+	Cuts, VoidCuts uint64
+	LastStall      time.Duration // of the last good cut
+	LongestStall   time.Duration
+	StalledTotal   time.Duration // all suspends, also those that ended a view
+	// MetaUsedBlocks of MetaTotalBlocks (4 KiB each) of era metadata are in
+	// use; when they are all used, applications' writes fail.
+	MetaUsedBlocks, MetaTotalBlocks uint64
+	Era                             uint32
+}
+
+// Stats returns the values of the last cut.
+func (v *Volume) Stats() Stats {
+	v.statsMu.Lock()
+	defer v.statsMu.Unlock()
+	return v.stats
+}
+
+func (v *Volume) countStats(f func(*Stats)) {
+	v.statsMu.Lock()
+	defer v.statsMu.Unlock()
+	f(&v.stats)
+}
+
+// Name is the volume's name.
+func (v *Volume) Name() string { return v.options.Name }
+
+// Path is what applications open.
+func (v *Volume) Path() string { return dm.NodePath(v.options.Name) }
+
+// UUID is the volume's.
+func (v *Volume) UUID() UUID { return v.labelNow().UUID }
+
+// Size is the volume's size in bytes.
+func (v *Volume) Size() int64 { return v.labelNow().Areas.Data.Length }
+
+// TrackingLost is why Up began tracking anew, "" if it did not. Every
+// question about earlier cuts is then answered by ErrTrackingLost.
+func (v *Volume) TrackingLost() string { return v.lost }
+
+func (v *Volume) labelNow() Label {
+	v.labelMu.Lock()
+	defer v.labelMu.Unlock()
+	return v.label
+}
+
+// State is what SetState last kept.
+func (v *Volume) State() []byte {
+	return append([]byte(nil), v.labelNow().State...)
+}
+
+// SetState keeps up to MaxStateBytes in the label. It is durable on return;
+// on an error the label holds the old or the new state.
+func (v *Volume) SetState(state []byte) error {
+	state = append([]byte(nil), state...)
+	return v.changeLabel(func(l *Label) { l.State = state })
+}
+
+// ForgetCuts drops the table of cuts: every question about an earlier cut is
+// answered by ErrTrackingLost. For what changes the volume's content beside
+// its own stack.
+func (v *Volume) ForgetCuts() error {
+	return v.changeLabel(func(l *Label) { l.Cuts = nil })
+}
+
+func (v *Volume) changeLabel(change func(*Label)) error {
+	v.labelMu.Lock()
+	defer v.labelMu.Unlock()
+	next := v.label
+	change(&next)
+	if err := writeLabel(v.disk, &next); err != nil {
+		return fmt.Errorf("volume %s: %w", v.options.Name, err)
+	}
+	v.label = next
+	return nil
+}
+
+// ReadAt reads the live volume past every cache: torn while writes go on, yet
+// never older than the last completed write.
+func (v *Volume) ReadAt(p []byte, offset int64) (int, error) { return v.data.ReadAt(p, offset) }
+
+// FlushSource makes everything written so far durable.
+func (v *Volume) FlushSource() error { return v.data.Flush() }
+
+// WrittenBytes is what was written to the volume since it came up.
+func (v *Volume) WrittenBytes() (uint64, error) {
+	var buffer [512]byte
+	return v.readWritten(buffer[:])
+}
+
+// readWritten reads the statistics into buffer; it does not allocate.
+func (v *Volume) readWritten(buffer []byte) (uint64, error) {
+	n, err := unix.Pread(int(v.stat.Fd()), buffer, 0)
+	if err != nil {
+		return 0, fmt.Errorf("volume %s: read its statistics: %w", v.options.Name, err)
+	}
+	sectors, ok := statField(buffer[:n], 7)
+	if !ok {
+		return 0, fmt.Errorf("volume %s: its statistics have no field 7", v.options.Name)
+	}
+	return sectors * blockdev.SectorSize, nil
+}
+
+// statField is the n-th number, from 1, of a line of numbers.
+func statField(line []byte, n int) (uint64, bool) {
+	field, value, inside := 0, uint64(0), false
+	for _, c := range line {
+		if c >= '0' && c <= '9' {
+			if !inside {
+				inside, value = true, 0
+				field++
+			}
+			value = value*10 + uint64(c-'0')
+			continue
+		}
+		if inside && field == n {
+			return value, true
+		}
+		inside = false
+	}
+	return value, inside && field == n
+}
+
+// Close gives the volume's devices and the lock back; the volume stays up.
+// A cut that was not released is released first.
+func (v *Volume) Close() error {
+	v.cutMu.Lock()
+	cut := v.cut
+	v.cutMu.Unlock()
+	var errs []error
+	if cut != nil {
+		errs = append(errs, cut.Release())
+	}
+	return errors.Join(append(errs, v.closeFiles())...)
+}
+
+func (v *Volume) closeFiles() error {
+	var errs []error
+	seen := map[*blockdev.File]bool{}
+	for _, f := range []*blockdev.File{v.data, v.eras, v.cow, v.meta, v.disk} {
+		if f != nil && !seen[f] {
+			seen[f] = true
+			errs = append(errs, f.Close())
+		}
+	}
+	if v.stat != nil {
+		errs = append(errs, v.stat.Close())
+	}
+	if v.lock != nil {
+		errs = append(errs, v.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// CheckKernel refuses kernels whose dm-era loses tracking in a crash.
+func CheckKernel(release string, allowOld bool) error {
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return fmt.Errorf("'%s' is no kernel release like 6.1.0", release)
+	}
+	if !allowOld && (major < 5 || major == 5 && minor < 12) {
+		return fmt.Errorf("kernel %s loses track of changes in a crash (dm-era before 5.12): use a newer one, or allow it explicitly", release)
+	}
+	return nil
+}
+
+func kernelRelease() (string, error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "", err
+	}
+	return unix.ByteSliceToString(name.Release[:]), nil
+}
+
+// setNoDiscard keeps discards away from a device; a table load undoes it.
+// dm-era marks only the first block of a discard.
+func setNoDiscard(info dm.Info) error {
+	path := filepath.Join(queueDir(info), "discard_max_bytes")
+	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
+		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
+	}
+	now, err := os.ReadFile(path)
+	if err == nil && strings.TrimSpace(string(now)) != "0" {
+		err = fmt.Errorf("%s is still %s", path, strings.TrimSpace(string(now)))
+	}
+	if err != nil {
+		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
+	}
+	return nil
+}
+
+func queueDir(info dm.Info) string { return fmt.Sprintf("/sys/dev/block/%s/queue", info.Dev()) }

@@ -1,0 +1,166 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/dm"
+)
+
+const (
+	// suspendTries bounds how often a suspend that a signal interrupted is
+	// tried again within one window.
+	suspendTries = 20
+	// nudgePause is how often a thread that waits too long is interrupted.
+	nudgePause = 5 * time.Millisecond
+)
+
+// ErrNoDrain says that what was in flight did not end within the stall limit;
+// nothing was suspended.
+var ErrNoDrain = errors.New("the device did not come to rest in time")
+
+// window is the time in which writers are stopped. All it needs is made
+// before: between suspend and resume it allocates nothing, as the memory
+// might have to come from a page on the way to the very device it stopped.
+type window struct {
+	volume  *Volume
+	guard   *Guard
+	limit   time.Duration
+	devices []string // inner to outer
+
+	suspend  *dm.Request
+	inner    []*dm.Request // while the top is suspended, in order
+	rescuers []*dm.Request // resume all, should the dead-man be dead
+
+	buffer  [512]byte
+	written uint64
+	stalled time.Duration
+	drained bool
+	err     error
+}
+
+func (v *Volume) newWindow(withView bool) (*window, error) {
+	o := v.options
+	name := func(role string) string { return deviceName(o.Name, role) }
+	w := &window{volume: v, guard: o.Guard, limit: o.StallLimit, devices: []string{name(roleTop)}}
+	var errs []error
+	request := func(r *dm.Request, err error) *dm.Request {
+		errs = append(errs, err)
+		return r
+	}
+	w.suspend = request(v.ctl.SuspendRequest(name(roleTop), dm.SuspendOptions{LockFS: o.FreezeFilesystem, Flush: o.FreezeFilesystem}))
+	if withView {
+		w.devices = []string{name(roleBase), name(roleTop)}
+		// The snapshot first: the origin takes its split size from it. The
+		// origin's resume suspends, exchanges and resumes in one call.
+		w.inner = append(w.inner, request(v.ctl.ResumeRequest(name(roleSnap))), request(v.ctl.ResumeRequest(name(roleBase))))
+	}
+	// The roll of the era: sound only here, where nothing is in flight.
+	w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
+	for _, device := range w.devices {
+		w.rescuers = append(w.rescuers, request(v.ctl.ResumeRequest(device)))
+	}
+	return w, errors.Join(errs...)
+}
+
+// run stops writers, does the inner calls and has the dead-man resume. nil
+// means that all of it happened while writers stood still.
+func (w *window) run() error {
+	if err := w.guard.arm(w.limit, w.devices...); err != nil {
+		return err
+	}
+	var dead bool
+	var late error
+	quiet(func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		start := time.Now()
+		w.inside()
+		dead, late = w.guard.resume(w.limit)
+		if dead {
+			for _, r := range w.rescuers {
+				if err := retryEINTR(r.Do); err != nil {
+					late = errors.Join(late, err)
+				}
+			}
+		}
+		w.stalled = time.Since(start)
+	})
+	w.volume.countStats(func(s *Stats) {
+		s.StalledTotal += w.stalled
+		s.LongestStall = max(s.LongestStall, w.stalled)
+	})
+	return errors.Join(w.err, late)
+}
+
+// inside is the window proper; its error is left in w.err.
+func (w *window) inside() {
+	stop := w.nudgeAfter(w.limit / 2)
+	for range suspendTries {
+		w.err = w.suspend.Do()
+		if w.err == nil || !errors.Is(w.err, unix.EINTR) || stop.fired() {
+			break
+		}
+	}
+	if stop.end() && errors.Is(w.err, unix.EINTR) {
+		w.err = fmt.Errorf("%w: writes were still in flight after %s", ErrNoDrain, w.limit/2)
+	}
+	if w.err != nil {
+		return
+	}
+	for _, r := range w.inner {
+		if w.err = r.Do(); w.err != nil {
+			return
+		}
+	}
+	w.written, w.err = w.volume.readWritten(w.buffer[:])
+}
+
+// nudge interrupts this thread again and again once a time has passed.
+// Otherwise a suspend that waits for a slow disk would hold up new writes for
+// as long as that takes, and no dead-man can end it.
+type nudge struct {
+	timer *time.Timer
+	late  atomic.Bool
+	ended chan struct{}
+	done  chan struct{}
+}
+
+func (w *window) nudgeAfter(patience time.Duration) *nudge {
+	n := &nudge{ended: make(chan struct{}), done: make(chan struct{})}
+	pid, tid := unix.Getpid(), unix.Gettid()
+	n.timer = time.AfterFunc(patience, func() {
+		defer close(n.done)
+		n.late.Store(true)
+		ticker := time.NewTicker(nudgePause)
+		defer ticker.Stop()
+		for {
+			// The Go runtime sends and expects this signal for its own ends,
+			// so an extra one is harmless.
+			_ = unix.Tgkill(pid, tid, unix.SIGURG)
+			select {
+			case <-n.ended:
+				return
+			case <-ticker.C:
+			}
+		}
+	})
+	return n
+}
+
+func (n *nudge) fired() bool { return n.late.Load() }
+
+// end stops it and says whether it fired.
+func (n *nudge) end() bool {
+	if n.timer.Stop() {
+		return false
+	}
+	close(n.ended)
+	<-n.done
+	return true
+}
