@@ -4,9 +4,17 @@ import (
 	"context"
 	"math/rand/v2"
 	"time"
+
+	"blockferry/integration/rig"
 )
 
 var figures = []figure{
+	{
+		name:  "first-sync-vs-dd",
+		about: "seconds from the agent's start to a whole first copy over those of a plain sequential copy with O_DIRECT",
+		pairs: 5, quickPairs: 2,
+		open: firstSync,
+	},
 	{
 		name:  "tracked-vs-raw-randwrite",
 		about: "4 KiB random writes per second, one at a time, on a replicated volume over those on the bare disk",
@@ -89,5 +97,46 @@ func cutStall(ctx context.Context, s *stand, quick bool) (sides, error) {
 		},
 		theirs: func(ctx context.Context) (float64, error) { return worst(ctx, raw) },
 		extra:  func() map[string]any { return map[string]any{"last-cut-stalled-ms-by-epoch": stalled} },
+	}, nil
+}
+
+// firstSync copies the same noise both ways, each time onto a disk that holds
+// nothing of it.
+func firstSync(ctx context.Context, s *stand, _ bool) (sides, error) {
+	if err := fill(ssdDisk, ssdBytes, 3); err != nil {
+		return sides{}, err
+	}
+	return sides{
+		unit: "s",
+		ours: func(ctx context.Context) (float64, error) {
+			if err := rig.Zero(ebsDisk, ebsBytes); err != nil {
+				return 0, err
+			}
+			if err := s.configure(time.Second); err != nil {
+				return 0, err
+			}
+			// Forced: what the disk holds becomes the volume's content.
+			if err := s.rig.Run(ctx, "create", "--force", "data"); err != nil {
+				return 0, err
+			}
+			began := time.Now()
+			if err := s.rig.StartAgent(ctx, &s.log); err != nil {
+				return 0, s.withLog(err)
+			}
+			if err := s.rig.Await(ctx, "replicated", 2*time.Minute, upToDate); err != nil {
+				return 0, s.withLog(err)
+			}
+			took := time.Since(began)
+			if err := s.rig.Run(ctx, "down", "data"); err != nil {
+				return 0, s.withLog(err)
+			}
+			return took.Seconds(), s.rig.StopAgent()
+		},
+		theirs: func(context.Context) (float64, error) {
+			if err := rig.Zero(ebsDisk, ebsBytes); err != nil {
+				return 0, err
+			}
+			return copySequentially(ssdDisk, ebsDisk, volumeBytes)
+		},
 	}, nil
 }

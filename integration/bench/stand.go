@@ -33,9 +33,9 @@ type stand struct {
 	log bytes.Buffer
 }
 
-// replicated brings up a volume on ssdDisk, replicated to ebsDisk.
-func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
-	err := s.rig.Configure(fmt.Sprintf(`volumes:
+// configure describes a volume on ssdDisk, replicated to ebsDisk.
+func (s *stand) configure(interval time.Duration) error {
+	return s.rig.Configure(fmt.Sprintf(`volumes:
   data:
     device: %s
     size: %d
@@ -43,7 +43,11 @@ func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
     replicas:
       ebs: {device: %s, compression: none}
 `, ssdDisk, volumeBytes, interval, ebsDisk))
-	if err != nil {
+}
+
+// replicated brings that volume up and waits for its first copy.
+func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
+	if err := s.configure(interval); err != nil {
 		return err
 	}
 	if err := s.rig.Run(ctx, "create", "data"); err != nil {
@@ -155,4 +159,37 @@ func writtenTo(disk string) (uint64, error) {
 	var sectors uint64
 	_, err = fmt.Sscan(fields[6], &sectors)
 	return sectors * 512, err
+}
+
+// copySequentially does what `dd bs=1M iflag=direct oflag=direct conv=fsync`
+// does, and says how long it took, in seconds.
+func copySequentially(from, to string, size int64) (float64, error) {
+	in, err := os.OpenFile(from, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer out.Close()
+	buffer, err := rig.Buffer(1 << 20)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Munmap(buffer)
+	began := time.Now()
+	for offset := int64(0); offset < size; offset += int64(len(buffer)) {
+		if _, err := in.ReadAt(buffer, offset); err != nil {
+			return 0, err
+		}
+		if _, err := out.WriteAt(buffer, offset); err != nil {
+			return 0, err
+		}
+	}
+	if err := out.Sync(); err != nil {
+		return 0, err
+	}
+	return time.Since(began).Seconds(), nil
 }

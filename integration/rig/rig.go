@@ -140,7 +140,7 @@ func (r *Rig) Await(ctx context.Context, what string, limit time.Duration, ok fu
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
