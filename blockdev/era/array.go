@@ -80,7 +80,7 @@ func (m *reader) readArray(a array, list []arrayBlock) error {
 		stretch, list = list[:n], list[n:]
 		return stretch
 	}
-	for range min(readsAtOnce, len(list)) {
+	for range min(readsAtOnce, (len(list)+stretchBlocks-1)/stretchBlocks) {
 		wg.Go(func() {
 			var memory []byte
 			for stretch := next(); stretch != nil; stretch = next() {
