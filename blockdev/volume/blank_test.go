@@ -1,0 +1,70 @@
+package volume
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"blockferry/blockdev/blocktest"
+)
+
+func TestInspectFindsBlankOnlyWhatIs(t *testing.T) {
+	const size = 16 << 20
+	put := func(at int64, b string) func(*blocktest.Memory) {
+		return func(d *blocktest.Memory) {
+			block := make([]byte, 4096)
+			copy(block[at%4096:], b)
+			d.WriteAt(block, at&^4095)
+		}
+	}
+	for _, c := range []struct {
+		name string
+		do   func(*blocktest.Memory)
+		want Content
+		why  string
+	}{
+		{"zeros", func(*blocktest.Memory) {}, Blank, "1000 sampled places are zero"},
+		{"label", func(d *blocktest.Memory) { writeLabel(d, sampleLabel(t)) }, Labelled, "label of volume"},
+		{"bad label", put(0, labelMagic), Unknown, "damaged"},
+		{"bad label, slot B", put(slotStride, labelMagic), Unknown, "damaged"},
+		{"xfs", put(0, "XFSB"), Foreign, "XFS"},
+		{"ext4", put(1080, "\x53\xef"), Foreign, "ext4"},
+		{"lvm", put(512, "LABELONE"), Foreign, "LVM"},
+		{"md", put(4096, "\xfc\x4e\x2b\xa9"), Foreign, "md RAID"},
+		{"swap", put(4086, "SWAPSPACE2"), Foreign, "swap"},
+		{"gpt", put(512, "EFI PART"), Foreign, "GPT"},
+		{"mbr", put(510, "\x55\xaa"), Foreign, "MBR"},
+		{"end", put(size-1, "x"), Foreign, "byte 16777215"},
+		{"label's place", put(slotStride+5000, "x"), Foreign, "content"},
+		{"read fails", func(d *blocktest.Memory) { d.FailAt(blocktest.OpRead, 1, errors.New("no")) }, Unknown, "no"},
+		{"late read fails", func(d *blocktest.Memory) { d.FailAt(blocktest.OpRead, 900, errors.New("no")) }, Unknown, "no"},
+	} {
+		d := blocktest.NewMemory(size)
+		c.do(d)
+		got, why := Inspect(d, "", "")
+		if got != c.want || !strings.Contains(why, c.why) {
+			t.Errorf("%s: got %s, '%s'; want %s, '%s'", c.name, got, why, c.want, c.why)
+		}
+	}
+}
+
+// Content in the middle is found when it is at all common: a place of every
+// thousandth of the device is looked at.
+func TestInspectSamplesTheWhole(t *testing.T) {
+	const size = 64 << 20
+	for _, at := range []int64{2 << 20, 30 << 20, 60 << 20} {
+		d := blocktest.NewMemory(size)
+		block := make([]byte, size/1000*3&^4095)
+		for i := range block {
+			block[i] = 1
+		}
+		d.WriteAt(block, at)
+		if got, why := Inspect(d, "", ""); got != Foreign {
+			t.Errorf("content at %d: %s, %s", at, got, why)
+		}
+	}
+	d := blocktest.NewMemory(size)
+	if _, why := Inspect(d, "new", "old"); !strings.Contains(why, "another disk (new) than the one recorded (old)") {
+		t.Error(why)
+	}
+}

@@ -1,0 +1,192 @@
+package volume
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"testing"
+
+	"blockferry/blockdev/blocktest"
+)
+
+func sampleLabel(t testing.TB) *Label {
+	t.Helper()
+	areas, err := Layout(1<<30, LayoutOptions{TailBytes: 8 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &Label{Sequence: 7, UUID: NewUUID(), EraID: NewUUID(), Identity: "serial-1", EraBlockBytes: 128 << 10, Areas: areas,
+		MetaFormatted: true, Cuts: Cuts{{1, 2}, {5, 2}, {6, 9}}, State: []byte("state")}
+}
+
+func TestLabelSurvivesTheDisk(t *testing.T) {
+	d := blocktest.NewMemory(4 << 20)
+	want := sampleLabel(t)
+	for i := range 5 {
+		want.State = []byte(fmt.Sprint("state", i))
+		if err := writeLabel(d, want); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadLabel(d)
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("got %+v, %v; want %+v", got, err, want)
+		}
+	}
+}
+
+// A power cut at any point of any write leaves the old label or the new one.
+func TestLabelSurvivesPowerCuts(t *testing.T) {
+	d := blocktest.NewMemory(4 << 20)
+	l := sampleLabel(t)
+	l.State = bytes.Repeat([]byte("x"), 20000)
+	rng := rand.New(rand.NewPCG(1, 0))
+	var may []string // the last durable label, and what was tried since
+	for i := range 300 {
+		next := *l
+		next.State = append([]byte(fmt.Sprintf("%8d", i)), l.State[8:]...)
+		failed := rng.IntN(2) == 0
+		if failed {
+			d.FailAt(blocktest.OpFlush, 0, errors.New("flush fails"))
+		}
+		err := writeLabel(d, &next)
+		if failed != (err != nil) {
+			t.Fatalf("write %d: %v", i, err)
+		}
+		if err == nil {
+			*l = next
+			may = nil
+		}
+		may = append(may, string(next.State[:8]))
+		if l.Sequence == 7 {
+			continue // none is durable yet
+		}
+		got, err := ReadLabel(d.Clone().PowerCut(rng))
+		if err != nil {
+			t.Fatalf("after write %d: %v", i, err)
+		}
+		if s := string(got.State[:8]); !slices.Contains(may, s) {
+			t.Fatalf("after write %d the label is that of %s, want one of %v", i, s, may)
+		}
+	}
+}
+
+func TestLabelKeepsToItsPlace(t *testing.T) {
+	l := sampleLabel(t)
+	l.State = make([]byte, MaxStateBytes)
+	for i := range maxCuts {
+		l.Cuts = l.Cuts.With(CutEra{uint64(100 + i), uint32(100 + i)})
+	}
+	l.Identity = string(make([]byte, maxIdentity))
+	b, err := l.encode()
+	if err != nil || len(b) > slotBytes {
+		t.Fatalf("the largest label has %d bytes, %v", len(b), err)
+	}
+	l.State = make([]byte, MaxStateBytes+1)
+	if _, err := l.encode(); err == nil {
+		t.Fatal("a state that is too long was taken")
+	}
+}
+
+func TestReadLabelTellsAbsentFromDamaged(t *testing.T) {
+	d := blocktest.NewMemory(4 << 20)
+	if _, err := ReadLabel(d); !errors.Is(err, ErrNoLabel) {
+		t.Fatalf("zeros: %v", err)
+	}
+	l := sampleLabel(t)
+	if err := writeLabel(d, l); err != nil {
+		t.Fatal(err)
+	}
+	damage := func(d *blocktest.Memory, slot uint64) {
+		b := make([]byte, 4096)
+		at := int64(slot%2) * slotStride
+		d.ReadAt(b, at)
+		b[600]++
+		d.WriteAt(b, at)
+	}
+	one := d.Clone()
+	damage(one, l.Sequence)
+	if _, err := ReadLabel(one); !errors.Is(err, ErrBadLabel) {
+		t.Fatalf("damaged: %v", err)
+	}
+	// The older slot must not be believed when the newer can't be read.
+	if err := writeLabel(d, l); err != nil {
+		t.Fatal(err)
+	}
+	for k := range 2 {
+		d.FailAt(blocktest.OpRead, k, errors.New("no"))
+		if _, err := ReadLabel(d); err == nil || errors.Is(err, ErrNoLabel) {
+			t.Fatalf("with read %d failing: %v", k+1, err)
+		}
+		for d.FailurePending(blocktest.OpRead) {
+			d.ReadAt(make([]byte, 4096), 0)
+		}
+	}
+}
+
+func TestCutsAnswerTooMuchNeverTooLittle(t *testing.T) {
+	var c Cuts
+	if _, known := c.Since(5); known {
+		t.Fatal("an empty table knows something")
+	}
+	era := map[uint64]uint32{}
+	rng := rand.New(rand.NewPCG(2, 0))
+	number, e := uint64(10), uint32(3)
+	for range 3 * maxCuts {
+		number += 1 + uint64(rng.IntN(3))
+		e += uint32(rng.IntN(3))
+		era[number] = e
+		c = c.With(CutEra{number, e})
+		if len(c) > maxCuts {
+			t.Fatalf("%d cuts", len(c))
+		}
+	}
+	if c[len(c)-1] != (CutEra{number, e}) || c[len(c)-2].Number < number-3 {
+		t.Fatal("the newest cuts were dropped")
+	}
+	if _, known := c.Since(c[0].Number - 1); known {
+		t.Fatal("it knows what was before its first cut")
+	}
+	for n, true := range era {
+		if got, known := c.Since(n); !known || got > true {
+			t.Fatalf("cut %d: era %d, %v; it began in %d", n, got, known, true)
+		}
+	}
+}
+
+func FuzzDecodeLabel(f *testing.F) {
+	l := sampleLabel(f)
+	b, err := l.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b, true)
+	f.Add([]byte(labelMagic), false)
+	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
+		if fix && len(b) >= 4096 { // past the checksum
+			b = b[:len(b)&^4095]
+			copy(b, labelMagic)
+			le.PutUint32(b[8:], labelVersion)
+			le.PutUint32(b[12:], uint32(len(b)))
+			le.PutUint32(b[16:], 0)
+			le.PutUint32(b[16:], crc32.Checksum(b, castagnoli))
+		}
+		l, err := decodeLabel(b)
+		if err != nil {
+			if l != nil || !errors.Is(err, ErrNoLabel) && !errors.Is(err, ErrBadLabel) {
+				t.Fatalf("%+v, %v", l, err)
+			}
+			return
+		}
+		again, err := l.encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l2, err := decodeLabel(again); err != nil || !reflect.DeepEqual(l, l2) {
+			t.Fatalf("%+v came back as %+v, %v", l, l2, err)
+		}
+	})
+}
