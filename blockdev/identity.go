@@ -1,0 +1,214 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Identity is what the kernel says a block device is. Of a partition, Serial,
+// Model, WWID and Disk are the whole disk's.
+type Identity struct {
+	// Serial is the disk's serial number, "" where it has none (loop, RAM).
+	Serial string
+	Model  string
+	// WWID is the disk's worldwide name; of a device-mapper device its UUID.
+	WWID string
+	// Path is the path that was asked for.
+	Path         string
+	Major, Minor uint32
+	SizeBytes    int64
+	// Disk is the kernel's name of the whole disk, for example nvme0n1.
+	Disk string
+	// Partition is the number of the partition, 0 for a whole disk.
+	Partition int
+}
+
+// Identify says what the block device at path is.
+func Identify(path string) (Identity, error) { return hostKernel.identify(path) }
+
+// SameDisk says whether two block devices, or two regular files, share any
+// byte by name: one device under two names, a partition and its disk, or
+// partitions that overlap. It does not look through device-mapper or loop.
+func SameDisk(a, b string) (bool, error) { return hostKernel.sameDisk(a, b) }
+
+// kernel is where the kernel shows its devices; tests give it a tree of their
+// own.
+type kernel struct {
+	sys, proc string
+	// device is the number of the block device at path.
+	device func(path string) (major, minor uint32, err error)
+}
+
+var hostKernel = kernel{sys: "/sys", proc: "/proc", device: deviceNumber}
+
+func deviceNumber(path string) (major, minor uint32, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, 0, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return 0, 0, fmt.Errorf("%s is no block device", path)
+	}
+	return unix.Major(st.Rdev), unix.Minor(st.Rdev), nil
+}
+
+// sysNode is where sysfs shows a block device.
+type sysNode struct {
+	dir  string // the device itself
+	disk string // the whole disk, the same folder unless it is a partition
+}
+
+func (n sysNode) name() string { return filepath.Base(n.dir) }
+
+func (k kernel) node(major, minor uint32) (sysNode, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Join(k.sys, "dev/block", fmt.Sprintf("%d:%d", major, minor)))
+	if err != nil {
+		return sysNode{}, fmt.Errorf("block device %d:%d: %w", major, minor, err)
+	}
+	n := sysNode{dir, dir}
+	if _, err := os.Stat(filepath.Join(dir, "partition")); err == nil {
+		n.disk = filepath.Dir(dir)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return sysNode{}, fmt.Errorf("block device %d:%d: %w", major, minor, err)
+	}
+	return n, nil
+}
+
+// number reads a file that holds one number.
+func number(path string) (int64, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return n, nil
+}
+
+// firstText is the content of the first of the files that exists and holds
+// anything.
+func firstText(dir string, names ...string) string {
+	for _, name := range names {
+		if text, err := os.ReadFile(filepath.Join(dir, name)); err == nil {
+			if s := strings.TrimSpace(strings.ToValidUTF8(string(text), "?")); s != "" {
+				return s
+			}
+		}
+	}
+	return ""
+}
+
+func (k kernel) identify(path string) (Identity, error) {
+	fail := func(err error) (Identity, error) { return Identity{}, fmt.Errorf("identify %s: %w", path, err) }
+	major, minor, err := k.device(path)
+	if err != nil {
+		return fail(err)
+	}
+	n, err := k.node(major, minor)
+	if err != nil {
+		return fail(err)
+	}
+	sectors, err := number(filepath.Join(n.dir, "size"))
+	if err != nil {
+		return fail(err)
+	}
+	id := Identity{
+		Path: path, Major: major, Minor: minor, SizeBytes: sectors * SectorSize, Disk: filepath.Base(n.disk),
+		// virtio has its serial beside the disk, NVMe at the controller, SCSI
+		// in a page of its own.
+		Serial: firstText(n.disk, "serial", "device/serial"),
+		Model:  firstText(n.disk, "device/model"),
+		WWID:   firstText(n.disk, "wwid", "device/wwid", "dm/uuid"),
+	}
+	if id.Serial == "" {
+		if id.Serial, err = unitSerial(filepath.Join(n.disk, "device/vpd_pg80")); err != nil {
+			return fail(err)
+		}
+	}
+	if n.dir != n.disk {
+		number, err := number(filepath.Join(n.dir, "partition"))
+		if err != nil {
+			return fail(err)
+		}
+		id.Partition = int(number)
+	}
+	return id, nil
+}
+
+// unitSerial reads SCSI's page of the unit serial number:
+//
+//	0 device type, 1 page code 0x80, 2 length of what follows u16 big-endian, 4 serial, padded with spaces
+func unitSerial(path string) (string, error) {
+	page, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	if len(page) < 4 || page[1] != 0x80 {
+		return "", fmt.Errorf("%s is no page of a unit serial number", path)
+	}
+	n := int(page[2])<<8 | int(page[3])
+	if n > len(page)-4 {
+		return "", fmt.Errorf("%s has %d bytes, want %d", path, len(page), n+4)
+	}
+	return strings.Trim(strings.ToValidUTF8(string(page[4:4+n]), "?"), " \x00"), nil
+}
+
+func (k kernel) sameDisk(a, b string) (bool, error) {
+	same, err := sameFile(a, b)
+	if err != nil || same {
+		return same, err
+	}
+	var disks [2]string
+	var ranges [2]Extent
+	for i, path := range []string{a, b} {
+		major, minor, err := k.device(path)
+		if err != nil {
+			if info, statErr := os.Stat(path); statErr == nil && info.Mode().IsRegular() {
+				return false, nil // the other is another file or a device
+			}
+			return false, fmt.Errorf("compare devices: %w", err)
+		}
+		n, err := k.node(major, minor)
+		if err != nil {
+			return false, fmt.Errorf("compare devices: %s: %w", path, err)
+		}
+		if disks[i] = n.disk; n.dir == n.disk {
+			ranges[i] = Extent{0, 1<<63 - 1}
+			continue
+		}
+		start, err := number(filepath.Join(n.dir, "start"))
+		if err != nil {
+			return false, fmt.Errorf("compare devices: %w", err)
+		}
+		size, err := number(filepath.Join(n.dir, "size"))
+		if err != nil {
+			return false, fmt.Errorf("compare devices: %w", err)
+		}
+		ranges[i] = Extent{start, size} // in sectors, which will do here
+	}
+	return disks[0] == disks[1] && len(Intersect(ranges[:1], ranges[1:])) > 0, nil
+}
+
+func sameFile(a, b string) (bool, error) {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false, fmt.Errorf("compare devices: %w", err)
+	}
+	y, err := os.Stat(b)
+	if err != nil {
+		return false, fmt.Errorf("compare devices: %w", err)
+	}
+	return os.SameFile(x, y), nil
+}

@@ -1,0 +1,68 @@
+package blockdev
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Traffic is what a device has done since it appeared, in bytes.
+type Traffic struct {
+	WrittenBytes   uint64
+	DiscardedBytes uint64
+}
+
+// ReadTraffic reads the kernel's statistics of the block device at path. It
+// is an error when the kernel does not keep them (queue/iostats is 0), since
+// they would then look like a device that nothing is written to.
+func ReadTraffic(path string) (Traffic, error) { return hostKernel.traffic(path) }
+
+// WrittenBytes is the number of bytes written to the block device at path
+// since it appeared; see ReadTraffic.
+func WrittenBytes(path string) (uint64, error) {
+	t, err := ReadTraffic(path)
+	return t.WrittenBytes, err
+}
+
+func (k kernel) traffic(path string) (Traffic, error) {
+	fail := func(err error) (Traffic, error) { return Traffic{}, fmt.Errorf("statistics of %s: %w", path, err) }
+	major, minor, err := k.device(path)
+	if err != nil {
+		return fail(err)
+	}
+	n, err := k.node(major, minor)
+	if err != nil {
+		return fail(err)
+	}
+	switch on, err := number(filepath.Join(n.disk, "queue/iostats")); {
+	case err != nil:
+		return fail(err)
+	case on == 0:
+		return fail(fmt.Errorf("they are switched off: write 1 to %s", filepath.Join(n.disk, "queue/iostats")))
+	}
+	text, err := os.ReadFile(filepath.Join(n.dir, "stat"))
+	if err != nil {
+		return fail(err)
+	}
+	return parseTraffic(string(text))
+}
+
+// parseTraffic parses a stat file: fields counted from 1, sectors written in
+// 7, discarded in 14 (since Linux 4.18).
+func parseTraffic(text string) (Traffic, error) {
+	fields := strings.Fields(text)
+	if len(fields) < 14 {
+		return Traffic{}, fmt.Errorf("statistics have %d fields, want at least 14", len(fields))
+	}
+	written, err := strconv.ParseUint(fields[6], 10, 64)
+	if err != nil {
+		return Traffic{}, fmt.Errorf("sectors written: %w", err)
+	}
+	discarded, err := strconv.ParseUint(fields[13], 10, 64)
+	if err != nil {
+		return Traffic{}, fmt.Errorf("sectors discarded: %w", err)
+	}
+	return Traffic{written * SectorSize, discarded * SectorSize}, nil
+}
