@@ -10,7 +10,6 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
-	"unsafe"
 
 	"blockferry/blockdev"
 )
@@ -291,7 +290,7 @@ type picky struct {
 }
 
 func (p picky) ReadAt(b []byte, off int64) (int, error) {
-	if off%4096 != 0 || len(b)%4096 != 0 || uintptr(unsafe.Pointer(&b[0]))%4096 != 0 {
+	if off%4096 != 0 || len(b)%4096 != 0 || reflect.ValueOf(&b[0]).Pointer()%4096 != 0 {
 		p.t.Errorf("read of %d bytes at %d into memory at %p", len(b), off, b)
 	}
 	return p.r.ReadAt(b, off)
