@@ -131,3 +131,30 @@ func (c *Config) sort() {
 		sort.Slice(v.Replicas, func(i, j int) bool { return v.Replicas[i].Name < v.Replicas[j].Name })
 	}
 }
+
+// DiskUse is a disk and what it is for.
+type DiskUse struct{ Path, What string }
+
+// DiskUses lists every disk of a volume.
+func (v *Volume) DiskUses() []DiskUse {
+	uses := []DiskUse{{v.Device, "the device of volume '" + v.Name + "'"}}
+	if v.MetadataDevice != "" {
+		uses = append(uses, DiskUse{v.MetadataDevice, "the metadata device of volume '" + v.Name + "'"})
+	}
+	if v.CowDevice != "" {
+		uses = append(uses, DiskUse{v.CowDevice, "the cow device of volume '" + v.Name + "'"})
+	}
+	for _, r := range v.Replicas {
+		uses = append(uses, DiskUse{r.Device, "replica '" + r.Name + "' of volume '" + v.Name + "'"})
+	}
+	return uses
+}
+
+// DiskUses lists every disk of every volume.
+func (c *Config) DiskUses() []DiskUse {
+	var uses []DiskUse
+	for _, v := range c.Volumes {
+		uses = append(uses, v.DiskUses()...)
+	}
+	return uses
+}

@@ -116,6 +116,9 @@ func (r *reader) disk(key string, into *string, what string) field {
 	})
 }
 
+// InnerSuffixes are the ends of the names of a volume's inner devices.
+func InnerSuffixes() []string { return append([]string(nil), innerSuffixes...) }
+
 // checkName keeps a name usable as a device-mapper name and as a word in
 // status lines.
 func checkName(name string) error {

@@ -1,0 +1,190 @@
+// Package agent is the long-running part of blockferry: it brings volumes up,
+// replicates them, keeps local replicas, and answers the commands. It joins
+// blockdev and protocol and decides nothing that they can decide.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"blockferry/blockdev/dm"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/doctor"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+const (
+	// stopLimit is how long a stop may take; what is unfinished then is void
+	// and is done again after the next start.
+	stopLimit = 20 * time.Second
+	// retryEvery is how often something that is not there is looked for.
+	retryEvery = 5 * time.Second
+)
+
+// Options is what an agent is started with.
+type Options struct {
+	Config  *config.Config
+	Socket  string
+	Log     *slog.Logger
+	Version string
+	System  *doctor.System
+	// DeadMan is the command line of the process that resumes devices.
+	DeadMan []string
+}
+
+// Agent runs the volumes of one configuration.
+type Agent struct {
+	options  Options
+	log      *slog.Logger
+	hub      *hub
+	dm       *dm.Control
+	receiver *protocol.Receiver
+	volumes  []*managed
+	stopping chan struct{} // closed when the agent begins to stop
+}
+
+// Run is an agent's whole life. It returns when ctx ends, nil if it stopped
+// in an orderly way; volumes stay up.
+func Run(ctx context.Context, o Options) error {
+	kernel := o.System.Kernel()
+	if err := kernel.Err(); err != nil {
+		return err
+	}
+	a := &Agent{options: o, log: o.Log, hub: newHub(), stopping: make(chan struct{})}
+	listener, closeListener, err := listen(o.Socket)
+	if err != nil {
+		return err
+	}
+	defer closeListener()
+	if a.dm, err = dm.Open(); err != nil {
+		return exit.Mark(exit.Prerequisite, err)
+	}
+	defer a.dm.Close()
+	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{})
+	defer a.receiver.Close()
+	for _, v := range o.Config.Volumes {
+		a.volumes = append(a.volumes, newManaged(a, v))
+	}
+	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream),
+		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
+		grpc.MaxRecvMsgSize(protocol.MaxMessageBytes), grpc.MaxSendMsgSize(protocol.MaxMessageBytes))
+	proto.RegisterControlServer(server, control{agent: a})
+	proto.RegisterReplicationServer(server, a.receiver)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	var running sync.WaitGroup
+	for _, v := range a.volumes {
+		running.Go(func() { v.run(work) })
+	}
+	n := notifier{a.log}
+	running.Go(func() { n.watch(work, a.alive, a.summary) })
+	n.ready()
+	a.log.Info("agent started", "version", o.Version, "socket", o.Socket, "volumes", len(a.volumes), "pid", os.Getpid())
+
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-served:
+		err = fmt.Errorf("the socket's server ended: %w", err)
+	}
+	n.stopping()
+	close(a.stopping)
+	stop()
+	return errors.Join(err, a.stop(server, &running))
+}
+
+// stop waits for everything, at most for stopLimit.
+func (a *Agent) stop(server *grpc.Server, running *sync.WaitGroup) error {
+	done := make(chan struct{})
+	go func() { running.Wait(); server.Stop(); close(done) }()
+	select {
+	case <-done:
+		a.log.Info("agent stopped; volumes stay up")
+		return nil
+	case <-time.After(stopLimit):
+		return exit.Errorf(exit.Timeout, "the agent did not stop within %s; the process ends all the same, devices are resumed by the dead-man", stopLimit)
+	}
+}
+
+// one finds a volume by name; with an empty name the only one.
+func (a *Agent) one(name string) (*managed, error) {
+	v, err := a.options.Config.Volume(name)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range a.volumes {
+		if m.config == v {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("volume '%s' is not managed", name)
+}
+
+// find is one, or all with an empty name.
+func (a *Agent) find(name string) ([]*managed, error) {
+	if name == "" {
+		return a.volumes, nil
+	}
+	v, err := a.one(name)
+	return []*managed{v}, err
+}
+
+// alive asks every volume for an answer: one that is stuck keeps the
+// watchdog from being fed.
+func (a *Agent) alive(ctx context.Context) error {
+	answered := make(chan struct{})
+	go func() {
+		for _, v := range a.volumes {
+			v.status()
+		}
+		close(answered)
+	}()
+	select {
+	case <-answered:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// summary is a line for the service manager.
+func (a *Agent) summary() string {
+	var words []string
+	for _, v := range a.volumes {
+		s := v.status()
+		word := s.Name + " " + s.Disk
+		for _, r := range s.Replicas {
+			word += ", " + r.Name + " " + r.Disk
+		}
+		words = append(words, word)
+	}
+	return strings.Join(words, "; ")
+}
+
+// present is the state as events, ended by 'now'.
+func (a *Agent) present() []*proto.Event {
+	at := time.Now().UnixNano()
+	var events []*proto.Event
+	for _, v := range a.volumes {
+		s := v.status()
+		events = append(events, &proto.Event{UnixNanos: at, Volume: s.Name, Kind: "volume", Message: "role:" + s.Role + " disk:" + s.Disk})
+		for _, r := range s.Replicas {
+			events = append(events, &proto.Event{UnixNanos: at, Volume: s.Name, Replica: r.Name, Kind: "replica",
+				Message: "connection:" + r.Connection + " replication:" + r.Replication + " disk:" + r.Disk})
+		}
+	}
+	return append(events, &proto.Event{UnixNanos: at, Kind: "now"})
+}

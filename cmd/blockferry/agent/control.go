@@ -1,0 +1,129 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/status"
+	"blockferry/proto"
+)
+
+// control answers the commands. Errors leave it with their exit code.
+type control struct {
+	proto.UnimplementedControlServer
+	agent *Agent
+}
+
+func (c control) Status(_ context.Context, r *proto.StatusRequest) (*proto.StatusReply, error) {
+	d := status.Document{Version: c.agent.options.Version, Volumes: []status.Volume{}}
+	volumes, err := c.agent.find(r.Volume)
+	if err != nil {
+		return nil, err
+	}
+	for _, v := range volumes {
+		d.Volumes = append(d.Volumes, v.status())
+	}
+	line, err := json.Marshal(d)
+	return &proto.StatusReply{Json: line}, err
+}
+
+func (c control) Up(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.done(ctx, r, (*managed).up)
+}
+
+func (c control) Down(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.done(ctx, r, func(v *managed, ctx context.Context) (string, error) { return v.down(ctx, r.Force) })
+}
+
+func (c control) Pause(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.done(ctx, r, (*managed).pause)
+}
+
+func (c control) Resume(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.done(ctx, r, (*managed).resume)
+}
+
+func (c control) done(ctx context.Context, r *proto.VolumeRequest, do func(*managed, context.Context) (string, error)) (*proto.Done, error) {
+	v, err := c.agent.one(r.Volume)
+	if err != nil {
+		return nil, err
+	}
+	message, err := do(v, ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &proto.Done{Message: v.config.Name + ": " + message}, nil
+}
+
+func (c control) Sync(ctx context.Context, r *proto.SyncRequest) (*proto.SyncReply, error) {
+	v, err := c.agent.one(r.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if r.TimeoutMillis > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(r.TimeoutMillis)*time.Millisecond)
+		defer cancel()
+	}
+	return v.sync(ctx)
+}
+
+func (c control) Verify(r *proto.VolumeRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {
+	v, err := c.agent.one(r.Volume)
+	if err != nil {
+		return err
+	}
+	return v.verify(stream.Context(), r.Replica, stream.Send)
+}
+
+func (c control) RestoreVolume(r *proto.RestoreVolumeRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {
+	v, err := c.agent.one(r.Volume)
+	if err != nil {
+		return err
+	}
+	return v.restoreVolume(stream.Context(), r.From, r.Force, stream.Send)
+}
+
+// Events sends the present state, then 'now', then what happens.
+func (c control) Events(r *proto.EventsRequest, stream grpc.ServerStreamingServer[proto.Event]) error {
+	// Listening begins before the state is taken: nothing falls between.
+	events, end := c.agent.hub.listen()
+	defer end()
+	for _, e := range c.agent.present() {
+		if err := stream.Send(e); err != nil {
+			return err
+		}
+	}
+	if !r.Follow {
+		return nil
+	}
+	for {
+		select {
+		case <-stream.Context().Done():
+			return nil
+		case <-c.agent.stopping:
+			return nil
+		case e, ok := <-events:
+			if !ok {
+				return exit.Errorf(exit.Failed, "events came faster than they were read; begin again with the present state")
+			}
+			if err := stream.Send(e); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// wireUnary and wireStream give every error its code on the wire.
+func wireUnary(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	reply, err := handle(ctx, request)
+	return reply, exit.ToWire(err)
+}
+
+func wireStream(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	return exit.ToWire(handle(server, stream))
+}

@@ -1,0 +1,145 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/protocol"
+)
+
+// localReplica keeps one replica's disk open and served for as long as the
+// disk is there.
+type localReplica struct {
+	agent  *Agent
+	volume string
+	config *config.Replica
+	log    *slog.Logger
+
+	mu      sync.Mutex
+	replica *protocol.Replica // nil: not open
+	reason  string            // why not
+	advice  string
+	ready   chan struct{} // closed and replaced when the state changes
+}
+
+func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplica {
+	return &localReplica{agent: a, volume: v.Name, config: r, ready: make(chan struct{}),
+		log: a.log.With("volume", v.Name, "replica", r.Name), reason: "not opened yet"}
+}
+
+// run opens the replica, serves it, and begins again after a fault, until ctx
+// ends.
+func (l *localReplica) run(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := l.serve(ctx); err != nil && ctx.Err() == nil {
+			l.closed(err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(retryEvery):
+		}
+	}
+}
+
+// serve returns when the replica can't be served, or not any more.
+func (l *localReplica) serve(ctx context.Context) (err error) {
+	disk, err := blockdev.OpenFile(l.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	replica, err := protocol.OpenReplica(ctx, disk, protocol.OpenOptions{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, replica.Close()) }()
+	s := replica.Status()
+	if err := l.agent.receiver.Add(l.config.Name, replica); err != nil {
+		return err
+	}
+	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
+	l.set(replica, "", "")
+	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
+	for _, w := range s.Warnings {
+		l.log.Warn("replica", "warning", w)
+	}
+	l.agent.hub.publish(l.volume, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			l.set(nil, "the agent is stopping", "")
+			return nil
+		case <-tick.C:
+			if err := replica.Status().Err; err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// closed notes why the replica is not served, once.
+func (l *localReplica) closed(err error) {
+	advice := fmt.Sprintf("it is tried again every %s", retryEvery)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		advice = "attach the disk; " + advice
+	case errors.Is(err, protocol.ErrNoSuperblock):
+		advice = "if it is the right disk, format it: blockferry create --force " + l.volume
+	case errors.Is(err, protocol.ErrChangedOutside), errors.Is(err, protocol.ErrJournalDamaged):
+		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
+	}
+	l.mu.Lock()
+	known := l.reason == err.Error()
+	l.mu.Unlock()
+	l.set(nil, err.Error(), advice)
+	if !known {
+		l.log.Warn("replica not served", "error", err)
+		l.agent.hub.publish(l.volume, l.config.Name, "replica-closed", err.Error())
+	}
+}
+
+func (l *localReplica) set(r *protocol.Replica, reason, advice string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.replica, l.reason, l.advice = r, reason, advice
+	close(l.ready)
+	l.ready = make(chan struct{})
+}
+
+// status is the replica's own; false while its disk is not open.
+func (l *localReplica) status() (s protocol.ReplicaStatus, open bool, reason, advice string) {
+	l.mu.Lock()
+	r := l.replica
+	reason, advice = l.reason, l.advice
+	l.mu.Unlock()
+	if r == nil {
+		return s, false, reason, advice
+	}
+	return r.Status(), true, "", ""
+}
+
+// settled waits until the replica was opened, or could not be, or ctx ends.
+func (l *localReplica) settled(ctx context.Context) {
+	for {
+		l.mu.Lock()
+		done, change := l.replica != nil || l.advice != "", l.ready
+		l.mu.Unlock()
+		if done {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-change:
+		}
+	}
+}

@@ -1,0 +1,152 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/layout"
+	"blockferry/protocol"
+)
+
+// replicaPatience is how long a restore waits for replicas that the agent has
+// not looked at yet.
+const replicaPatience = 15 * time.Second
+
+// restorePlan is what a restore is going to do.
+type restorePlan struct {
+	from   *localReplica
+	status protocol.ReplicaStatus // of it
+	// resume: the disk holds the beginning of this very restore.
+	resume bool
+	layout layout.Plan
+}
+
+// planRestore decides from which replica the disk is filled, and that it may
+// be. It writes nothing.
+func (m *managed) planRestore(ctx context.Context, from string, force bool) (restorePlan, error) {
+	var p restorePlan
+	if from != "" {
+		if _, err := m.config.Replica(from); err != nil {
+			return p, err
+		}
+	}
+	if up, err := m.stackExists(); err != nil || up {
+		return p, errors.Join(err, exit.Errorf(exit.Refused, "volume '%s' is up: its disk %s is not blank; take it down first if it is to be filled anew", m.config.Name, m.config.Device))
+	}
+	started, err := m.diskForRestore(force)
+	if err != nil {
+		return p, err
+	}
+	if started != nil && from == "" {
+		from = started.Replica
+	}
+	if p.from, p.status, err = m.choose(ctx, from); err != nil {
+		return p, err
+	}
+	p.resume = started != nil && started.Replica == p.from.config.Name && started.Lineage.Equal(p.status.Lineage)
+	p.layout, err = m.layoutFor(p.status.SizeBytes)
+	return p, err
+}
+
+// diskForRestore refuses a disk that holds what is not to be lost. A restore
+// that was begun on it is returned.
+func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, error) {
+	path := m.config.Device
+	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Exclusive: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
+	}
+	if err != nil {
+		return nil, exit.Mark(exit.Refused, err)
+	}
+	defer disk.Close()
+	content, why := volume.Inspect(disk, "", "")
+	if content == volume.Labelled {
+		label, err := volume.ReadLabel(disk)
+		if err != nil {
+			return nil, err
+		}
+		if s, err := protocol.DecodeSourceState(label.State); err == nil && s.Restore != nil {
+			return s.Restore, nil
+		}
+	}
+	if content != volume.Blank && !force {
+		return nil, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
+	}
+	return nil, nil
+}
+
+// choose takes the replica that is furthest. Without a name every replica has
+// to be there: one that is missing may be the furthest.
+func (m *managed) choose(ctx context.Context, name string) (*localReplica, protocol.ReplicaStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, replicaPatience)
+	defer cancel()
+	var best *localReplica
+	var have protocol.ReplicaStatus
+	var missing []string
+	for _, r := range m.replicas {
+		if name != "" && r.config.Name != name {
+			continue
+		}
+		r.settled(ctx)
+		s, open, reason, _ := r.status()
+		switch {
+		case !open:
+			missing = append(missing, fmt.Sprintf("'%s' is not open (%s)", r.config.Name, reason))
+			continue
+		case s.State != protocol.DiskConsistent:
+			missing = append(missing, fmt.Sprintf("'%s' holds no whole image, it is %s", r.config.Name, s.State))
+			continue
+		case best == nil:
+			best, have = r, s
+			continue
+		}
+		switch relation := protocol.Compare(s.Lineage, have.Lineage); relation.Kind {
+		case protocol.Same, protocol.Behind:
+		case protocol.Ahead:
+			best, have = r, s
+		default:
+			return nil, have, exit.Errorf(exit.Refused, "volume '%s': replicas '%s' (%v) and '%s' (%v) are %v; say with --from which one is right",
+				m.config.Name, r.config.Name, s.Lineage, best.config.Name, have.Lineage, relation)
+		}
+	}
+	if best == nil {
+		return nil, have, exit.Errorf(exit.Refused, "volume '%s': there is nothing to restore from: %s", m.config.Name, strings.Join(missing, ", "))
+	}
+	if len(missing) > 0 {
+		return nil, have, exit.Errorf(exit.Refused, "volume '%s': replica %s and may be newer than '%s' (%v); attach it, or say with --from %s that this one is right",
+			m.config.Name, strings.Join(missing, ", "), best.config.Name, have.Committed, best.config.Name)
+	}
+	return best, have, nil
+}
+
+// layoutFor divides the disk for a volume of a size that is given.
+func (m *managed) layoutFor(size int64) (layout.Plan, error) {
+	v := *m.config
+	v.SizeBytes = size
+	sizes := map[string]int64{}
+	for _, u := range v.DiskUses() {
+		f, err := blockdev.OpenFile(u.Path, blockdev.OpenOptions{})
+		if errors.Is(err, fs.ErrNotExist) && u.Path != v.Device && u.Path != v.MetadataDevice && u.Path != v.CowDevice {
+			continue // a replica that is away keeps nobody from a restore
+		}
+		if err != nil {
+			return layout.Plan{}, err
+		}
+		sizes[u.Path] = f.Size()
+		f.Close()
+	}
+	for _, r := range v.Replicas {
+		if sizes[r.Device] == 0 {
+			sizes[r.Device] = 1 << 62
+		}
+	}
+	return layout.Make(&v, sizes)
+}

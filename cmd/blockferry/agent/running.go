@@ -1,0 +1,257 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+const (
+	// stopSend is how long a stop of the agent waits for a last epoch.
+	stopSend = 5 * time.Second
+	// downSend is the same for a volume that is taken down.
+	downSend = time.Minute
+	// window is gRPC's flow control: large enough not to be the limit.
+	window = 16 << 20
+)
+
+// running is the replication of a volume that is up.
+type running struct {
+	primary *protocol.Primary
+	source  *source
+	state   *labelState
+	guard   *volume.Guard
+	conn    *grpc.ClientConn
+}
+
+// replicate starts a volume's primary. Replicas of this machine are reached
+// over the agent's own socket, as a peer's would be over the network.
+func (m *managed) replicate(stack *volume.Volume, guard *volume.Guard, state protocol.SourceState) (*running, error) {
+	conn, err := m.agent.dial()
+	if err != nil {
+		return nil, err
+	}
+	r := &running{source: &source{Volume: stack}, state: &labelState{StateStore: stackState{stack}}, guard: guard, conn: conn}
+	c := protocol.PrimaryConfig{
+		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
+		Interval: m.config.Interval, Events: m.events(),
+	}
+	for _, p := range m.config.Replicas {
+		codec, err := protocol.ParseCodec(p.Compression)
+		if err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		c.Replicas = append(c.Replicas, protocol.ReplicaConfig{
+			Name: p.Name, Conn: conn, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace,
+		})
+	}
+	if r.primary, err = protocol.NewPrimary(c, state); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return r, nil
+}
+
+// dial connects to the agent's own socket.
+func (a *Agent) dial() (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix://"+a.options.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(protocol.MaxMessageBytes), grpc.MaxCallSendMsgSize(protocol.MaxMessageBytes)))
+}
+
+// stop ends replication and leaves the stack up.
+func (r *running) stop() error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopSend)
+	defer cancel()
+	_, err := r.primary.Stop(ctx, nil)
+	return errors.Join(err, r.conn.Close())
+}
+
+// labelState is where the label is: in the stack or, once that is gone, on
+// the disk.
+type labelState struct{ protocol.StateStore }
+
+// down takes the volume down. Its end is clean if the kernel's marks prove
+// that nothing was written after the last cut.
+func (m *managed) down(ctx context.Context, force bool) (string, error) {
+	m.op.Lock()
+	defer m.op.Unlock()
+	m.mu.Lock()
+	stack, r := m.stack, m.running
+	m.mu.Unlock()
+	if stack == nil {
+		if adopt, err := m.stackExists(); err != nil || adopt {
+			return "", errors.Join(err, exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s", m.config.Name, m.why()))
+		}
+		m.set(stageDown, "taken down by the operator", "blockferry up "+m.config.Name)
+		return "is down already", nil
+	}
+	if err := stack.Opened(); err != nil {
+		return "", exit.Mark(exit.Refused, err)
+	}
+	limited, cancel := context.WithTimeout(ctx, downSend)
+	defer cancel()
+	if _, _, err := r.primary.SyncNow(limited); err != nil && !force {
+		return "", exit.Errorf(exit.Refused, "%w; to take it down all the same: blockferry down --force %s (what is missing stays marked)", err, m.config.Name)
+	}
+	clean, err := m.sealAndStop(limited, stack, r)
+	if err != nil {
+		// The stack may be there or not: the next look sorts it out.
+		m.forget()
+		m.set(stageStarting, err.Error(), "")
+		m.wake()
+		return "", exit.Mark(exit.Refused, err)
+	}
+	m.forget()
+	m.set(stageDown, "taken down by the operator", "blockferry up "+m.config.Name)
+	if !clean {
+		return "down; something may have been written after the last cut, it stays marked", nil
+	}
+	return "down, cleanly", nil
+}
+
+func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *running) (bool, error) {
+	var disk *volume.Offline
+	gone := false
+	clean, err := r.primary.Stop(ctx, func() error {
+		if err := stack.Down(); err != nil {
+			return err
+		}
+		gone = true
+		var err error
+		if disk, err = volume.OpenOffline(m.config.Device); err != nil {
+			return err
+		}
+		r.state.StateStore = offlineState{disk}
+		unwritten, why := disk.UnwrittenSince(r.source.last(), m.config.MetadataDevice)
+		if !unwritten {
+			m.log.Info("not a clean end", "reason", why)
+		}
+		r.source.seal(!unwritten)
+		return nil
+	})
+	if disk != nil {
+		err = errors.Join(err, disk.Close())
+	}
+	if !gone {
+		err = errors.Join(err, stack.Close())
+	}
+	return clean, errors.Join(err, r.conn.Close(), r.guard.Close())
+}
+
+// forget drops what was closed already.
+func (m *managed) forget() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stack, m.running = nil, nil
+}
+
+func (m *managed) wake() {
+	select {
+	case m.poke <- struct{}{}:
+	default:
+	}
+}
+
+func (m *managed) why() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reason
+}
+
+// primary is the volume's, or an error that says why there is none.
+func (m *managed) primary() (*protocol.Primary, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.running == nil {
+		return nil, exit.Errorf(exit.Refused, "volume '%s' is not up: %s; %s", m.config.Name, m.reason, m.advice)
+	}
+	return m.running.primary, nil
+}
+
+func (m *managed) pause(context.Context) (string, error) {
+	p, err := m.primary()
+	if err != nil {
+		return "", err
+	}
+	return "paused; writes go on and are marked", m.setPaused(p.Pause(""), true)
+}
+
+func (m *managed) resume(context.Context) (string, error) {
+	p, err := m.primary()
+	if err != nil {
+		return "", err
+	}
+	return "resumed", m.setPaused(p.Resume(""), false)
+}
+
+func (m *managed) setPaused(err error, paused bool) error {
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.paused = paused
+	return nil
+}
+
+func (m *managed) sync(ctx context.Context) (*proto.SyncReply, error) {
+	p, err := m.primary()
+	if err != nil {
+		return nil, err
+	}
+	epoch, committed, err := p.SyncNow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &proto.SyncReply{Epoch: epoch, Committed: committed}, nil
+}
+
+// events logs and publishes what a primary does.
+func (m *managed) events() protocol.PrimaryEvents {
+	say := func(replica, kind, format string, args ...any) {
+		m.agent.hub.publish(m.config.Name, replica, kind, fmt.Sprintf(format, args...))
+	}
+	return protocol.PrimaryEvents{
+		Connected: func(replica string, plan protocol.Plan) {
+			m.log.Info("replica connected", "replica", replica, "plan", plan.String())
+			say(replica, "replica-connected", "%s", plan)
+		},
+		Disconnected: func(replica string, err error) {
+			m.log.Warn("replica disconnected", "replica", replica, "error", err)
+			say(replica, "replica-disconnected", "%v", err)
+		},
+		Cut: func(c protocol.CutInfo) {
+			m.log.Debug("cut", "epoch", c.Epoch, "view", c.View, "stalled", c.Stalled)
+		},
+		CutFailed: func(epoch uint64, err error) {
+			m.log.Warn("cut failed; its epoch is void", "epoch", epoch, "error", err)
+			say("", "cut-failed", "epoch %d: %v", epoch, err)
+		},
+		Committed: func(replica string, e protocol.EpochStats) {
+			m.log.Debug("epoch committed", "replica", replica, "stats", fmt.Sprintf("%+v", e))
+			say(replica, "epoch-committed", "epoch %d", e.Epoch)
+		},
+		Void: func(replica string, epoch uint64, err error) {
+			m.log.Warn("epoch void; it is sent again", "replica", replica, "epoch", epoch, "error", err)
+			say(replica, "epoch-void", "epoch %d: %v", epoch, err)
+		},
+		Behind: func(replica, reason string) {
+			if reason == "" {
+				m.log.Info("replica is not behind any more", "replica", replica)
+				say(replica, "replica-caught-up", "")
+				return
+			}
+			m.log.Warn("replica is behind", "replica", replica, "reason", reason)
+			say(replica, "replica-behind", "%s", reason)
+		},
+	}
+}

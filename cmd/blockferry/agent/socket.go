@@ -1,0 +1,49 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/cmd/blockferry/exit"
+)
+
+// listen makes the agent's socket: only its owner may connect. A socket that
+// a killed agent left behind is replaced, one that answers is not.
+func listen(path string) (net.Listener, func(), error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, nil, exit.Errorf(exit.Prerequisite, "the folder of the socket: %w; create it, or choose another with --socket", err)
+	}
+	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, nil, exit.Errorf(exit.Prerequisite, "the socket's lock: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, nil, exit.Errorf(exit.Refused, "another agent answers on %s; stop it first, or choose another socket with --socket", path)
+	}
+	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		conn.Close()
+		lock.Close()
+		return nil, nil, exit.Errorf(exit.Refused, "another program answers on %s; stop it first, or choose another socket with --socket", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		lock.Close()
+		return nil, nil, fmt.Errorf("a stale socket: %w", err)
+	}
+	// Nobody may connect between bind and chmod, whatever the folder allows.
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		lock.Close()
+		return nil, nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return l, func() { l.Close(); lock.Close() }, nil
+}

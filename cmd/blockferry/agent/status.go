@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"fmt"
+	"strings"
+
+	"blockferry/cmd/blockferry/status"
+	"blockferry/protocol"
+)
+
+// status is the volume as it stands. It never waits for a device.
+func (m *managed) status() status.Volume {
+	m.mu.Lock()
+	s := status.Volume{
+		Name: m.config.Name, Device: m.config.Device, Role: "Unknown", Disk: "DUnknown",
+		IntervalSeconds: m.config.Interval.Seconds(), Paused: m.paused, Reason: m.reason, Advice: m.advice, Replicas: []status.Replica{},
+	}
+	st, stack, r, restoring := m.stage, m.stack, m.running, m.progress
+	if m.size > 0 {
+		s.SizeBytes, s.UUID = m.size, m.uuid.String()
+	}
+	m.mu.Unlock()
+	switch st {
+	case stageAbsent, stageBlank, stageRestoring:
+		s.Disk = "Diskless"
+	case stageDown:
+		s.Role, s.Disk = "Secondary", "Consistent"
+	}
+	var primary protocol.PrimaryStatus
+	if stack != nil && r != nil {
+		primary = r.primary.Status()
+		s.Role, s.Disk, s.Up, s.Path = "Primary", "UpToDate", true, stack.Path()
+		s.WrittenBytes = &primary.WrittenBytes
+		if primary.Epoch > 0 {
+			s.Position = position(primary.Generation, primary.Epoch)
+		}
+		if stats := stack.Stats(); stats.Cuts > 0 {
+			stalled := stats.LastStall.Seconds()
+			s.LastCut = &status.Cut{Epoch: primary.Epoch, StalledSeconds: &stalled}
+		}
+		if primary.Problem != "" {
+			s.Reason, s.Advice = primary.Problem, "see the agent's log; writes go on and are marked"
+		}
+	}
+	if restoring != nil {
+		done, total := restoring.done.Load(), restoring.total.Load()
+		s.Reason = fmt.Sprintf("being restored from replica '%s': %d%%", restoring.replica, percent(done, total))
+	}
+	for _, l := range m.replicas {
+		s.Replicas = append(s.Replicas, m.replicaStatus(l, primary))
+	}
+	return s
+}
+
+func percent(done, total uint64) uint64 {
+	if total == 0 {
+		return 0
+	}
+	return min(100, done*100/total)
+}
+
+func position(generation string, epoch uint64) *status.Position {
+	return &status.Position{Generation: generation, Epoch: epoch}
+}
+
+// replicaStatus joins what the primary knows of a replica with what its own
+// disk says.
+func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus) status.Replica {
+	s := status.Replica{Name: l.config.Name, Device: l.config.Device, Connection: "StandAlone", Replication: "Off", Disk: "DUnknown"}
+	own, open, reason, advice := l.status()
+	s.Reason, s.Advice = reason, advice
+	if open {
+		s.Disk = diskWord(own.State)
+		s.Reason = own.Reason
+		if !own.Committed.IsZero() {
+			s.Position = position(fmt.Sprintf("%x", own.Committed.Generation), own.Committed.Epoch)
+		}
+		if own.Err != nil {
+			s.Reason, s.Advice = own.Err.Error(), "the disk is opened again by itself; look at it if this goes on"
+		}
+	}
+	for i := range primary.Replicas {
+		r := &primary.Replicas[i]
+		if r.Name != l.config.Name {
+			continue
+		}
+		s.Connection, s.Replication = r.Connection, r.Replication
+		if r.Replication == "Paused" {
+			s.Replication = "PausedSyncS"
+			s.Advice = "blockferry resume " + m.config.Name
+		}
+		if open && r.Disk != "DUnknown" {
+			s.Disk = r.Disk
+		}
+		if r.Epoch > 0 {
+			s.BehindSeconds, s.BehindBytes = &r.LagSeconds, &r.LagBytes
+		}
+		if open && r.Reason != "" {
+			s.Reason = r.Reason
+		}
+		s.JournalFreeBytes = r.JournalFree
+		if r.Sync != nil {
+			done, total := uint64(max(0, r.Sync.DoneBytes)), uint64(max(0, r.Sync.TotalBytes))
+			s.DoneBytes, s.TotalBytes, s.EtaSeconds = &done, &total, r.Sync.ETASeconds
+			s.Mode, _, _ = strings.Cut(r.Plan, ":")
+		}
+	}
+	return s
+}
+
+// diskWord is a replica's state in DRBD's words.
+func diskWord(s protocol.DiskState) string {
+	switch s {
+	case protocol.DiskConsistent:
+		return "Consistent"
+	case protocol.DiskBlank, protocol.DiskInconsistent:
+		return "Inconsistent"
+	}
+	return "DUnknown"
+}

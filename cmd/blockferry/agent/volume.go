@@ -1,0 +1,315 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/dm"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/protocol"
+)
+
+// stage is where a volume stands in the agent.
+type stage int
+
+const (
+	stageStarting  stage = iota // not looked at yet
+	stageAbsent                 // its disk is not there
+	stageBlank                  // its disk is blank: create or restore
+	stageRefused                // its disk holds what is not this volume
+	stageRestoring              // it is being filled
+	stageDown                   // the operator took it down
+	stageUp
+)
+
+// managed is one volume of the agent.
+type managed struct {
+	agent    *Agent
+	config   *config.Volume
+	log      *slog.Logger
+	replicas []*localReplica
+	poke     chan struct{} // looks again at once
+
+	// op is held by whoever brings the volume up or down or restores it. It
+	// is taken before mu.
+	op sync.Mutex
+
+	mu       sync.Mutex
+	stage    stage
+	reason   string
+	advice   string
+	uuid     volume.UUID
+	size     int64
+	paused   bool
+	progress *restoreProgress
+	stack    *volume.Volume // while up
+	running  *running       // replication, while up
+}
+
+func newManaged(a *Agent, v *config.Volume) *managed {
+	m := &managed{agent: a, config: v, log: a.log.With("volume", v.Name), poke: make(chan struct{}, 1), reason: "the agent is starting"}
+	for _, r := range v.Replicas {
+		m.replicas = append(m.replicas, newLocalReplica(a, v, r))
+	}
+	return m
+}
+
+// run keeps the volume up until ctx ends; the stack stays.
+func (m *managed) run(ctx context.Context) {
+	var replicas sync.WaitGroup
+	for _, r := range m.replicas {
+		replicas.Go(func() { r.run(ctx) })
+	}
+	defer replicas.Wait()
+	for ctx.Err() == nil {
+		m.look(ctx)
+		select {
+		case <-ctx.Done():
+		case <-m.poke:
+		case <-time.After(retryEvery):
+		}
+	}
+	m.op.Lock()
+	defer m.op.Unlock()
+	if err := m.letGo(); err != nil {
+		m.log.Warn("the volume was not let go cleanly", "error", err)
+	}
+}
+
+// look brings the volume up if it should be and can be.
+func (m *managed) look(ctx context.Context) {
+	if !m.op.TryLock() {
+		return // somebody is at it
+	}
+	defer m.op.Unlock()
+	switch m.at() {
+	case stageUp, stageDown, stageRestoring:
+		return
+	}
+	err := m.bringUp(ctx)
+	if err == nil || ctx.Err() != nil {
+		return
+	}
+	if m.at() == stageBlank && m.config.AutoRestore {
+		m.log.Info("restoring by itself", "reason", err)
+		if err := m.restoreHere(ctx, "", false, nil); err != nil {
+			m.log.Error("the automatic restore failed; it is tried again", "error", err)
+		}
+	}
+}
+
+func (m *managed) at() stage {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stage
+}
+
+// set moves to a stage, and says so when it is news.
+func (m *managed) set(s stage, reason, advice string) {
+	m.mu.Lock()
+	news := s != m.stage || reason != m.reason
+	m.stage, m.reason, m.advice = s, reason, advice
+	m.mu.Unlock()
+	if !news {
+		return
+	}
+	words := stageWords[s]
+	if reason != "" {
+		words += ": " + reason
+	}
+	m.agent.hub.publish(m.config.Name, "", "volume-"+stageWords[s], words)
+	if s == stageRefused || s == stageAbsent {
+		m.log.Warn("volume is "+stageWords[s], "reason", reason, "advice", advice)
+	} else {
+		m.log.Info("volume is "+stageWords[s], "reason", reason)
+	}
+}
+
+var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageRefused: "refused",
+	stageRestoring: "restoring", stageDown: "down", stageUp: "up"}
+
+// bringUp builds or adopts the stack and starts replication; op is held. The
+// stage says how it ended, too.
+func (m *managed) bringUp(ctx context.Context) error {
+	v := m.config
+	adopt, err := m.stackExists()
+	if err != nil {
+		return m.refuse(err, "see the error")
+	}
+	var state protocol.SourceState
+	if !adopt {
+		if err := m.inspect(); err != nil {
+			return err
+		}
+		state, err = m.beginOffline()
+		var unfinished *unfinishedRestore
+		if errors.As(err, &unfinished) {
+			m.set(stageBlank, err.Error(), "to finish it: blockferry restore "+v.Name)
+			return exit.Errorf(exit.Refused, "%w; to finish it: blockferry restore %s", err, v.Name)
+		}
+		if err != nil {
+			return m.refuse(err, "see 'blockferry check'")
+		}
+	}
+	guard, err := volume.NewGuard(m.agent.options.DeadMan...)
+	if err != nil {
+		return m.refuse(err, "the dead-man must run before a volume may be suspended; see the agent's log")
+	}
+	stack, err := volume.Up(m.agent.dm, volume.Options{
+		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
+		EraBlockBytes: v.EraBlockBytes, FreezeFilesystem: v.FreezeFilesystem, Guard: guard, Log: m.agent.log,
+	})
+	if err != nil {
+		return m.refuse(errors.Join(err, guard.Close()), "see the error")
+	}
+	if adopt {
+		// It may be written at this very moment; its label says so already.
+		state, err = m.begin(stackState{stack})
+	}
+	var r *running
+	if err == nil {
+		r, err = m.replicate(stack, guard, state)
+	}
+	if err != nil {
+		return m.refuse(errors.Join(err, stack.Close(), guard.Close()), "see the error")
+	}
+	m.mu.Lock()
+	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
+	m.mu.Unlock()
+	if why := stack.TrackingLost(); why != "" {
+		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
+	}
+	m.set(stageUp, "", "")
+	return nil
+}
+
+// refuse notes that the volume can't be brought up, and is that error.
+func (m *managed) refuse(err error, advice string) error {
+	m.set(stageRefused, err.Error(), advice)
+	return exit.Mark(exit.Refused, err)
+}
+
+// stackExists says whether an earlier agent left the volume up.
+func (m *managed) stackExists() (bool, error) {
+	info, err := m.agent.dm.Info(m.config.Name)
+	return info.Exists && info.HasActive, err
+}
+
+// inspect says what the disk holds if it isn't a label.
+func (m *managed) inspect() error {
+	v := m.config
+	disk, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
+	if errors.Is(err, fs.ErrNotExist) {
+		m.set(stageAbsent, v.Device+" is not there", fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
+		return exit.Errorf(exit.Refused, "%s is not there", v.Device)
+	}
+	if err != nil {
+		return m.refuse(err, "see 'blockferry check'")
+	}
+	defer disk.Close()
+	content, why := volume.Inspect(disk, "", "")
+	switch content {
+	case volume.Labelled:
+		return nil
+	case volume.Blank:
+		m.set(stageBlank, why, m.blankAdvice())
+		return exit.Errorf(exit.Refused, "%s; %s", why, m.blankAdvice())
+	}
+	return m.refuse(errors.New(why), "nothing is written to it; if its content may be lost: blockferry restore --force "+v.Name+", or create --force for a new volume")
+}
+
+// blankAdvice says what a blank disk is waiting for.
+func (m *managed) blankAdvice() string {
+	for _, r := range m.replicas {
+		if s, open, _, _ := r.status(); open && s.State == protocol.DiskConsistent {
+			return "to fill it from replica '" + r.config.Name + "': blockferry restore " + m.config.Name
+		}
+	}
+	return "for a new volume: blockferry create " + m.config.Name + "; if the disk was lost: blockferry restore " + m.config.Name
+}
+
+// begin makes the label say, before the device can be written, that an epoch
+// is open.
+func (m *managed) begin(store protocol.StateStore) (protocol.SourceState, error) {
+	state, why, err := protocol.BeginPrimary(store)
+	if err == nil {
+		m.log.Info("primary", "rule", why, "position", state.Lineage.Tip().String(), "open-epoch", state.OpenEpoch)
+	}
+	return state, err
+}
+
+// beginOffline is begin for a volume that is not up. A restore that did not
+// end is told from other reasons.
+func (m *managed) beginOffline() (state protocol.SourceState, err error) {
+	disk, err := volume.OpenOffline(m.config.Device)
+	if err != nil {
+		return state, err
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	old, err := protocol.DecodeSourceState(disk.Label().State)
+	if err != nil {
+		return state, err
+	}
+	if r := old.Restore; r != nil {
+		return state, &unfinishedRestore{r}
+	}
+	return m.begin(offlineState{disk})
+}
+
+// unfinishedRestore says that a disk was not filled to its end.
+type unfinishedRestore struct{ *protocol.RestoreState }
+
+func (u *unfinishedRestore) Error() string {
+	return fmt.Sprintf("a restore from replica '%s' did not end; %s are there", u.Replica, config.FormatSize(int64(u.OffsetBytes)))
+}
+
+// stackState and offlineState keep the primary's state in the label.
+type stackState struct{ *volume.Volume }
+
+func (s stackState) Load() ([]byte, error)   { return s.State(), nil }
+func (s stackState) Save(state []byte) error { return s.SetState(state) }
+
+type offlineState struct{ *volume.Offline }
+
+func (s offlineState) Load() ([]byte, error)   { return s.Label().State, nil }
+func (s offlineState) Save(state []byte) error { return s.SetState(state) }
+
+// letGo ends replication and gives the stack back; it stays up. op is held.
+func (m *managed) letGo() error {
+	m.mu.Lock()
+	stack, r := m.stack, m.running
+	m.stack, m.running = nil, nil
+	m.mu.Unlock()
+	var errs []error
+	if r != nil {
+		errs = append(errs, r.stop())
+	}
+	if stack != nil {
+		errs = append(errs, stack.Close())
+	}
+	if r != nil {
+		errs = append(errs, r.guard.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// up is for after a down.
+func (m *managed) up(ctx context.Context) (string, error) {
+	m.op.Lock()
+	defer m.op.Unlock()
+	if m.at() == stageUp {
+		return "is up already", nil
+	}
+	if err := m.bringUp(context.WithoutCancel(ctx)); err != nil {
+		return "", err
+	}
+	return "up as " + dm.NodePath(m.config.Name), nil
+}

@@ -1,0 +1,278 @@
+// Package doctor looks at a configuration, a kernel and disks and says what
+// would keep blockferry from working, each finding with what to do. `check`
+// prints the findings; `create` and the agent refuse because of them before
+// anything is written.
+package doctor
+
+import (
+	"fmt"
+	"strings"
+
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+)
+
+// Level is how bad a finding is.
+type Level string
+
+// Levels. Only Refuse keeps anything from starting.
+const (
+	Good   Level = "ok"
+	Note   Level = "note"
+	Refuse Level = "refuse"
+)
+
+// Finding is one thing that was looked at.
+type Finding struct {
+	Level   Level  `json:"level"`
+	Subject string `json:"subject"`
+	Message string `json:"message"`
+	// Advice says what to do; every finding but a good one has it.
+	Advice string `json:"advice,omitempty"`
+	// Code is how a command ends that is kept from working by this.
+	Code exit.Code `json:"-"`
+}
+
+func (f Finding) String() string {
+	s := fmt.Sprintf("%-6s %s: %s", f.Level, f.Subject, f.Message)
+	if f.Advice != "" {
+		s += "; " + f.Advice
+	}
+	return s
+}
+
+// Findings in the order they were made.
+type Findings []Finding
+
+func (f *Findings) good(subject, format string, args ...any) {
+	*f = append(*f, Finding{Level: Good, Subject: subject, Message: fmt.Sprintf(format, args...)})
+}
+
+func (f *Findings) note(subject, message, advice string) {
+	*f = append(*f, Finding{Level: Note, Subject: subject, Message: message, Advice: advice})
+}
+
+func (f *Findings) refuse(code exit.Code, subject, message, advice string) {
+	*f = append(*f, Finding{Level: Refuse, Subject: subject, Message: message, Advice: advice, Code: code})
+}
+
+// Err is nil when nothing refuses; otherwise one error that names all that
+// does, with the code of the first.
+func (f Findings) Err() error {
+	var lines []string
+	code := exit.OK
+	for _, one := range f {
+		if one.Level != Refuse {
+			continue
+		}
+		if code == exit.OK {
+			code = one.Code
+		}
+		lines = append(lines, one.Subject+": "+one.Message+"; "+one.Advice)
+	}
+	if len(lines) == 0 {
+		return nil
+	}
+	return exit.Errorf(code, "%s", strings.Join(lines, "\n"))
+}
+
+// System is what the doctor asks the machine. Tests replace single questions.
+type System struct {
+	Euid    func() int
+	Release func() (string, error)
+	// Targets lists device-mapper's targets; an error means that there is no
+	// device-mapper.
+	Targets  func() ([]string, error)
+	Modprobe func(module string) error
+	// Distribution is ID and ID_LIKE of os-release.
+	Distribution func() string
+	Inspect      func(path string) (Disk, error)
+	SameDisk     func(a, b string) (bool, error)
+}
+
+// Disk is what was found out about a disk, without changing it.
+type Disk struct {
+	Path      string
+	SizeBytes int64
+	Users     []User
+	// Content says what it holds: empty means all that was looked at is zero.
+	Content string
+	// Ours: the content is blockferry's.
+	Ours bool
+}
+
+// User is somebody who has a disk in use. Holder is the name of the device
+// built on it, if that is what it is.
+type User struct{ Words, Holder string }
+
+// Kernel looks at root, kernel and modules. modules loads what is missing.
+func (s *System) Kernel() Findings {
+	var f Findings
+	if s.Euid() != 0 {
+		f.refuse(exit.Prerequisite, "user", "device-mapper needs root", "run it with sudo")
+		return f
+	}
+	release, err := s.Release()
+	switch {
+	case err != nil:
+		f.note("kernel", "its release can't be read: "+err.Error(), "make sure that it is Linux 5.12 or later")
+	case older(release, 5, 12):
+		f.refuse(exit.Prerequisite, "kernel", release+" loses dm-era's marks in a crash (fixed in 5.12)", "boot a kernel of 5.12 or later")
+	default:
+		f.good("kernel", "%s", release)
+	}
+	s.targets(&f, release)
+	return f
+}
+
+// wanted maps each device-mapper target to the module that holds it.
+var wanted = []struct{ target, module string }{
+	{"linear", "dm-mod"}, {"era", "dm-era"}, {"snapshot", "dm-snapshot"}, {"snapshot-origin", "dm-snapshot"},
+}
+
+func (s *System) targets(f *Findings, release string) {
+	have, err := s.Targets()
+	if err != nil {
+		if s.Modprobe("dm-mod") == nil {
+			have, err = s.Targets()
+		}
+		if err != nil {
+			f.refuse(exit.Prerequisite, "device-mapper", "this kernel has none ("+err.Error()+")", s.moduleAdvice("dm-mod", release))
+			return
+		}
+	}
+	asked := map[string]bool{}
+	for _, w := range wanted {
+		if contains(have, w.target) || asked[w.module] {
+			continue
+		}
+		asked[w.module] = true
+		if err := s.Modprobe(w.module); err == nil {
+			if have, err = s.Targets(); err == nil && contains(have, w.target) {
+				continue
+			}
+		}
+		f.refuse(exit.Prerequisite, w.module, "this kernel ("+release+") has no device-mapper target '"+w.target+"'", s.moduleAdvice(w.module, release))
+	}
+	if f.Err() == nil {
+		f.good("device-mapper", "linear, era, snapshot, snapshot-origin")
+	}
+}
+
+// moduleAdvice names the package that brings a module.
+func (s *System) moduleAdvice(module, release string) string {
+	d := strings.Fields(s.Distribution())
+	switch {
+	case contains(d, "ubuntu"):
+		return "install linux-modules-extra-" + release + " (apt-get install linux-modules-extra-" + release + "), then: modprobe " + module
+	case contains(d, "debian"):
+		return "install the package linux-image-amd64 (or linux-image-cloud-amd64) and boot it, then: modprobe " + module
+	case contains(d, "amzn"), contains(d, "fedora"), contains(d, "rhel"), contains(d, "centos"):
+		return "install kernel-modules-extra for " + release + " (dnf install kernel-modules-extra), then: modprobe " + module
+	}
+	return "install your distribution's package with the extra kernel modules (linux-modules-extra, kernel-modules-extra, linux-image-amd64), then: modprobe " + module
+}
+
+// older reports whether a release like 6.1.0-28-cloud is before major.minor.
+func older(release string, major, minor int) bool {
+	var a, b int
+	if n, _ := fmt.Sscanf(release, "%d.%d", &a, &b); n != 2 {
+		return false
+	}
+	return a < major || (a == major && b < minor)
+}
+
+func contains(all []string, one string) bool {
+	for _, s := range all {
+		if s == one {
+			return true
+		}
+	}
+	return false
+}
+
+// Purpose is what the disks are looked at for.
+type Purpose int
+
+// AsFound: the agent is to run with them, or runs already. Empty: they are to
+// be formatted. EmptyForced: likewise, and what they hold may be lost.
+const (
+	AsFound Purpose = iota
+	Empty
+	EmptyForced
+)
+
+// Disks looks at every disk of a volume: there, not in use by others, and
+// holding what the purpose wants. The disks are returned by path.
+func (s *System) Disks(v *config.Volume, purpose Purpose) (map[string]Disk, Findings) {
+	var f Findings
+	disks := map[string]Disk{}
+	for _, u := range v.DiskUses() {
+		d, err := s.Inspect(u.Path)
+		if err != nil {
+			f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
+			continue
+		}
+		disks[u.Path] = d
+		others := notOurs(v.Name, d.Users)
+		switch {
+		case len(others) > 0:
+			f.refuse(exit.Refused, u.Path, u.What+" is in use: "+strings.Join(others, ", "), "unmount or detach it there first")
+		case len(d.Users) > 0 && purpose != AsFound:
+			f.refuse(exit.Refused, u.Path, u.What+" is in use by blockferry itself", "take the volume down first: blockferry down "+v.Name)
+		case purpose == Empty && d.Content != "":
+			f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "nothing was written; if it may be lost, repeat with --force")
+		case purpose == AsFound && d.Content != "" && !d.Ours && u.Path == v.Device:
+			f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "if it may be lost, run: blockferry create --force "+v.Name)
+		case purpose == AsFound && d.Content == "" && (u.Path == v.Device || isReplica(v, u.Path)):
+			f.note(u.Path, u.What+" is blank", "for a new volume run: blockferry create "+v.Name+"; if only this disk was lost: blockferry restore "+v.Name)
+		default:
+			f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
+		}
+	}
+	return disks, f
+}
+
+func isReplica(v *config.Volume, path string) bool {
+	for _, r := range v.Replicas {
+		if r.Device == path {
+			return true
+		}
+	}
+	return false
+}
+
+// notOurs leaves out users that are the volume's own inner devices.
+func notOurs(volume string, users []User) []string {
+	var others []string
+	for _, u := range users {
+		own := u.Holder != "" && u.Holder == volume
+		for _, inner := range config.InnerSuffixes() {
+			own = own || u.Holder == volume+inner
+		}
+		if !own {
+			others = append(others, u.Words)
+		}
+	}
+	return others
+}
+
+// Distinct finds paths that lead to one disk.
+func (s *System) Distinct(uses []config.DiskUse) Findings {
+	var f Findings
+	for i, a := range uses {
+		for _, b := range uses[i+1:] {
+			if same, err := s.SameDisk(a.Path, b.Path); err == nil && same {
+				f.refuse(exit.Refused, b.Path, b.What+" is the same disk as "+a.Path+", "+a.What, "name two different disks in the configuration")
+			}
+		}
+	}
+	return f
+}
+
+func contentWords(content string) string {
+	if content == "" {
+		return "blank"
+	}
+	return "holds " + content
+}

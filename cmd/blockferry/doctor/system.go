@@ -1,0 +1,123 @@
+package doctor
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/dm"
+	"blockferry/blockdev/volume"
+	"blockferry/protocol"
+)
+
+// Live asks this machine.
+func Live() *System {
+	return &System{
+		Euid: os.Geteuid,
+		Release: func() (string, error) {
+			var u unix.Utsname
+			if err := unix.Uname(&u); err != nil {
+				return "", err
+			}
+			return unix.ByteSliceToString(u.Release[:]), nil
+		},
+		Targets: targets,
+		Modprobe: func(module string) error {
+			out, err := exec.Command("modprobe", module).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("modprobe %s: %w: %s", module, err, strings.TrimSpace(string(out)))
+			}
+			return nil
+		},
+		Distribution: func() string {
+			content, _ := os.ReadFile("/etc/os-release")
+			return distribution(string(content))
+		},
+		Inspect:  inspect,
+		SameDisk: blockdev.SameDisk,
+	}
+}
+
+// distribution is the words of ID and ID_LIKE.
+func distribution(osRelease string) string {
+	var words []string
+	for line := range strings.Lines(osRelease) {
+		for _, key := range []string{"ID=", "ID_LIKE="} {
+			if value, ok := strings.CutPrefix(strings.TrimSpace(line), key); ok {
+				words = append(words, strings.Fields(strings.Trim(value, `"'`))...)
+			}
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+func inspect(path string) (Disk, error) {
+	f, err := blockdev.OpenFile(path, blockdev.OpenOptions{})
+	if err != nil {
+		return Disk{}, err
+	}
+	defer f.Close()
+	d := Disk{Path: path, SizeBytes: f.Size()}
+	uses, err := blockdev.Users(path)
+	if err != nil {
+		return Disk{}, err
+	}
+	for _, u := range uses {
+		d.Users = append(d.Users, User{Words: u.String(), Holder: holderName(u)})
+	}
+	d.Content, d.Ours = content(f)
+	return d, nil
+}
+
+// content says what a disk holds, and whether it is ours. It only reads.
+func content(f *blockdev.File) (string, bool) {
+	if what, ours := replica(f); ours {
+		return what, true
+	}
+	found, why := volume.Inspect(f, "", "")
+	switch found {
+	case volume.Blank:
+		return "", false
+	case volume.Labelled:
+		return why, true
+	}
+	return why, false
+}
+
+// replica says what a disk holds if it is a replica.
+func replica(f *blockdev.File) (string, bool) {
+	if s, err := protocol.PeekReplica(f); err == nil {
+		return s.Kind(), true
+	}
+	return "", false
+}
+
+// holderName is the device-mapper name of the device built on a disk, if that
+// is the use.
+func holderName(u blockdev.Use) string {
+	if u.Kind != "holder" {
+		return ""
+	}
+	return strings.TrimPrefix(u.By, "/dev/mapper/")
+}
+
+func targets() ([]string, error) {
+	control, err := dm.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	versions, err := control.Targets()
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for name := range versions {
+		names = append(names, name)
+	}
+	return names, nil
+}

@@ -1,0 +1,93 @@
+// Package layout divides a volume's disks before anything is written: every
+// disk must hold the volume and the areas that the other role needs too.
+package layout
+
+import (
+	"fmt"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/protocol"
+)
+
+// Plan says how large the volume is and what goes where, in bytes.
+type Plan struct {
+	SizeBytes int64
+	Volume    volume.LayoutOptions
+	Areas     volume.Areas
+	Replicas  map[string]protocol.FormatOptions // by name, without the ids
+}
+
+const (
+	minJournalBytes = 16 * config.MiB
+	maxJournalBytes = 4 * config.GiB
+)
+
+// journalBytes is what the configuration says, or a sixteenth of the volume
+// between 16 MiB and 4 GiB.
+func journalBytes(r *config.Replica, size int64) int64 {
+	if r.JournalBytes > 0 {
+		return r.JournalBytes
+	}
+	return min(max(size/16&^(config.MiB-1), minJournalBytes), maxJournalBytes)
+}
+
+// Make plans a volume for disks of the given sizes, by path. When it does not
+// fit the error says which disk and how large it would have to be.
+func Make(v *config.Volume, diskBytes map[string]int64) (Plan, error) {
+	if v.SizeBytes > 0 {
+		return try(v, diskBytes, v.SizeBytes)
+	}
+	// What is needed grows with the size: search for the largest that fits.
+	least := config.MinVolumeBytes / config.MiB
+	if p, err := try(v, diskBytes, least*config.MiB); err != nil {
+		return p, err
+	}
+	low, high := least, diskBytes[v.Device]/config.MiB
+	for low < high {
+		middle := (low + high + 1) / 2
+		if _, err := try(v, diskBytes, middle*config.MiB); err == nil {
+			low = middle
+		} else {
+			high = middle - 1
+		}
+	}
+	return try(v, diskBytes, low*config.MiB)
+}
+
+func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error) {
+	p := Plan{SizeBytes: size, Replicas: map[string]protocol.FormatOptions{}}
+	tail := int64(0)
+	for _, r := range v.Replicas {
+		tail = max(tail, protocol.TailBytes(size, journalBytes(r, size)))
+	}
+	p.Volume = volume.LayoutOptions{
+		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: v.CowBytes, TailBytes: tail,
+		CowDeviceBytes: diskBytes[v.CowDevice], MetaDeviceBytes: diskBytes[v.MetadataDevice],
+	}
+	areas, err := volume.Layout(diskBytes[v.Device], p.Volume)
+	if err != nil {
+		return Plan{}, exit.Errorf(exit.Refused, "%s: %w; choose a smaller 'size' or 'cow', or larger disks", v.Device, err)
+	}
+	p.Areas = areas
+	for _, r := range v.Replicas {
+		o := protocol.FormatOptions{SizeBytes: size, JournalBytes: journalBytes(r, size), ReserveBytes: reserve(areas)}
+		if need := o.NeededBytes(); need > diskBytes[r.Device] {
+			return Plan{}, exit.Errorf(exit.Refused, "%s: replica '%s' of a volume of %s needs %d bytes (%s), the disk has %d; choose a smaller 'size', or a larger disk",
+				r.Device, r.Name, config.FormatSize(size), need, config.FormatSize(need), diskBytes[r.Device])
+		}
+		p.Replicas[r.Name] = o
+	}
+	return p, nil
+}
+
+// reserve is the room a replica keeps for the areas it would need as primary,
+// its label included.
+func reserve(a volume.Areas) int64 { return a.Cow.Length + a.Meta.Length }
+
+// String is the plan in a few words.
+func (p Plan) String() string {
+	return fmt.Sprintf("%s, areas of %s (overwritten blocks) and %s (marks)",
+		config.FormatSize(p.SizeBytes), config.FormatSize(p.Areas.Cow.Length), config.FormatSize(p.Areas.Meta.Length))
+}

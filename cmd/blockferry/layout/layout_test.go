@@ -1,0 +1,77 @@
+package layout
+
+import (
+	"strings"
+	"testing"
+
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+)
+
+const (
+	mib = config.MiB
+	gib = config.GiB
+)
+
+func vol(size int64) *config.Volume {
+	return &config.Volume{Name: "data", Device: "/dev/a", SizeBytes: size, EraBlockBytes: 64 * config.KiB,
+		Replicas: []*config.Replica{{Name: "ebs", Device: "/dev/b"}, {Name: "two", Device: "/dev/c", JournalBytes: 64 * mib}}}
+}
+
+// With no size given the volume is as large as fits: one MiB more does not.
+func TestLargestSize(t *testing.T) {
+	for _, disks := range []map[string]int64{
+		{"/dev/a": 2 * gib, "/dev/b": 2 * gib, "/dev/c": 2 * gib},
+		{"/dev/a": 20 * gib, "/dev/b": 2 * gib, "/dev/c": 20 * gib},
+		{"/dev/a": 2 * gib, "/dev/b": 20 * gib, "/dev/c": 1 * gib},
+		{"/dev/a": 900 * gib, "/dev/b": 1000 * gib, "/dev/c": 1000 * gib},
+	} {
+		p, err := Make(vol(0), disks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		smallest := min(disks["/dev/a"], disks["/dev/b"], disks["/dev/c"])
+		if p.SizeBytes < smallest*3/4 || p.SizeBytes > smallest {
+			t.Errorf("%v: %d", disks, p.SizeBytes)
+		}
+		if _, err := Make(vol(p.SizeBytes), disks); err != nil {
+			t.Errorf("the size chosen does not fit: %v", err)
+		}
+		if _, err := Make(vol(p.SizeBytes+mib), disks); err == nil {
+			t.Errorf("%v: %d is not the largest", disks, p.SizeBytes)
+		}
+	}
+}
+
+// Every disk keeps what it would need in the other role.
+func TestEitherRoleFits(t *testing.T) {
+	disks := map[string]int64{"/dev/a": 4 * gib, "/dev/b": 4 * gib, "/dev/c": 4 * gib}
+	p, err := Make(vol(gib), disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, o := range p.Replicas {
+		if o.ReserveBytes < p.Areas.Cow.Length+p.Areas.Meta.Length {
+			t.Errorf("replica %s reserves %d", name, o.ReserveBytes)
+		}
+		alone := o
+		alone.ReserveBytes = 0
+		if tail := alone.NeededBytes() - o.SizeBytes; p.Areas.TailBytes < tail-mib {
+			t.Errorf("the volume's disk keeps %d bytes for a tail, replica %s has %d", p.Areas.TailBytes, name, tail)
+		}
+	}
+}
+
+func TestTooSmallSaysWhichAndHowMuch(t *testing.T) {
+	for path, want := range map[string]string{"/dev/a": "/dev/a: a volume of", "/dev/b": "/dev/b: replica 'ebs'"} {
+		disks := map[string]int64{"/dev/a": 4 * gib, "/dev/b": 4 * gib, "/dev/c": 4 * gib}
+		disks[path] = gib
+		_, err := Make(vol(gib), disks)
+		if exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "1073741824") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if _, err := Make(vol(0), map[string]int64{"/dev/a": 20 * mib, "/dev/b": 4 * gib, "/dev/c": 4 * gib}); exit.Of(err) != exit.Refused {
+		t.Errorf("a tiny disk: %v", err)
+	}
+}

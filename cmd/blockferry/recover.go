@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"blockferry/blockdev"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/protocol"
+)
+
+type recoverOptions struct {
+	dropJournal bool
+}
+
+func newRecover(g *globalOptions) *cobra.Command {
+	var o recoverOptions
+	cmd := &cobra.Command{
+		Use:   "recover DEVICE",
+		Short: "Make a replica's disk mountable where no agent runs",
+		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use.",
+		Args:  exactly(1, "DEVICE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.recover(cmd.Context(), args[0], o)
+		},
+	}
+	cmd.Flags().BoolVar(&o.dropJournal, "drop-journal", false, "go back to the image before acknowledged changes that can't be applied any more")
+	return cmd
+}
+
+func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptions) error {
+	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	defer disk.Close()
+	replica, err := protocol.OpenReplica(ctx, disk, protocol.OpenOptions{DropJournal: o.dropJournal})
+	switch {
+	case errors.Is(err, protocol.ErrNoSuperblock):
+		return exit.Errorf(exit.Refused, "%s is no replica of blockferry: %w", path, err)
+	case errors.Is(err, protocol.ErrJournalDamaged):
+		return exit.Errorf(exit.Differs, "%w; to go back to the image before that, repeat with --drop-journal", err)
+	case err != nil:
+		return err
+	}
+	defer replica.Close()
+	s := replica.Status()
+	if s.Err != nil {
+		return s.Err
+	}
+	if s.State != protocol.DiskConsistent {
+		return exit.Errorf(exit.Refused, "%s holds no whole image: it is %s (%s); use another replica", path, s.State, s.Reason)
+	}
+	for _, w := range s.Warnings {
+		fmt.Fprintln(g.streams.err, "warning:", w)
+	}
+	if s.PendingEpochs > 0 || s.Applied != s.Committed {
+		return exit.Errorf(exit.Failed, "%s: %d epochs are not applied, it holds %v and not yet %v; repeat it", path, s.PendingEpochs, s.Applied, s.Committed)
+	}
+	at := time.Unix(0, s.CutUnixNanos).UTC()
+	return g.say(map[string]any{
+		"device": path, "volume-uuid": uuidText(s.VolumeUUID), "size-bytes": s.SizeBytes,
+		"generation": fmt.Sprintf("%x", s.Committed.Generation), "epoch": s.Committed.Epoch, "cut-at": at.Format(time.RFC3339Nano),
+	}, "%s holds %v of volume %s, cut at %s; it can be mounted", path, s.Committed, uuidText(s.VolumeUUID), at.Format("2006-01-02 15:04:05.000 UTC"))
+}
+
+// uuidText writes a UUID the usual way.
+func uuidText(u [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+}
