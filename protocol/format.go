@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 )
@@ -140,11 +141,15 @@ func FormatReplica(store Store, o FormatOptions) error {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
 	sb := superblock{volume: o.VolumeUUID, replica: o.ReplicaUUID, layout: l, state: DiskBlank}
+	var random [28]byte
+	rand.Read(random[:]) // never fails
 	if sb.replica == [16]byte{} {
-		if _, err := rand.Read(sb.replica[:]); err != nil {
-			return fmt.Errorf("format %s: %w", store.Name(), err)
-		}
+		copy(sb.replica[:], random[:])
 	}
+	// Nothing that an earlier life of this replica left in the ring can be
+	// taken for a continuation: it would need this chain.
+	sb.head = cursor{sequence: binary.LittleEndian.Uint64(random[16:]) >> 16, chain: binary.LittleEndian.Uint32(random[24:])}
+	sb.tail = sb.head
 	// An older superblock must not vouch for a map that is being replaced.
 	if err := store.ZeroOut(l.superA, superAreaBytes); err != nil {
 		return fmt.Errorf("format %s: superblocks: %w", store.Name(), err)

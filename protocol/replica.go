@@ -353,12 +353,15 @@ func (r *Replica) journalFree() int64 {
 // committed.
 func (r *Replica) WaitApplied(ctx context.Context, epoch uint64) error {
 	return r.wait(ctx, func() (bool, error) {
-		if r.sb.applied.Epoch >= epoch && !r.inPlace {
-			return true, nil
+		for _, p := range r.pending {
+			// After a change of history the epoch applied last may have a higher number.
+			if p.position().Epoch <= epoch {
+				return false, nil
+			}
 		}
-		if len(r.pending) == 0 {
-			return false, fmt.Errorf("%s: epoch %d was not committed: the replica holds %s", r.store.Name(), epoch, r.sb.applied)
+		if r.sb.applied.Epoch < epoch {
+			return false, fmt.Errorf("%s: epoch %d was not committed: the replica holds %s", r.store.Name(), epoch, r.lineage().Tip())
 		}
-		return false, nil
+		return !r.inPlace, nil
 	})
 }

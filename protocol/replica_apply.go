@@ -16,7 +16,7 @@ func (r *Replica) recover(ctx context.Context, o OpenOptions) error {
 		return damage
 	}
 	changed := ""
-	if r.sb.state == DiskConsistent {
+	if r.sb.state == DiskConsistent && (damage == nil || damage.ImageWhole) {
 		var being *touched
 		if r.sb.applying != 0 && len(pending) > 0 {
 			being = pending[0].touched
@@ -131,8 +131,8 @@ func (r *Replica) applyLoop(ctx context.Context) {
 // durable before the next begins, and a crash at any of them repeats them all:
 //
 //	change map names what will change; superblock says that the apply begins
-//	data
-//	change map (full epochs only), superblock: applied, journal tail
+//	data; change map without the chunks that are zeros now (full epochs only)
+//	superblock: applied, journal tail
 func (r *Replica) applyNext(ctx context.Context) error {
 	r.mu.Lock()
 	p := r.pending[0]
@@ -153,11 +153,8 @@ func (r *Replica) applyNext(ctx context.Context) error {
 	if err == nil {
 		err = r.applyData(ctx, p)
 	}
-	if err == nil {
-		err = r.store.Flush()
-	}
 	if err == nil && p.commit.full {
-		err = r.finishMap(p.touched, p.commit)
+		err = r.cmap.writeAll(epoch, p.touched)
 	}
 	if err == nil {
 		err = r.markApplied(p.touched, p.commit, p)

@@ -381,40 +381,32 @@ func (r *Replica) commitJournal(o *openEpoch, c commitRecord) error {
 	})
 }
 
-// commitInPlace makes the data durable, then what the map says of it, then
-// the label that it is whole.
+// commitInPlace makes data and map durable, then the label that it is whole.
 func (r *Replica) commitInPlace(o *openEpoch, c commitRecord) error {
 	if err := o.pipe.drain(); err != nil {
 		return err
 	}
-	if err := r.store.Flush(); err != nil {
-		return fmt.Errorf("%s: flush of the data: %w", r.store.Name(), err)
+	// The commit may name a later epoch than the one the map names so far.
+	var err error
+	if epoch := c.lineage.Tip().Epoch; c.full {
+		err = r.cmap.writeAll(epoch, o.touched)
+	} else {
+		var damaged []string
+		damaged, err = r.cmap.update(o.touched, epoch)
+		r.warn(damaged)
 	}
-	if err := r.finishMap(o.touched, c); err != nil {
+	if err != nil {
 		return err
 	}
 	return r.markApplied(o.touched, c, nil)
 }
 
-// finishMap writes the map as it is after an epoch whose data is durable.
-func (r *Replica) finishMap(t *touched, c commitRecord) error {
-	var err error
-	if c.full {
-		err = r.cmap.writeAll(c.lineage.Tip().Epoch, t)
-	} else {
-		var damaged []string
-		damaged, err = r.cmap.update(t, c.lineage.Tip().Epoch)
-		r.warn(damaged)
-	}
-	if err == nil {
-		err = r.store.Flush()
-	}
-	return err
-}
-
-// markApplied makes it durable that the data area holds an epoch. p is the
-// pending epoch it was, nil for an in-place one.
+// markApplied makes what was written durable, and then that it is an epoch. p
+// is the pending epoch it was, nil for an in-place one.
 func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error {
+	if err := r.store.Flush(); err != nil {
+		return fmt.Errorf("%s: flush of the data: %w", r.store.Name(), err)
+	}
 	r.mu.Lock()
 	old := r.sb.watched
 	r.mu.Unlock()
