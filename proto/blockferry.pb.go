@@ -156,21 +156,23 @@ const (
 	Reason_REASON_PROTOCOL        Reason = 7
 	Reason_REASON_LINEAGE         Reason = 8
 	Reason_REASON_UNKNOWN_REPLICA Reason = 9
+	Reason_REASON_NEEDS_FULL      Reason = 10
 )
 
 // Enum value maps for Reason.
 var (
 	Reason_name = map[int32]string{
-		0: "REASON_UNSPECIFIED",
-		1: "REASON_VERSION",
-		2: "REASON_WRONG_VOLUME",
-		3: "REASON_SIZE",
-		4: "REASON_BUSY",
-		5: "REASON_JOURNAL_FULL",
-		6: "REASON_STORAGE",
-		7: "REASON_PROTOCOL",
-		8: "REASON_LINEAGE",
-		9: "REASON_UNKNOWN_REPLICA",
+		0:  "REASON_UNSPECIFIED",
+		1:  "REASON_VERSION",
+		2:  "REASON_WRONG_VOLUME",
+		3:  "REASON_SIZE",
+		4:  "REASON_BUSY",
+		5:  "REASON_JOURNAL_FULL",
+		6:  "REASON_STORAGE",
+		7:  "REASON_PROTOCOL",
+		8:  "REASON_LINEAGE",
+		9:  "REASON_UNKNOWN_REPLICA",
+		10: "REASON_NEEDS_FULL",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":     0,
@@ -183,6 +185,7 @@ var (
 		"REASON_PROTOCOL":        7,
 		"REASON_LINEAGE":         8,
 		"REASON_UNKNOWN_REPLICA": 9,
+		"REASON_NEEDS_FULL":      10,
 	}
 )
 
@@ -2721,7 +2724,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fMODE_JOURNAL\x10\x01\x12\x11\n" +
-	"\rMODE_IN_PLACE\x10\x02*\xe1\x01\n" +
+	"\rMODE_IN_PLACE\x10\x02*\xf8\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eREASON_VERSION\x10\x01\x12\x17\n" +
@@ -2732,7 +2735,9 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x0eREASON_STORAGE\x10\x06\x12\x13\n" +
 	"\x0fREASON_PROTOCOL\x10\a\x12\x12\n" +
 	"\x0eREASON_LINEAGE\x10\b\x12\x1a\n" +
-	"\x16REASON_UNKNOWN_REPLICA\x10\t2\x9f\x01\n" +
+	"\x16REASON_UNKNOWN_REPLICA\x10\t\x12\x15\n" +
+	"\x11REASON_NEEDS_FULL\x10\n" +
+	"2\x9f\x01\n" +
 	"\vReplication\x12G\n" +
 	"\tReplicate\x12\x1a.blockferry.v1.FromPrimary\x1a\x1a.blockferry.v1.FromReplica(\x010\x01\x12G\n" +
 	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x012\xcc\x04\n" +

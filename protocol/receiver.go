@@ -40,7 +40,6 @@ type ReceiverEvents struct {
 type Receiver struct {
 	proto.UnimplementedReplicationServer
 	cfg ReceiverConfig
-	dec *Decompressor
 
 	mu       sync.Mutex
 	replicas map[replicaKey]*servedReplica
@@ -220,6 +219,9 @@ func (r *Receiver) Replicate(stream proto.Replication_ReplicateServer) error {
 	if hello == nil {
 		return rs.recvErr
 	}
+	if hello.GetHello() == nil {
+		return rs.end(outOfOrder("the first message is not a Hello"))
+	}
 	s, _, err := r.acquire(hello.GetHello().GetVolumeUuid(), hello.GetHello().GetReplica())
 	if err != nil {
 		return rs.end(err)
@@ -389,6 +391,8 @@ func (rs *receiverSession) storage(err error) error {
 	case errors.Is(err, ErrJournalFull):
 		return refuse(proto.Reason_REASON_JOURNAL_FULL, "replica %q: %v", rs.served.key.name, err)
 	case errors.Is(err, ErrNeedsFull):
+		return refuse(proto.Reason_REASON_NEEDS_FULL, "replica %q: %v", rs.served.key.name, err)
+	case errors.Is(err, ErrNotForward):
 		return refuse(proto.Reason_REASON_LINEAGE, "replica %q: %v", rs.served.key.name, err)
 	case errors.Is(err, ErrSums), errors.Is(err, ErrBadFrame):
 		return refuse(proto.Reason_REASON_PROTOCOL, "replica %q: %v", rs.served.key.name, err)

@@ -267,6 +267,7 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 
 func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, data []byte, p *packer) error {
 	send := batch
+	p.frames = p.frames[:0] // an earlier round may have been given up
 	l.mu.Lock()
 	compare := r.Narrow && l.narrow && l.advisor.worthwhile(int64(len(data)))
 	l.mu.Unlock()

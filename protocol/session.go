@@ -243,6 +243,9 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 	s.start = EpochStart{Epoch: b.Epoch, Attempt: b.Attempt, Mode: ModeJournal, Full: b.Full, Lineage: l, CutUnixNanos: b.CutUnixNanos}
 	if inPlace {
 		s.start.Mode = ModeInPlace
+		// From here on the image is torn, and only what this epoch was to
+		// bring makes it whole.
+		s.cfg.NeedsFull = s.cfg.NeedsFull || b.Full || len(s.cfg.Lineage) == 0
 		s.cfg.State = DiskInconsistent
 	}
 	return SessionAction{Kind: ActBegin, Start: s.start}, nil

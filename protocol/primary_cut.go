@@ -1,0 +1,278 @@
+package protocol
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// cutWish is what a replica's goroutine waits for.
+type cutWish int
+
+const (
+	wishNone    cutWish = iota
+	wishBarrier         // a cut that only tells the tracker; a view serves as well
+	wishView            // a frozen view
+)
+
+// sharedCut is one cut that serves every replica that joined.
+type sharedCut struct {
+	cut       Cut
+	rec       *cutRecord
+	lineage   Lineage // of a copy that holds this cut
+	unixNanos int64   // wall clock, for people only
+	patient   bool    // a comparison runs on it: not withdrawn just because others are done
+	stop      chan struct{}
+
+	mu      sync.Mutex
+	users   int
+	left    chan struct{} // room for one: somebody is done
+	idle    chan struct{} // closed when all are
+	answers map[uint64]*changedAnswer
+	flushed bool
+	flush   error
+}
+
+type changedAnswer struct {
+	once   sync.Once
+	ranges []Range
+	err    error
+}
+
+// cutHandle is one replica's part in a shared cut. done may be called twice;
+// only the first counts.
+type cutHandle struct {
+	*sharedCut
+	once sync.Once
+}
+
+func (h *cutHandle) done() {
+	h.once.Do(func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.users--
+		if h.users == 0 {
+			close(h.idle)
+		}
+		select {
+		case h.left <- struct{}{}:
+		default:
+		}
+	})
+}
+
+// changed asks the tracker once for all replicas at the same position.
+func (s *sharedCut) changed(since uint64, size int64) ([]Range, error) {
+	s.mu.Lock()
+	a := s.answers[since]
+	if a == nil {
+		a = &changedAnswer{}
+		s.answers[since] = a
+	}
+	s.mu.Unlock()
+	a.once.Do(func() {
+		a.ranges, a.err = s.cut.Changed(since)
+		a.ranges = cleanRanges(a.ranges, size)
+	})
+	return a.ranges, a.err
+}
+
+// ExactCut is a Cut that knows whether Changed(since) names only blocks that were
+// really written, so that comparing them first would find nothing equal.
+type ExactCut interface {
+	ChangedExact(since uint64) bool
+}
+
+func (s *sharedCut) exact(since uint64) bool {
+	e, ok := s.cut.(ExactCut)
+	return ok && e.ChangedExact(since)
+}
+
+// valid is Cut.Valid, one caller at a time.
+func (s *sharedCut) valid() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.cut.Valid(); err != nil {
+		return &cutVoidError{s.rec.epoch, err}
+	}
+	return nil
+}
+
+// flushSource makes the cut durable at the source, once for all replicas.
+func (s *sharedCut) flushSource() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.flushed {
+		s.flushed = true
+		if err := s.cut.FlushSource(); err != nil {
+			s.flush = &flushError{s.rec.epoch, err}
+		}
+	}
+	return s.flush
+}
+
+// cutVoidError: what was read of a frozen view may not have been the view.
+type cutVoidError struct {
+	epoch uint64
+	err   error
+}
+
+func (e *cutVoidError) Error() string {
+	return fmt.Sprintf("the frozen view of epoch %d is void: %v", e.epoch, e.err)
+}
+func (e *cutVoidError) Unwrap() error { return e.err }
+
+// flushError: the cut is not durable at the source, so no replica may hold it.
+type flushError struct {
+	epoch uint64
+	err   error
+}
+
+func (e *flushError) Error() string {
+	return fmt.Sprintf("epoch %d is void, the source could not be flushed: %v", e.epoch, e.err)
+}
+func (e *flushError) Unwrap() error { return e.err }
+
+// cutter takes cuts while somebody wants them. It is the only goroutine that
+// calls Source.Cut, and has at most one cut at a time.
+func (p *Primary) cutter(ctx context.Context) {
+	tick := p.cfg.Clock.Now()
+	var pause time.Duration
+	for ctx.Err() == nil {
+		var joiners []*replicaWorker
+		var view bool
+		next := pause
+		if pause == 0 {
+			joiners, view, next = p.gather(&tick)
+		}
+		if len(joiners) == 0 {
+			kick := p.kick
+			if pause > 0 {
+				kick = nil // after a failure nobody hurries us
+			}
+			select {
+			case <-ctx.Done():
+			case <-kick:
+			case <-p.cfg.Clock.After(next):
+			}
+			pause = 0
+			continue
+		}
+		cut, err := p.takeCut(ctx, view)
+		if err != nil {
+			pause = min(p.cfg.Interval, time.Second)
+			continue
+		}
+		s := p.share(cut, joiners)
+		p.hold(s, len(joiners))
+		if err := cut.Release(); err != nil {
+			p.mu.Lock()
+			p.cutErr = fmt.Errorf("cut %d was not released: %w", s.rec.epoch, err)
+			p.mu.Unlock()
+			if f := p.cfg.Events.CutFailed; f != nil {
+				f(s.rec.epoch, err)
+			}
+			pause = min(p.cfg.Interval, time.Second)
+		}
+	}
+}
+
+// gather says for whom a cut is due now, and whether with a view; or how long to
+// wait. tick is when the interval began.
+func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, wait time.Duration) {
+	now := p.cfg.Clock.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	unchanged := p.unchangedLocked()
+	if unchanged {
+		// The last cut is also the image of this moment.
+		p.lastCut.covers = now
+	}
+	due := now.Sub(*tick) >= p.cfg.Interval
+	if due {
+		*tick = now
+	}
+	useful := func(w *replicaWorker) bool { return !unchanged || w.holds < p.lastCut.epoch || w.holds < p.syncTo }
+	for _, w := range p.workers {
+		switch {
+		case w.wish == wishNone:
+		case w.urgent, w.wish == wishView && (w.holds < p.syncTo || due && useful(w)):
+			joiners = append(joiners, w)
+			view = view || w.wish == wishView
+		}
+	}
+	if len(joiners) == 0 {
+		return nil, false, p.cfg.Interval - now.Sub(*tick)
+	}
+	if view {
+		// Who is ready gets it too: it costs nothing more.
+		*tick = now
+		for _, w := range p.workers {
+			if w.wish != wishNone && !contains(joiners, w) && (w.wish == wishBarrier || useful(w)) {
+				joiners = append(joiners, w)
+			}
+		}
+	}
+	return joiners, view, 0
+}
+
+func contains(ws []*replicaWorker, w *replicaWorker) bool {
+	for _, o := range ws {
+		if o == w {
+			return true
+		}
+	}
+	return false
+}
+
+// share hands the cut to those of the joiners that still want it.
+func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := &sharedCut{
+		cut: cut, rec: p.lastCut, lineage: p.state.Lineage.Clone(), unixNanos: time.Now().UnixNano(),
+		stop: make(chan struct{}), left: make(chan struct{}, 1), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
+	}
+	for _, w := range joiners {
+		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil) {
+			continue
+		}
+		s.users++
+		s.patient = s.patient || w.verify != nil
+		w.wish, w.urgent = wishNone, false
+		w.cuts <- &cutHandle{sharedCut: s} // has room for one
+	}
+	if s.users == 0 {
+		close(s.idle)
+	}
+	return s
+}
+
+// hold waits until nobody needs the cut. A slower replica does not keep a
+// faster one from its next cut: it is told to stop reading once the interval
+// is over and another one is done; and at the limit in any case.
+func (p *Primary) hold(s *sharedCut, joined int) {
+	begun := p.cfg.Clock.Now()
+	for {
+		s.mu.Lock()
+		users := s.users
+		s.mu.Unlock()
+		limit := p.cfg.CutLimit
+		if users < joined && !s.patient {
+			limit = min(limit, p.cfg.Interval)
+		}
+		left := limit - p.cfg.Clock.Now().Sub(begun)
+		if left <= 0 {
+			break
+		}
+		select {
+		case <-s.idle:
+			return
+		case <-s.left:
+		case <-p.cfg.Clock.After(left):
+		}
+	}
+	close(s.stop)
+	<-s.idle
+}

@@ -1,0 +1,312 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+// EpochStats tells of one committed epoch. Times are in seconds.
+type EpochStats struct {
+	Epoch         uint64    `json:"epoch"`
+	Action        string    `json:"action"` // of the plan: incremental, compare, full
+	Rounds        int       `json:"rounds"`
+	Link          LinkStats `json:"bytes"`
+	StallSeconds  float64   `json:"stall-seconds"`          // writers were stopped for the last cut
+	ViewSeconds   float64   `json:"view-seconds"`           // the frozen view was held
+	FlushSeconds  float64   `json:"source-flush-seconds"`   // of the source
+	CommitSeconds float64   `json:"replica-commit-seconds"` // until the replica had it durable
+	TotalSeconds  float64   `json:"total-seconds"`          // from the first cut to the acknowledgement
+}
+
+// syncProgress is what the status shows of a sync under way.
+type syncProgress struct {
+	begun      time.Time
+	roundAt    atomic.Pointer[time.Time]
+	round      atomic.Int64
+	doneBytes  atomic.Int64
+	totalBytes atomic.Int64
+}
+
+func (s *syncProgress) newRound(now time.Time, round, total int64) {
+	s.roundAt.Store(&now)
+	s.round.Store(round)
+	s.doneBytes.Store(0)
+	s.totalBytes.Store(total)
+}
+
+// attempt brings one replica from its position to a cut, in one or several
+// rounds. Each round has a cut: what changed up to the cut before, and what
+// was left of the round before, is its work.
+//
+// A live round reads the source while writes go on. What is torn by that
+// changed after the round's cut, so the next round names it again. A frozen
+// round reads the cut's view; the attempt is committed after a frozen round
+// that was complete and valid.
+type attempt struct {
+	w    *replicaWorker
+	link *Link
+	plan Plan
+
+	whole bool    // nothing is sent yet and everything must be
+	base  uint64  // otherwise: what changed after this cut is missing,
+	rest  []Range // and these
+
+	begun    bool
+	full     bool
+	round    uint32
+	live     int   // live rounds in a row
+	lastLive int64 // bytes the last of them had to look at
+	liveNext bool
+	voids    int
+
+	started time.Time
+	stats   LinkStats
+	sync    *syncProgress
+}
+
+// epoch runs one attempt. It returns the replica's lineage after the commit.
+func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent bool) (Lineage, error) {
+	a := &attempt{
+		w: w, link: link, plan: plan, whole: plan.Action == FullCopy || plan.Action == CompareAll, base: plan.Since,
+		stats: link.Stats(),
+	}
+	a.full = a.whole
+	// What takes long is read live first: a frozen view can't be held that long.
+	a.liveNext = a.whole || plan.InPlace || w.liveFirst
+	urgent = urgent || a.liveNext
+	for {
+		wish := wishView
+		if a.liveNext {
+			wish = wishBarrier
+		}
+		h, err := w.await(ctx, wish, urgent)
+		if err != nil {
+			return nil, err
+		}
+		if a.started.IsZero() {
+			a.started = w.p.cfg.Clock.Now()
+		}
+		at, err := a.step(ctx, h)
+		h.done()
+		if err != nil || at != nil {
+			if a.sync != nil {
+				w.update(func() { w.sync = nil })
+			}
+			return at, err
+		}
+		urgent = true
+	}
+}
+
+// step does one round. The lineage is not nil when the epoch is committed.
+func (a *attempt) step(ctx context.Context, h *cutHandle) (Lineage, error) {
+	w := a.w
+	ranges := []Range{{0, w.p.size}}
+	if !a.whole {
+		changed, err := h.changed(a.base, w.p.size)
+		if err != nil {
+			return nil, a.giveUp(ctx, h, fmt.Errorf("what changed since epoch %d: %w", a.base, err))
+		}
+		ranges = uniteRanges(a.rest, changed)
+	}
+	size := totalBytes(ranges)
+	view := h.cut.View()
+	if a.liveNext && a.live > 0 && a.settled(size) {
+		a.liveNext = false
+		if view == nil {
+			return nil, nil // a frozen round comes next, since the same base
+		}
+	}
+	live := a.liveNext || view == nil
+	if a.round >= MaxRounds {
+		return nil, a.giveUp(ctx, h, fmt.Errorf("after %d rounds more is still written than the link takes", MaxRounds))
+	}
+	if err := a.begin(ctx, h); err != nil {
+		return nil, err
+	}
+	r := Round{
+		Number: a.round, Source: view, Ranges: ranges,
+		// A blank replica has nothing to compare with until something was sent.
+		Narrow: !(a.plan.Action == FullCopy && a.round == 0) && (a.whole || len(a.rest) > 0 || !h.exact(a.base)),
+	}
+	if live || a.whole || size > w.p.cfg.LiveRestBytes {
+		a.show(size)
+	}
+	if a.sync != nil {
+		a.sync.newRound(w.p.cfg.Clock.Now(), int64(a.round), size)
+		r.Progress = func(n int64) { a.sync.doneBytes.Add(n) }
+	}
+	if live {
+		return nil, a.liveRound(ctx, h, r, size)
+	}
+	return a.frozenRound(ctx, h, r)
+}
+
+// settled says that another live round would not make the rest much smaller.
+func (a *attempt) settled(size int64) bool {
+	cfg := a.w.p.cfg
+	return size <= cfg.LiveRestBytes || size >= a.lastLive || a.live >= cfg.MaxLiveRounds
+}
+
+func (a *attempt) begin(ctx context.Context, h *cutHandle) error {
+	if a.begun {
+		return nil
+	}
+	s := EpochStart{Epoch: h.rec.epoch, Mode: ModeJournal, Full: a.full, Lineage: h.lineage, CutUnixNanos: h.unixNanos}
+	if a.plan.InPlace {
+		s.Mode = ModeInPlace
+	}
+	if err := a.link.Begin(ctx, s, a.plan.Overwrite); err != nil {
+		return err
+	}
+	a.begun = true
+	if a.plan.InPlace {
+		a.w.update(func() { a.w.disk, a.w.holds, a.w.committed = DiskInconsistent, 0, nil })
+	}
+	return nil
+}
+
+func (a *attempt) show(size int64) {
+	if a.sync == nil {
+		a.sync = &syncProgress{begun: a.w.p.cfg.Clock.Now()}
+		a.sync.newRound(a.sync.begun, int64(a.round), size)
+		a.w.update(func() { a.w.sync = a.sync })
+	}
+}
+
+// liveRound reads the source itself; the cut has told what it had to.
+func (a *attempt) liveRound(ctx context.Context, h *cutHandle, r Round, size int64) error {
+	h.done()
+	r.Source = a.w.p.cfg.Source
+	if _, err := a.link.SendRound(ctx, r); err != nil {
+		return a.giveUp(ctx, h, err)
+	}
+	a.whole, a.base, a.rest = false, h.rec.epoch, nil
+	a.round++
+	a.live++
+	a.lastLive = size
+	written, err := a.w.p.cfg.Source.WrittenBytes()
+	if err != nil {
+		return a.giveUp(ctx, h, err)
+	}
+	// Whether another live round is worth it shows at its cut; when little was
+	// written since, the frozen one is tried at once.
+	a.liveNext = a.live < a.w.p.cfg.MaxLiveRounds && int64(written-h.rec.written) > a.w.p.cfg.LiveRestBytes
+	return nil
+}
+
+func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Lineage, error) {
+	w := a.w
+	clock := w.p.cfg.Clock
+	e := EpochStats{Epoch: h.rec.epoch, Action: a.plan.Action.String(), StallSeconds: h.cut.Stalled().Seconds()}
+	begun := clock.Now()
+	w.p.mu.Lock()
+	job := w.verify
+	w.p.mu.Unlock()
+	r.Stop = h.stop
+	r.ReadsDone = func() error {
+		// In this order: what was read counts only if the view was whole after
+		// the last read, and may be committed only once the source itself
+		// can't lose it.
+		if err := h.valid(); err != nil {
+			return err
+		}
+		t := clock.Now()
+		err := h.flushSource()
+		e.FlushSeconds = clock.Now().Sub(t).Seconds()
+		if err == nil && job == nil {
+			e.ViewSeconds = clock.Now().Sub(begun).Seconds()
+			h.done()
+		}
+		return err
+	}
+	rest, err := a.link.SendRound(ctx, r)
+	a.round++
+	var void *cutVoidError
+	switch {
+	case errors.As(err, &void) && a.plan.InPlace && a.voids < maxVoids:
+		// What was sent may be wrong, and lies in the data area already: all of
+		// it is sent again, over what changed since the cut before.
+		a.void(h, err)
+		a.voids++
+		a.rest, a.liveNext, a.live = r.Ranges, true, 0
+		return nil, nil
+	case errors.As(err, &void):
+		w.liveFirst = true
+		return nil, a.giveUp(ctx, h, err)
+	case err != nil:
+		return nil, a.giveUp(ctx, h, err)
+	case len(rest) > 0:
+		// The cut was withdrawn: others are faster. What was read counts; the
+		// remainder is sent live, with what changed in the meantime.
+		a.whole, a.base, a.rest = false, h.rec.epoch, rest
+		a.liveNext, a.live = true, 0
+		w.update(func() {
+			w.reason = fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
+				totalBytes(rest)>>20, h.rec.epoch)
+		})
+		return nil, nil
+	}
+	t := clock.Now()
+	if err := a.link.Commit(ctx, h.lineage, h.unixNanos); err != nil {
+		return nil, err
+	}
+	now := clock.Now()
+	e.CommitSeconds = now.Sub(t).Seconds()
+	e.TotalSeconds = now.Sub(a.started).Seconds()
+	e.Rounds = int(a.round)
+	e.Link = a.link.Stats().sub(a.stats)
+	w.update(func() {
+		w.holds, w.committed, w.disk, w.last, w.reason, w.sync = h.rec.epoch, h.rec, DiskConsistent, &e, "", nil
+	})
+	if ev := w.p.cfg.Events.Committed; ev != nil {
+		ev(w.cfg.Name, e)
+	}
+	if job != nil {
+		if err := w.verifySlice(ctx, a.link, h, job); err != nil {
+			return nil, err
+		}
+	}
+	return h.lineage, nil
+}
+
+// maxVoids is how many void views one in-place attempt survives.
+const maxVoids = 5
+
+func (a *attempt) void(h *cutHandle, err error) {
+	a.w.update(func() { a.w.reason = err.Error() })
+	if ev := a.w.p.cfg.Events.Void; ev != nil {
+		ev(a.w.cfg.Name, h.rec.epoch, err)
+	}
+}
+
+// giveUp drops the open epoch at the replica and says whether the session can
+// go on with a new plan.
+func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
+	if ctx.Err() != nil || a.link.Err() != nil {
+		return err
+	}
+	h.done()
+	a.void(h, err)
+	if a.begun {
+		if e := a.link.Abort(ctx, err.Error()); e != nil {
+			return e
+		}
+	}
+	again := &replanError{err: err, torn: a.begun && a.plan.InPlace, full: a.full}
+	var void *cutVoidError
+	var flush *flushError
+	switch {
+	case errors.Is(err, ErrTrackingLost):
+		a.w.untracked = true
+		return again
+	case errors.As(err, &void), errors.As(err, &flush):
+		return again
+	}
+	// Anything else, a source that can't be read for one, is tried again with
+	// a new session, after a pause.
+	return err
+}

@@ -1,0 +1,271 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"blockferry/proto"
+)
+
+// replicaWorker feeds one replica: it connects, plans, joins cuts and sends.
+type replicaWorker struct {
+	p    *Primary
+	cfg  ReplicaConfig
+	cuts chan *cutHandle // room for one: what was wished for
+
+	// Guarded by Primary.mu.
+	wish        cutWish
+	urgent      bool // not only at the next interval
+	connected   bool
+	link        *Link
+	plan        *Plan
+	disk        DiskState  // 0: not known
+	holds       uint64     // epoch of its position, 0 when that is none of ours
+	committed   *cutRecord // the cut it holds, nil when it was taken before this start
+	reason      string     // why it is behind, for people; empty: it is not
+	refused     bool
+	paused      bool
+	retryNow    bool
+	stopSession func()
+	verify      *verifyJob
+	sync        *syncProgress
+	last        *EpochStats
+
+	// What was learned about the replica; used by its goroutine only.
+	journalTooSmall bool
+	needsFull       bool
+	untracked       bool
+	liveFirst       bool // the last frozen view did not last: shrink the work first
+}
+
+func newReplicaWorker(p *Primary, rc ReplicaConfig) *replicaWorker {
+	rc.Link.Volume, rc.Link.VolumeUUID, rc.Link.SizeBytes, rc.Link.Replica = p.cfg.Volume, p.cfg.VolumeUUID, p.size, rc.Name
+	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: "not connected yet"}
+}
+
+// update changes the worker's state under the lock and wakes who waits for it.
+func (w *replicaWorker) update(f func()) {
+	w.p.mu.Lock()
+	before := w.reason
+	f()
+	after := w.reason
+	w.p.notify()
+	w.p.mu.Unlock()
+	if ev := w.p.cfg.Events.Behind; ev != nil && before != after {
+		ev(w.cfg.Name, after)
+	}
+}
+
+// whyBehind is for messages; mu is held.
+func (w *replicaWorker) whyBehind() string {
+	switch {
+	case w.paused:
+		return "paused"
+	case w.reason != "":
+		return w.reason
+	case !w.connected:
+		return "not connected"
+	case w.sync != nil:
+		return "being synced"
+	}
+	return "under way"
+}
+
+func (w *replicaWorker) run(ctx context.Context) {
+	backoff := w.p.cfg.RetryMin
+	for {
+		if w.p.waitFor(ctx, func() bool { return !w.paused }) != nil {
+			return
+		}
+		w.update(func() { w.retryNow = false })
+		progressed, err := w.session(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if progressed {
+			backoff = w.p.cfg.RetryMin
+		}
+		var refused *PlanRefusedError
+		isRefused := errors.As(err, &refused)
+		w.update(func() {
+			w.refused = isRefused
+			if err != nil {
+				w.reason = err.Error()
+			}
+			if w.paused {
+				w.reason = "paused by the operator"
+			}
+		})
+		delay := backoff
+		if isRefused {
+			// Only the operator changes that; look again now and then.
+			delay = w.p.cfg.RetryMax
+		}
+		// Spread, so that nodes do not come back in step.
+		delay = time.Duration(float64(delay) * (0.75 + rand.Float64()/2))
+		backoff = min(2*backoff, w.p.cfg.RetryMax)
+		timer := w.p.cfg.Clock.After(delay)
+		for again := false; !again; {
+			w.p.mu.Lock()
+			now, c := w.retryNow || w.paused, w.p.changed
+			w.p.mu.Unlock()
+			if now {
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-timer:
+				again = true
+			case <-c:
+			}
+		}
+	}
+}
+
+// session runs from the handshake to the end of the stream. progressed says
+// whether an epoch was committed.
+func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w.update(func() { w.stopSession = cancel })
+	w.p.mu.Lock()
+	primary := w.p.state.Effective()
+	w.p.mu.Unlock()
+	handshake, done := context.WithTimeout(ctx, w.p.cfg.ConnectTimeout)
+	link, err := Connect(handshake, w.cfg.Conn, w.cfg.Link, primary)
+	done()
+	if err != nil {
+		return false, err
+	}
+	defer link.Close()
+	go func() {
+		select {
+		case <-link.Dead():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	disk, needsFull := link.Disk()
+	lineage := link.Lineage()
+	w.needsFull = w.needsFull || needsFull
+	w.update(func() { w.connected, w.link, w.disk, w.refused, w.holds = true, link, disk, false, 0 })
+	defer func() {
+		w.update(func() { w.connected, w.link, w.sync, w.stopSession = false, nil, nil, nil })
+		if lerr := link.Err(); lerr != nil && (err == nil || errors.Is(err, context.Canceled)) {
+			err = lerr
+		}
+		if ev := w.p.cfg.Events.Disconnected; ev != nil {
+			ev(w.cfg.Name, err)
+		}
+	}()
+	for first := true; ; first = false {
+		w.p.mu.Lock()
+		primary = w.p.state.Effective()
+		w.p.mu.Unlock()
+		plan := MakePlan(PlanInput{
+			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
+			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
+		})
+		w.update(func() {
+			w.plan = &plan
+			if plan.Action == Incremental || plan.Action == CompareAll && !plan.Overwrite && len(lineage) > 0 {
+				w.holds = lineage.Tip().Epoch
+			}
+			if disk != DiskConsistent {
+				w.holds = 0
+			}
+			if first && plan.Action != Refuse {
+				w.reason = ""
+			}
+		})
+		if ev := w.p.cfg.Events.Connected; ev != nil && first {
+			ev(w.cfg.Name, plan)
+		}
+		if err := plan.Err(); err != nil {
+			return progressed, err
+		}
+		at, err := w.epoch(ctx, link, plan, first)
+		var again *replanError
+		switch {
+		case err == nil:
+			lineage, disk, progressed = at, DiskConsistent, true
+			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
+		case errors.As(err, &again):
+			// The same session goes on; an in-place attempt that was dropped
+			// left the data torn.
+			if again.torn {
+				disk, w.needsFull = DiskInconsistent, w.needsFull || again.full
+			}
+		default:
+			return progressed, w.learn(err)
+		}
+	}
+}
+
+// replanError: the epoch did not happen, and a new plan may do better.
+type replanError struct {
+	err        error
+	torn, full bool
+}
+
+func (e *replanError) Error() string { return e.err.Error() }
+func (e *replanError) Unwrap() error { return e.err }
+
+// learn notes what a refusal teaches for the next plan, and says it in words.
+func (w *replicaWorker) learn(err error) error {
+	if lerr := w.linkErr(); lerr != nil {
+		err = lerr
+	}
+	var r *RefusedError
+	if !errors.As(err, &r) {
+		return err
+	}
+	switch r.Reason {
+	case proto.Reason_REASON_NEEDS_FULL:
+		w.needsFull = true
+	case proto.Reason_REASON_JOURNAL_FULL:
+		w.journalTooSmall = true
+		if w.cfg.CatchUpInPlace {
+			w.update(func() { w.retryNow = true })
+			return fmt.Errorf("what is missing does not fit into the replica's journal; it catches up in place: %w", err)
+		}
+		return fmt.Errorf("what is missing does not fit into the replica's journal; enlarge the journal, or allow catch-up: in-place "+
+			"(the replica is Inconsistent meanwhile): %w", err)
+	}
+	return err
+}
+
+func (w *replicaWorker) linkErr() error {
+	w.p.mu.Lock()
+	l := w.link
+	w.p.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	return l.Err()
+}
+
+// await joins the next cut of a kind.
+func (w *replicaWorker) await(ctx context.Context, wish cutWish, urgent bool) (*cutHandle, error) {
+	w.update(func() {
+		w.wish = wish
+		w.urgent = urgent || w.verify != nil
+	})
+	w.p.wake()
+	select {
+	case h := <-w.cuts:
+		return h, nil
+	case <-ctx.Done():
+	}
+	w.update(func() { w.wish = wishNone })
+	select {
+	case h := <-w.cuts: // it came at the same moment
+		h.done()
+	default:
+	}
+	return nil, ctx.Err()
+}

@@ -1,0 +1,149 @@
+package protocol
+
+import (
+	"fmt"
+	"time"
+)
+
+// PrimaryStatus is where a volume stands, for people and programs alike.
+type PrimaryStatus struct {
+	Volume       string          `json:"volume"`
+	Role         string          `json:"role"`
+	SizeBytes    int64           `json:"size-bytes"`
+	Position     string          `json:"position"` // the last cut
+	Epoch        uint64          `json:"epoch"`
+	Generation   string          `json:"generation"`
+	WrittenBytes uint64          `json:"written-bytes"`
+	Problem      string          `json:"problem,omitempty"` // why no cut can be taken
+	Replicas     []ReplicaReport `json:"replicas"`
+}
+
+// ReplicaReport is where one replica stands.
+type ReplicaReport struct {
+	Name        string `json:"name"`
+	Connection  string `json:"connection"`  // StandAlone, Connecting, Connected
+	Replication string `json:"replication"` // Off, Established, SyncSource, VerifyS, Paused, Behind
+	Disk        string `json:"disk"`        // DUnknown, Blank, Inconsistent, Consistent, UpToDate
+	Epoch       uint64 `json:"epoch"`       // the replica holds this cut of ours; 0: none
+	// LagSeconds is the age of the oldest write that the replica may lack, 0
+	// when it lacks none; LagBytes is how much was written since its cut. While
+	// that cut is older than this start of the agent, both are counted from
+	// the start and LagIsMinimum is set.
+	LagSeconds   float64     `json:"lag-seconds"`
+	LagBytes     uint64      `json:"lag-bytes"`
+	LagIsMinimum bool        `json:"lag-is-minimum,omitempty"`
+	Reason       string      `json:"reason,omitempty"` // why it is behind, in words
+	Plan         string      `json:"plan,omitempty"`   // the last decision about it, with its evidence
+	JournalFree  *uint64     `json:"journal-free-bytes,omitempty"`
+	Sync         *SyncReport `json:"sync,omitempty"`
+	LastEpoch    *EpochStats `json:"last-epoch,omitempty"`
+	Session      *LinkStats  `json:"session,omitempty"`
+}
+
+// SyncReport is a sync under way. A round may be followed by another, smaller one.
+type SyncReport struct {
+	Round      int      `json:"round"`
+	DoneBytes  int64    `json:"done-bytes"`
+	TotalBytes int64    `json:"total-bytes"`
+	Seconds    float64  `json:"seconds"`               // since it began
+	ETASeconds *float64 `json:"eta-seconds,omitempty"` // of this round
+}
+
+// Status asks the source for its counter and never waits for a replica.
+func (p *Primary) Status() PrimaryStatus {
+	written, werr := p.cfg.Source.WrittenBytes()
+	now := p.cfg.Clock.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := PrimaryStatus{
+		Volume: p.cfg.Volume, Role: "Primary", SizeBytes: p.size, WrittenBytes: written,
+		Position: p.state.Lineage.Tip().String(), Epoch: p.state.Lineage.Tip().Epoch, Generation: fmt.Sprintf("%x", p.state.Generation),
+	}
+	for _, err := range []error{p.stateErr, p.cutErr, werr} {
+		if err != nil {
+			s.Problem = err.Error()
+			break
+		}
+	}
+	for _, w := range p.workers {
+		s.Replicas = append(s.Replicas, w.report(now, written))
+	}
+	return s
+}
+
+// report is the replica's part; mu is held.
+func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
+	p := w.p
+	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, LastEpoch: w.last}
+	if w.plan != nil {
+		r.Plan = w.plan.String()
+	}
+	since, from := p.started, p.written
+	if c := w.committed; c != nil {
+		since, from = c.covers, c.written
+	} else {
+		r.LagIsMinimum = true
+	}
+	if written > from || r.LagIsMinimum {
+		r.LagSeconds = max(0, now.Sub(since).Seconds())
+	}
+	if written > from {
+		r.LagBytes = written - from
+	}
+	switch {
+	case w.paused:
+		r.Connection, r.Replication = "StandAlone", "Paused"
+	case w.refused:
+		r.Connection = "StandAlone"
+	case w.connected:
+		r.Connection = "Connected"
+		late := r.LagSeconds > 3*p.cfg.Interval.Seconds()+2
+		switch {
+		case w.sync != nil:
+			r.Replication = "SyncSource"
+			r.Sync = w.sync.report(now)
+		case w.verify != nil:
+			r.Replication = "VerifyS"
+		case late:
+			r.Replication = "Behind"
+		default:
+			r.Replication = "Established"
+		}
+		if r.Reason == "" && late {
+			r.Reason = w.slowReason()
+		}
+		if w.disk == DiskConsistent && p.lastCut != nil && w.holds == p.lastCut.epoch {
+			r.Disk = "UpToDate"
+		}
+		if l := w.link; l != nil {
+			free, stats := l.JournalFreeBytes(), l.Stats()
+			r.JournalFree, r.Session = &free, &stats
+		}
+	}
+	return r
+}
+
+// slowReason guesses from the last epoch what takes long; mu is held.
+func (w *replicaWorker) slowReason() string {
+	switch e := w.last; {
+	case w.sync != nil:
+		return "being synced"
+	case w.p.stateErr != nil || w.p.cutErr != nil:
+		return "no cut can be taken, see the volume's problem"
+	case e == nil:
+		return "no epoch was committed yet"
+	case e.CommitSeconds > e.TotalSeconds/2:
+		return fmt.Sprintf("the replica's disk is slow: its last commit took %.1f s", e.CommitSeconds)
+	default:
+		return fmt.Sprintf("an epoch takes longer than the interval: the last one took %.1f s for %d MiB", e.TotalSeconds, e.Link.SentBytes>>20)
+	}
+}
+
+func (s *syncProgress) report(now time.Time) *SyncReport {
+	r := &SyncReport{Round: int(s.round.Load()), DoneBytes: s.doneBytes.Load(), TotalBytes: s.totalBytes.Load(), Seconds: now.Sub(s.begun).Seconds()}
+	if elapsed := now.Sub(*s.roundAt.Load()).Seconds(); r.DoneBytes > 0 && elapsed > 0 {
+		eta := float64(r.TotalBytes-r.DoneBytes) / (float64(r.DoneBytes) / elapsed)
+		r.ETASeconds = &eta
+	}
+	return r
+}

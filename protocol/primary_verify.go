@@ -1,0 +1,159 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+const (
+	// verifySlice is how long a frozen view is held for one slice.
+	verifySliceTime = 5 * time.Second
+	// maxDifferences is how many ranges a VerifyResult lists.
+	maxDifferences = 1000
+	// maxIdleSlices is how many slices in a row may come to nothing.
+	maxIdleSlices = 20
+)
+
+// VerifyProgress is how far a verification has come.
+type VerifyProgress struct {
+	DoneBytes      int64
+	TotalBytes     int64
+	DifferentBytes int64
+}
+
+// VerifyResult is what a verification found.
+type VerifyResult struct {
+	TotalBytes     int64
+	DifferentBytes int64
+	// Differences are the first ranges that differ, ascending, at most 1,000.
+	Differences []Range
+}
+
+// Same reports whether source and replica hold the same.
+func (r VerifyResult) Same() bool { return r.DifferentBytes == 0 }
+
+type verifyJob struct {
+	ctx      context.Context
+	progress func(VerifyProgress)
+	done     chan error // room for one
+
+	// Used by the replica's goroutine, read by Verify after done.
+	next   int64
+	idle   int
+	result VerifyResult
+}
+
+// Verify compares a replica with the source, both at the same epoch, so that
+// every difference is one. It goes in slices of at most five seconds, each
+// with an epoch of its own; replication goes on in between. progress may be nil.
+// Differences are not an error.
+func (p *Primary) Verify(ctx context.Context, replica string, progress func(VerifyProgress)) (VerifyResult, error) {
+	w, err := p.worker(replica)
+	if err != nil {
+		return VerifyResult{}, err
+	}
+	job := &verifyJob{ctx: ctx, progress: progress, done: make(chan error, 1), result: VerifyResult{TotalBytes: p.size}}
+	busy := false
+	w.update(func() {
+		if busy = w.verify != nil; !busy {
+			w.verify = job
+			// It may be waiting for its interval.
+			w.urgent = w.wish != wishNone
+		}
+	})
+	if busy {
+		return VerifyResult{}, fmt.Errorf("volume %q: replica %q is being verified already", p.cfg.Volume, replica)
+	}
+	p.wake()
+	select {
+	case err = <-job.done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-p.ctx.Done():
+		err = ErrStopped
+	}
+	w.update(func() { w.verify = nil })
+	if err != nil {
+		return VerifyResult{}, fmt.Errorf("volume %q: verify of replica %q: %w", p.cfg.Volume, replica, err)
+	}
+	return job.result, nil
+}
+
+// verifySlice compares the next slice on a cut that the replica has just
+// committed. Only a session that broke is an error of the session.
+func (w *replicaWorker) verifySlice(ctx context.Context, link *Link, h *cutHandle, job *verifyJob) error {
+	if job.ctx.Err() != nil {
+		return nil
+	}
+	stop := make(chan struct{})
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		defer close(stop)
+		select {
+		case <-h.stop:
+		case <-w.p.cfg.Clock.After(verifySliceTime):
+		case <-job.ctx.Done():
+		case <-ended:
+		}
+	}()
+	var mu sync.Mutex
+	var found []Range
+	ranges := []Range{{job.next, w.p.size - job.next}}
+	rest, err := link.CompareRound(ctx, Round{Source: h.cut.View(), Ranges: ranges, Stop: stop, ReadsDone: func() error {
+		defer h.done()
+		return h.valid()
+	}}, func(d []Range) {
+		mu.Lock()
+		found = append(found, d...)
+		mu.Unlock()
+	})
+	var void *cutVoidError
+	switch {
+	case errors.As(err, &void):
+		rest = ranges // what was found says nothing
+	case err != nil && ctx.Err() == nil && link.Err() == nil:
+		w.endVerify(job, err)
+		return nil
+	case err != nil:
+		return err
+	default:
+		found = uniteRanges(found, nil)
+		job.result.DifferentBytes += totalBytes(found)
+		for _, r := range found {
+			if len(job.result.Differences) < maxDifferences {
+				job.result.Differences = appendRange(job.result.Differences, r)
+			}
+		}
+	}
+	before := job.next
+	job.next = w.p.size
+	if len(rest) > 0 {
+		job.next = rest[0].Offset
+	}
+	if job.next > before {
+		job.idle = 0
+	} else if job.idle++; job.idle > maxIdleSlices {
+		w.endVerify(job, fmt.Errorf("no frozen view lasted long enough to compare anything at %d", job.next))
+		return nil
+	}
+	if job.progress != nil {
+		job.progress(VerifyProgress{DoneBytes: job.next, TotalBytes: w.p.size, DifferentBytes: job.result.DifferentBytes})
+	}
+	if job.next >= w.p.size {
+		w.endVerify(job, nil)
+	}
+	return nil
+}
+
+func (w *replicaWorker) endVerify(job *verifyJob, err error) {
+	w.update(func() {
+		if w.verify == job {
+			w.verify = nil
+		}
+	})
+	job.done <- err
+}
