@@ -170,7 +170,7 @@ func oneReplica(ssd, ebs string) string {
 // The main path, as the manual tells it: create, write, sync, lose the disk,
 // restore, go on incrementally.
 func TestMainPath(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 256 << 20}, {Size: 256 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
 		ssd, ebs := ubd(0), ubd(1)
 		c := newCLI(t, oneReplica(ssd, ebs))
 		c.must(t, "check")
@@ -179,7 +179,7 @@ func TestMainPath(t *testing.T) {
 		first := c.await(t, "up to date", time.Minute, upToDate)
 		c.must(t, "status")
 
-		h := history{Seed: 11, Size: sectors(t, first.Path) * 512, MaxBytes: 256 << 10, Span: 64 << 20}
+		h := history{Seed: 11, Size: sectors(t, first.Path) * 512, MaxBytes: 256 << 10, Span: 32 << 20}
 		w := startWriter(t, first.Path, h, 1)
 		w.awaitWrites(t, 200)
 		acked := w.acked()

@@ -107,7 +107,7 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 	}
 	_, err := volume.Format(volume.FormatOptions{
 		Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
-		SizeBytes: plan.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: v.CowBytes, TailBytes: plan.Volume.TailBytes,
+		SizeBytes: plan.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: plan.Volume.CowBytes, TailBytes: plan.Volume.TailBytes,
 		UUID: uuid, Overwrite: force,
 	})
 	return err

@@ -19,18 +19,35 @@ type Plan struct {
 	Replicas  map[string]protocol.FormatOptions // by name, without the ids
 }
 
+// Without a word in the configuration the journal is a sixteenth of the
+// volume, so that hours of changes fit; of a small volume half, so that nearly
+// any epoch fits, as its whole content may be written within one. The area for
+// overwritten blocks is likewise, with a quarter.
 const (
-	minJournalBytes = 16 * config.MiB
-	maxJournalBytes = 4 * config.GiB
+	maxAreaBytes    = 64 * config.GiB
+	fewJournalBytes = 1 * config.GiB
+	fewCowBytes     = 512 * config.MiB
+	leastJournal    = 16 * config.MiB
+	leastCow        = 16 * config.MiB
 )
 
-// journalBytes is what the configuration says, or a sixteenth of the volume
-// between 16 MiB and 4 GiB.
+func areaBytes(size, part, few, least int64) int64 {
+	n := max(size/16, min(size/part, few), least)
+	return min((n+config.MiB-1)/config.MiB*config.MiB, maxAreaBytes)
+}
+
 func journalBytes(r *config.Replica, size int64) int64 {
 	if r.JournalBytes > 0 {
 		return r.JournalBytes
 	}
-	return min(max(size/16&^(config.MiB-1), minJournalBytes), maxJournalBytes)
+	return areaBytes(size, 2, fewJournalBytes, leastJournal)
+}
+
+func cowBytes(v *config.Volume, size int64) int64 {
+	if v.CowBytes > 0 || v.CowDevice != "" {
+		return v.CowBytes
+	}
+	return areaBytes(size, 4, fewCowBytes, leastCow)
 }
 
 // Make plans a volume for disks of the given sizes, by path. When it does not
@@ -63,7 +80,7 @@ func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error)
 		tail = max(tail, protocol.TailBytes(size, journalBytes(r, size)))
 	}
 	p.Volume = volume.LayoutOptions{
-		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: v.CowBytes, TailBytes: tail,
+		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: cowBytes(v, size), TailBytes: tail,
 		CowDeviceBytes: diskBytes[v.CowDevice], MetaDeviceBytes: diskBytes[v.MetadataDevice],
 	}
 	areas, err := volume.Layout(diskBytes[v.Device], p.Volume)

@@ -31,7 +31,7 @@ func TestLargestSize(t *testing.T) {
 			t.Fatal(err)
 		}
 		smallest := min(disks["/dev/a"], disks["/dev/b"], disks["/dev/c"])
-		if p.SizeBytes < smallest*3/4 || p.SizeBytes > smallest {
+		if p.SizeBytes < smallest/2 || p.SizeBytes > smallest {
 			t.Errorf("%v: %d", disks, p.SizeBytes)
 		}
 		if _, err := Make(vol(p.SizeBytes), disks); err != nil {
