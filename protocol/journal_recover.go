@@ -78,9 +78,12 @@ type JournalDamage struct {
 
 // Error names the place and what is left.
 func (d *JournalDamage) Error() string {
-	left := fmt.Sprintf("the older image, %s, is still whole", d.Applied)
-	if !d.ImageWhole {
-		left = "its apply had begun, so the data area is inconsistent"
+	left := "their apply had begun, so the data area is inconsistent"
+	switch {
+	case d.ImageWhole:
+		left = fmt.Sprintf("the older image, %s, is still whole", d.Applied)
+	case d.Applied.IsZero():
+		left = "there was no image before"
 	}
 	return fmt.Sprintf("%s: %s at %d: committed epochs up to %s can't be read back: %v; %s; open it dropping the damaged journal to sync again from there",
 		d.Store, ErrJournalDamaged, d.Offset, d.Lost, d.Err, left)

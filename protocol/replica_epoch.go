@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 )
@@ -180,8 +181,12 @@ func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
 		return fmt.Errorf("%s: append of %d bytes to stream %d: at most %d bytes, streams 0 to %d",
 			r.store.Name(), len(frames), stream, MaxAppendBytes, MaxStreams-1)
 	}
-	// Unpacked once here, so that nothing is ever committed that can't be applied.
-	parsed, err := r.parse(frames)
+	r.mu.Lock()
+	inPlace := r.inPlace
+	r.mu.Unlock()
+	// What goes to the journal is unpacked once here, so that nothing is ever
+	// committed that can't be applied.
+	parsed, err := r.parse(frames, !inPlace)
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	o := r.open
@@ -201,7 +206,7 @@ func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
 	return nil
 }
 
-func (r *Replica) parse(frames []byte) (out []Frame, err error) {
+func (r *Replica) parse(frames []byte, unpack bool) (out []Frame, err error) {
 	scratch := r.pool.Get().(*[]byte)
 	defer r.pool.Put(scratch)
 	for fr := NewFrameReader(frames); fr.More(); {
@@ -209,7 +214,7 @@ func (r *Replica) parse(frames []byte) (out []Frame, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if f.Kind == FrameData && f.Codec != CodecNone {
+		if unpack && f.Kind == FrameData && f.Codec != CodecNone {
 			if err := r.dec.Decode((*scratch)[:f.Length], f); err != nil {
 				return nil, err
 			}
@@ -290,10 +295,19 @@ func (r *Replica) appendInPlace(o *openEpoch, frames []Frame) error {
 	}
 	for _, f := range frames {
 		if err := o.pipe.put(f); err != nil {
-			return r.failed(err)
+			return r.pipeFailed(err)
 		}
 	}
 	return nil
+}
+
+// pipeFailed tells a frame that can't be unpacked, which spoils the epoch,
+// from a fault of the store.
+func (r *Replica) pipeFailed(err error) error {
+	if errors.Is(err, ErrBadFrame) {
+		return err
+	}
+	return r.failed(err)
 }
 
 // Commit decides the open epoch: once it returns nil the epoch is durable and
@@ -331,6 +345,9 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 		return err
 	}
 	if o.pipe != nil {
+		if err := o.pipe.drain(); err != nil {
+			return r.pipeFailed(err)
+		}
 		err = r.commitInPlace(o, record)
 	} else {
 		err = r.commitJournal(o, record)
@@ -383,9 +400,6 @@ func (r *Replica) commitJournal(o *openEpoch, c commitRecord) error {
 
 // commitInPlace makes data and map durable, then the label that it is whole.
 func (r *Replica) commitInPlace(o *openEpoch, c commitRecord) error {
-	if err := o.pipe.drain(); err != nil {
-		return err
-	}
 	// The commit may name a later epoch than the one the map names so far.
 	var err error
 	if epoch := c.lineage.Tip().Epoch; c.full {

@@ -52,6 +52,12 @@ func TestEpochsGoOnWhileOneWaits(t *testing.T) {
 	if err := r.WaitApplied(ctx, m.acked.Epoch+1); err == nil {
 		t.Error("waited for an epoch that was never committed")
 	}
+	// An epoch begun may be finished by a later cut, and the map names that one.
+	for _, mode := range []Mode{ModeInPlace, ModeJournal} {
+		must(t, m.send(r, epochPlan{mode: mode, blocks: 6, gap: 3}))
+		must(t, r.WaitApplied(ctx, m.acked.Epoch))
+		must(t, m.checkOpen(r))
+	}
 }
 
 func TestJournalFull(t *testing.T) {
@@ -181,6 +187,22 @@ func TestCommitChecksWhatArrived(t *testing.T) {
 			t.Errorf("%s: committed", name)
 		}
 	}
+	// In place it is found out later, and the store is not to blame.
+	inPlace, dev2, r2 := synced(t, 22)
+	must(t, r2.Begin(ctx, EpochStart{Epoch: meta.Epoch, Attempt: 1, Mode: ModeInPlace, Lineage: lineage}))
+	err := r2.Append(ctx, 0, broken)
+	if err == nil {
+		d := NewStreamDigest()
+		must(t, d.AddFrames(broken))
+		err = r2.Commit(ctx, EpochCommit{Epoch: meta.Epoch, Attempt: 1, Streams: []StreamSum{d.Sum()}})
+	}
+	if !errors.Is(err, ErrBadFrame) {
+		t.Errorf("unpackable in place: %v", err)
+	}
+	must(t, r2.Abort())
+	must(t, inPlace.send(r2, epochPlan{mode: ModeInPlace, full: true, gap: 1}))
+	must(t, r2.Close())
+	must(t, inPlace.check(dev2))
 	for name, err := range map[string]error{
 		"a huge append":  r.Append(ctx, 0, make([]byte, MaxAppendBytes+1)),
 		"a wrong stream": r.Append(ctx, MaxStreams, a),

@@ -52,7 +52,7 @@ func (r *Replica) ReadData(ctx context.Context, p []byte, offset int64) error {
 	defer r.epochMu.Unlock()
 	if r.open != nil && r.open.pipe != nil {
 		if err := r.open.pipe.drain(); err != nil {
-			return r.failed(err)
+			return r.pipeFailed(err)
 		}
 	}
 	return r.read(p, offset)
