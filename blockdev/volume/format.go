@@ -119,4 +119,22 @@ func writeMetaID(meta blockdev.Device, l *Label) error {
 }
 
 // identityOf is what tells a disk from any other, "" when nothing does.
-func identityOf(f *blockdev.File) string { return "" }
+func identityOf(f *blockdev.File) string {
+	id, err := blockdev.Identify(f.Name())
+	if err != nil {
+		return "" // a regular file, or no sysfs
+	}
+	s := ""
+	switch {
+	case id.Serial != "":
+		s = "serial " + id.Serial
+	case id.WWID != "":
+		s = "wwid " + id.WWID
+	default:
+		return ""
+	}
+	if id.Partition != 0 {
+		s += fmt.Sprintf(" partition %d", id.Partition)
+	}
+	return s[:min(len(s), maxIdentity)]
+}
