@@ -2,11 +2,21 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"sync/atomic"
+	"time"
 
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/progress"
 	"blockferry/proto"
+	"blockferry/protocol"
 )
+
+// progressEvery is how often a restore tells how far it is.
+const progressEvery = 100 * time.Millisecond
 
 // restoreProgress is how far a restore is, in bytes.
 type restoreProgress struct {
@@ -14,9 +24,145 @@ type restoreProgress struct {
 	done, total atomic.Uint64
 }
 
-func (m *managed) restoreVolume(ctx context.Context, from string, force bool, send func(*proto.Progress) error) error {
-	return exit.Errorf(exit.Failed, "TODO")
+// restored is what a volume that comes up after a restore has to know.
+type restored struct {
+	cut   uint64
+	eraID volume.UUID
 }
+
+// restoreVolume is the operator's command. It goes on when the command goes
+// away: the volume is needed.
+func (m *managed) restoreVolume(ctx context.Context, from string, force bool, send func(*proto.Progress) error) error {
+	if !m.op.TryLock() {
+		return exit.Errorf(exit.Refused, "volume '%s' is being brought up, taken down or restored at this moment; see 'blockferry status'", m.config.Name)
+	}
+	defer m.op.Unlock()
+	return m.restoreHere(ctx, from, force, send)
+}
+
+// restoreHere fills the disk from a replica and brings the volume up; op is
+// held. send may be nil.
 func (m *managed) restoreHere(ctx context.Context, from string, force bool, send func(*proto.Progress) error) error {
-	return exit.Errorf(exit.Failed, "TODO")
+	plan, err := m.planRestore(ctx, from, force)
+	if err != nil {
+		return err
+	}
+	begun := time.Now()
+	state := &restoreProgress{replica: plan.from.config.Name}
+	state.total.Store(uint64(plan.status.SizeBytes))
+	m.mu.Lock()
+	m.progress = state
+	m.mu.Unlock()
+	m.set(stageRestoring, "from replica '"+state.replica+"'", "")
+	done, err := m.fill(ctx, plan, state, send, force)
+	m.mu.Lock()
+	m.progress = nil
+	m.mu.Unlock()
+	if err == nil {
+		err = m.bringUp(&done)
+	}
+	if err != nil {
+		m.log.Error("restore failed", "error", err)
+		m.set(stageBlank, "a restore failed: "+err.Error(), "blockferry restore "+m.config.Name+" goes on where it stopped")
+		var mismatch *protocol.RestoreMismatchError
+		if errors.As(err, &mismatch) {
+			return exit.Mark(exit.Differs, err)
+		}
+		return err
+	}
+	message := m.outcome(plan, begun)
+	m.log.Info("restored", "outcome", message)
+	m.agent.hub.publish(m.config.Name, state.replica, "restored", message)
+	if send == nil {
+		return nil
+	}
+	return send(&proto.Progress{Finished: true, Message: message})
+}
+
+// outcome says which point in time came back, and what is lost as far as that
+// is known.
+func (m *managed) outcome(p restorePlan, begun time.Time) string {
+	at := time.Unix(0, p.status.CutUnixNanos).UTC()
+	lost := begun.Sub(at)
+	return fmt.Sprintf("%s: restored epoch %d (%v) from replica '%s', cut at %s, %s compared, in %s; writes after the cut are lost: at most %s, the time from the cut to the restore",
+		m.config.Name, p.status.Committed.Epoch, p.status.Committed, p.from.config.Name, at.Format("2006-01-02 15:04:05.000 UTC"),
+		config.FormatSize(p.status.SizeBytes), progress.FormatDuration(time.Since(begun)), progress.FormatDuration(lost))
+}
+
+// fill formats the disk, unless a restore is resumed, and copies the image.
+func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgress, send func(*proto.Progress) error, force bool) (r restored, err error) {
+	if !p.resume {
+		if err := m.formatForRestore(p, force); err != nil {
+			return r, err
+		}
+	}
+	disk, err := volume.OpenOffline(m.config.Device)
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	conn, err := m.agent.dial()
+	if err != nil {
+		return r, err
+	}
+	defer conn.Close()
+	codec, err := protocol.ParseCodec(p.from.config.Compression)
+	if err != nil {
+		return r, err
+	}
+	label := disk.Label()
+	old, err := protocol.DecodeSourceState(label.State)
+	if err != nil {
+		return r, err
+	}
+	last := time.Time{}
+	lineage, err := protocol.RestoreTo(ctx, conn, protocol.RestoreConfig{
+		VolumeUUID: label.UUID, Replica: p.from.config.Name, SizeBytes: p.status.SizeBytes, Target: disk, From: old.Restore, Codec: codec,
+		Save: func(s protocol.RestoreState) error { return saveRestore(disk, s) },
+		Progress: func(at protocol.RestoreProgress) {
+			state.done.Store(uint64(at.DoneBytes))
+			if send == nil || time.Since(last) < progressEvery && at.DoneBytes < at.TotalBytes {
+				return
+			}
+			last = time.Now()
+			// A command that went away ends ctx.
+			_ = send(&proto.Progress{Phase: at.Phase, DoneBytes: uint64(at.DoneBytes), TotalBytes: uint64(at.TotalBytes)})
+		},
+	})
+	if err != nil {
+		return r, err
+	}
+	finished, err := protocol.FinishRestore(protocol.SourceState{Restore: &protocol.RestoreState{Replica: p.from.config.Name, Lineage: lineage}})
+	if err != nil {
+		return r, err
+	}
+	encoded, err := finished.Encode()
+	if err != nil {
+		return r, err
+	}
+	return restored{cut: lineage.Tip().Epoch, eraID: label.EraID}, disk.SetState(encoded)
+}
+
+func saveRestore(disk *volume.Offline, s protocol.RestoreState) error {
+	encoded, err := protocol.SourceState{Restore: &s}.Encode()
+	if err != nil {
+		return err
+	}
+	return disk.SetState(encoded)
+}
+
+// formatForRestore makes the disk one that says 'half restored' before its
+// first byte is written. The volume keeps its UUID and its size.
+func (m *managed) formatForRestore(p restorePlan, force bool) error {
+	state, err := protocol.BeginRestore(p.from.config.Name, p.status.Lineage).Encode()
+	if err != nil {
+		return err
+	}
+	v := m.config
+	_, err = volume.Format(volume.FormatOptions{
+		Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
+		SizeBytes: p.status.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: p.layout.Volume.CowBytes, TailBytes: p.layout.Volume.TailBytes,
+		UUID: p.status.VolumeUUID, State: state, Overwrite: force || p.overwrite,
+	})
+	return err
 }

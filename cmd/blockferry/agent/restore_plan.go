@@ -25,7 +25,9 @@ type restorePlan struct {
 	status protocol.ReplicaStatus // of it
 	// resume: the disk holds the beginning of this very restore.
 	resume bool
-	layout layout.Plan
+	// overwrite: the disk holds the beginning of another restore.
+	overwrite bool
+	layout    layout.Plan
 }
 
 // planRestore decides from which replica the disk is filled, and that it may
@@ -51,6 +53,7 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 		return p, err
 	}
 	p.resume = started != nil && started.Replica == p.from.config.Name && started.Lineage.Equal(p.status.Lineage)
+	p.overwrite = started != nil && !p.resume
 	p.layout, err = m.layoutFor(p.status.SizeBytes)
 	return p, err
 }

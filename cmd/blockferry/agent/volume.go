@@ -94,7 +94,7 @@ func (m *managed) look(ctx context.Context) {
 	case stageUp, stageDown, stageRestoring:
 		return
 	}
-	err := m.bringUp(ctx)
+	err := m.bringUp(nil)
 	if err == nil || ctx.Err() != nil {
 		return
 	}
@@ -137,8 +137,9 @@ var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absen
 	stageRestoring: "restoring", stageDown: "down", stageUp: "up"}
 
 // bringUp builds or adopts the stack and starts replication; op is held. The
-// stage says how it ended, too.
-func (m *managed) bringUp(ctx context.Context) error {
+// stage says how it ended, too. after is what a restore just did, nil if there
+// was none.
+func (m *managed) bringUp(after *restored) error {
 	v := m.config
 	adopt, err := m.stackExists()
 	if err != nil {
@@ -169,6 +170,13 @@ func (m *managed) bringUp(ctx context.Context) error {
 	})
 	if err != nil {
 		return m.refuse(errors.Join(err, guard.Close()), "see the error")
+	}
+	if after != nil {
+		// What changes from here on is marked, so replication goes on from the
+		// cut restored. If this fails everything is compared: right, but slow.
+		if err := stack.Restored(after.cut, after.eraID); err != nil {
+			m.log.Warn("replicas will be compared in full", "error", err)
+		}
 	}
 	if adopt {
 		// It may be written at this very moment; its label says so already.
@@ -302,13 +310,13 @@ func (m *managed) letGo() error {
 }
 
 // up is for after a down.
-func (m *managed) up(ctx context.Context) (string, error) {
+func (m *managed) up(context.Context) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
 	if m.at() == stageUp {
 		return "is up already", nil
 	}
-	if err := m.bringUp(context.WithoutCancel(ctx)); err != nil {
+	if err := m.bringUp(nil); err != nil {
 		return "", err
 	}
 	return "up as " + dm.NodePath(m.config.Name), nil
