@@ -227,7 +227,7 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 		allowed := rel.Kind == Behind || (rel.Kind == Unrelated && b.OverwriteUnrelated && b.Full && inPlace)
 		if !allowed {
 			return SessionAction{}, refuse(proto.Reason_REASON_LINEAGE,
-				"replica %q at %v, history [%v], is %v to the epoch offered, %v, history [%v]: nothing was written",
+				"replica %q at %v, history [%v], is %v when compared with the epoch offered, %v, history [%v]: nothing was written",
 				s.cfg.Replica, s.cfg.Lineage.Tip(), s.cfg.Lineage, rel, l.Tip(), l)
 		}
 	}
