@@ -252,3 +252,122 @@ func (h history) onDisk(t *testing.T, path string) history {
 	}
 	return h
 }
+
+// kill ends the agent as a crash would.
+func (c *cli) kill(t *testing.T) {
+	t.Helper()
+	if err := c.agent.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-c.ended
+	c.agent = nil
+}
+
+// An agent that is killed at any moment never stops the application, loses
+// track of nothing, and its replica stays whole.
+func TestAgentKilledUnderLoad(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		ssd, ebs := ubd(0), ubd(1)
+		c := newCLI(t, oneReplica(ssd, ebs))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 12, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 24 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		epoch := v.Position.Epoch
+		for i := range 6 {
+			w.awaitWrites(t, 100)
+			time.Sleep(time.Duration(170*i) * time.Millisecond) // at other places of its cycle
+			c.kill(t)
+			before := w.acked()
+			for deadline := time.Now().Add(10 * time.Second); w.acked() < before+20; time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("round %d: the application is stopped by a dead agent, at write %d", i, w.acked())
+				}
+			}
+			c.start(t)
+			up := c.await(t, "up and further than before", time.Minute, func(v status.Volume) bool {
+				return v.Up && v.Replicas[0].Position != nil && v.Replicas[0].Position.Epoch > epoch
+			})
+			epoch = up.Replicas[0].Position.Epoch
+		}
+		last := w.stop(t)
+		c.must(t, "sync", "--timeout", "60s")
+		c.must(t, "verify")
+		c.kill(t)
+		c.must(t, "recover", ebs)
+		judgeDevice(t, ebs, h, last, last)
+		content, _ := os.ReadFile(c.log.Name())
+		if n := strings.Count(string(content), "full copy") + strings.Count(string(content), "plan=\"full") - 1; n > 0 {
+			t.Errorf("%d full copies too many", n)
+		}
+		// Nobody has it open any more; the next agent takes it over and down.
+		c.start(t)
+		c.await(t, "up to date", time.Minute, upToDate)
+		c.must(t, "down")
+		if left := run(t, "dmsetup", "ls"); strings.Contains(left, "data") {
+			t.Errorf("after down: %s", left)
+		}
+	})
+}
+
+// A restore that was interrupted is never taken for a volume; it goes on
+// where it stopped, by itself if it may.
+func TestRestoreInterrupted(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		ssd, ebs := ubd(0), ubd(1)
+		c := newCLI(t, oneReplica(ssd, ebs))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 13, Size: sectors(t, v.Path) * 512, MaxBytes: 1 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 300)
+		last := w.stop(t)
+		c.must(t, "down")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		zeroDisk(t, ssd)
+		c.start(t)
+		c.await(t, "known to be blank", time.Minute, func(v status.Volume) bool { return v.Disk == "Diskless" })
+		restore := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "restore", "--json")
+		progress, err := restore.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := restore.Start(); err != nil {
+			t.Fatal(err)
+		}
+		buffer := make([]byte, 4096)
+		for seen := ""; !strings.Contains(seen, `"done-bytes":`); {
+			n, err := progress.Read(buffer)
+			if seen += string(buffer[:n]); err != nil {
+				t.Fatalf("the restore told no progress: %q, %v", seen, err)
+			}
+		}
+		c.kill(t)
+		_ = restore.Wait()
+		if code := restore.ProcessState.ExitCode(); code != 5 {
+			t.Errorf("restore, its agent gone: exit code %d, want 5", code)
+		}
+		c.start(t)
+		half := c.await(t, "known to be half restored", time.Minute, func(v status.Volume) bool { return strings.Contains(v.Reason, "did not end") })
+		if half.Up || !strings.Contains(half.Advice, "blockferry restore data") {
+			t.Errorf("a half restored disk: %+v", half)
+		}
+		c.refused(t, 3, []string{"did not end"}, "up")
+		if _, err := os.Stat(v.Path); err == nil {
+			t.Fatal("a half restored disk is up")
+		}
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		auto := newCLI(t, strings.Replace(oneReplica(ssd, ebs), "    interval:", "    restore: auto\n    interval:", 1))
+		auto.start(t)
+		auto.await(t, "restored by itself", 2*time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, last, last)
+		auto.must(t, "verify")
+		auto.must(t, "down")
+	})
+}

@@ -34,7 +34,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 	if err != nil {
 		return err
 	}
-	findings := doctor.Findings{{Level: doctor.Good, Subject: g.config, Message: fmt.Sprintf("%d volumes", len(c.Volumes))}}
+	findings := doctor.Findings{{Level: doctor.Good, Subject: g.config, Message: fmt.Sprintf("%d volume(s)", len(c.Volumes))}}
 	if !o.configOnly {
 		kernel := system.Kernel()
 		findings = append(findings, kernel...)

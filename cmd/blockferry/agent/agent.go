@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 
 	"blockferry/blockdev/dm"
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
@@ -29,6 +30,8 @@ const (
 	stopLimit = 20 * time.Second
 	// retryEvery is how often something that is not there is looked for.
 	retryEvery = 5 * time.Second
+	// retryRefused is the same, at most, for what was refused.
+	retryRefused = time.Minute
 )
 
 // Options is what an agent is started with.
@@ -66,6 +69,10 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer closeListener()
+	// What a cut needs must not have to be read from the disk it stopped.
+	if err := volume.LockMemory(); err != nil {
+		a.log.Warn("memory is not locked; a machine short of memory may void cuts", "error", err)
+	}
 	if a.dm, err = dm.Open(); err != nil {
 		return exit.Mark(exit.Prerequisite, err)
 	}

@@ -30,8 +30,8 @@ type restored struct {
 	eraID volume.UUID
 }
 
-// restoreVolume is the operator's command. It goes on when the command goes
-// away: the volume is needed.
+// restoreVolume is the operator's command. Interrupted it stops; repeated it
+// goes on where it stopped.
 func (m *managed) restoreVolume(ctx context.Context, from string, force bool, send func(*proto.Progress) error) error {
 	if !m.op.TryLock() {
 		return exit.Errorf(exit.Refused, "volume '%s' is being brought up, taken down or restored at this moment; see 'blockferry status'", m.config.Name)

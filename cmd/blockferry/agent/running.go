@@ -226,7 +226,11 @@ func (m *managed) events() protocol.PrimaryEvents {
 			say(replica, "replica-connected", "%s", plan)
 		},
 		Disconnected: func(replica string, err error) {
-			m.log.Warn("replica disconnected", "replica", replica, "error", err)
+			if errors.Is(err, context.Canceled) {
+				m.log.Info("replica's session ended", "replica", replica)
+			} else {
+				m.log.Warn("replica disconnected", "replica", replica, "error", err)
+			}
 			say(replica, "replica-disconnected", "%v", err)
 		},
 		Cut: func(c protocol.CutInfo) {

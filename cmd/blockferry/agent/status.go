@@ -93,7 +93,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			s.Disk = r.Disk
 		}
 		if r.Epoch > 0 {
-			s.BehindSeconds, s.BehindBytes = &r.LagSeconds, &r.LagBytes
+			s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
@@ -64,17 +66,26 @@ func newManaged(a *Agent, v *config.Volume) *managed {
 
 // run keeps the volume up until ctx ends; the stack stays.
 func (m *managed) run(ctx context.Context) {
+	// Replicas are served until the primary has sent its last epoch.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var replicas sync.WaitGroup
 	for _, r := range m.replicas {
-		replicas.Go(func() { r.run(ctx) })
+		replicas.Go(func() { r.run(serving) })
 	}
 	defer replicas.Wait()
+	defer stop()
+	wait := retryEvery
 	for ctx.Err() == nil {
 		m.look(ctx)
+		if m.at() == stageRefused {
+			wait = min(2*wait, retryRefused) // each try writes to the label
+		} else {
+			wait = retryEvery
+		}
 		select {
 		case <-ctx.Done():
 		case <-m.poke:
-		case <-time.After(retryEvery):
+		case <-time.After(wait):
 		}
 	}
 	m.op.Lock()
@@ -98,11 +109,11 @@ func (m *managed) look(ctx context.Context) {
 	if err == nil || ctx.Err() != nil {
 		return
 	}
-	if m.at() == stageBlank && m.config.AutoRestore {
-		m.log.Info("restoring by itself", "reason", err)
-		if err := m.restoreHere(ctx, "", false, nil); err != nil {
-			m.log.Error("the automatic restore failed; it is tried again", "error", err)
-		}
+	if m.at() != stageBlank || !m.config.AutoRestore {
+		return
+	}
+	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil {
+		m.set(stageBlank, "it is not restored by itself: "+err.Error(), m.blankAdvice())
 	}
 }
 
@@ -116,6 +127,9 @@ func (m *managed) at() stage {
 func (m *managed) set(s stage, reason, advice string) {
 	m.mu.Lock()
 	news := s != m.stage || reason != m.reason
+	if s == stageBlank && m.stage == s && m.config.AutoRestore {
+		news = false // between two tries of a restore
+	}
 	m.stage, m.reason, m.advice = s, reason, advice
 	m.mu.Unlock()
 	if !news {
@@ -143,7 +157,7 @@ func (m *managed) bringUp(after *restored) error {
 	v := m.config
 	adopt, err := m.stackExists()
 	if err != nil {
-		return m.refuse(err, "see the error")
+		return m.refuse(err)
 	}
 	var state protocol.SourceState
 	if !adopt {
@@ -157,19 +171,19 @@ func (m *managed) bringUp(after *restored) error {
 			return exit.Errorf(exit.Refused, "%w; to finish it: blockferry restore %s", err, v.Name)
 		}
 		if err != nil {
-			return m.refuse(err, "see 'blockferry check'")
+			return m.refuse(err)
 		}
 	}
 	guard, err := volume.NewGuard(m.agent.options.DeadMan...)
 	if err != nil {
-		return m.refuse(err, "the dead-man must run before a volume may be suspended; see the agent's log")
+		return m.refuse(err)
 	}
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
 		EraBlockBytes: v.EraBlockBytes, FreezeFilesystem: v.FreezeFilesystem, Guard: guard, Log: m.agent.log,
 	})
 	if err != nil {
-		return m.refuse(errors.Join(err, guard.Close()), "see the error")
+		return m.refuse(errors.Join(err, guard.Close()))
 	}
 	if after != nil {
 		// What changes from here on is marked, so replication goes on from the
@@ -187,7 +201,7 @@ func (m *managed) bringUp(after *restored) error {
 		r, err = m.replicate(stack, guard, state)
 	}
 	if err != nil {
-		return m.refuse(errors.Join(err, stack.Close(), guard.Close()), "see the error")
+		return m.refuse(errors.Join(err, stack.Close(), guard.Close()))
 	}
 	m.mu.Lock()
 	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
@@ -199,8 +213,23 @@ func (m *managed) bringUp(after *restored) error {
 	return nil
 }
 
+// foreignContent says that a disk holds what is not ours.
+type foreignContent struct{ why string }
+
+func (f *foreignContent) Error() string { return f.why }
+
 // refuse notes that the volume can't be brought up, and is that error.
-func (m *managed) refuse(err error, advice string) error {
+func (m *managed) refuse(err error) error {
+	advice := "see 'blockferry check' and the agent's log; it is tried again by itself, or with 'blockferry up " + m.config.Name + "'"
+	var foreign *foreignContent
+	switch {
+	case errors.As(err, &foreign):
+		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or blockferry create --force " + m.config.Name + " for a new volume"
+	case errors.Is(err, volume.ErrOtherVolume):
+		advice = "check the paths in the configuration"
+	case errors.Is(err, unix.EBUSY):
+		advice = "end what uses it; it is tried again by itself"
+	}
 	m.set(stageRefused, err.Error(), advice)
 	return exit.Mark(exit.Refused, err)
 }
@@ -220,7 +249,7 @@ func (m *managed) inspect() error {
 		return exit.Errorf(exit.Refused, "%s is not there", v.Device)
 	}
 	if err != nil {
-		return m.refuse(err, "see 'blockferry check'")
+		return m.refuse(err)
 	}
 	defer disk.Close()
 	content, why := volume.Inspect(disk, "", "")
@@ -231,7 +260,7 @@ func (m *managed) inspect() error {
 		m.set(stageBlank, why, m.blankAdvice())
 		return exit.Errorf(exit.Refused, "%s; %s", why, m.blankAdvice())
 	}
-	return m.refuse(errors.New(why), "nothing is written to it; if its content may be lost: blockferry restore --force "+v.Name+", or create --force for a new volume")
+	return m.refuse(&foreignContent{why})
 }
 
 // blankAdvice says what a blank disk is waiting for.

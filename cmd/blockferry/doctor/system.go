@@ -83,9 +83,9 @@ func content(f *blockdev.File) (string, bool) {
 	case volume.Blank:
 		return "", false
 	case volume.Labelled:
-		return why, true
+		return strings.TrimPrefix(why, f.Name()+" holds "), true
 	}
-	return why, false
+	return strings.TrimPrefix(why, f.Name()+" holds "), false
 }
 
 // replica says what a disk holds if it is a replica.

@@ -62,6 +62,9 @@ type Replica struct {
 	// BehindSeconds and BehindBytes are what a loss of the primary would cost.
 	BehindSeconds *float64 `json:"behind-seconds,omitempty"`
 	BehindBytes   *uint64  `json:"behind-bytes,omitempty"`
+	// BehindIsMinimum: it may be more, as that was not counted before the
+	// agent's start.
+	BehindIsMinimum bool `json:"behind-is-minimum,omitempty"`
 	// Mode is how the epoch on its way travels, Done and Total how far it is.
 	Mode             string   `json:"mode,omitempty"`
 	DoneBytes        *uint64  `json:"done-bytes,omitempty"`

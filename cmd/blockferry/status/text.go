@@ -83,11 +83,15 @@ func writeReplica(b *strings.Builder, r *Replica) {
 	head.to(b, "  ")
 	var now line
 	now.add("position", r.Position.String())
+	atLeast := ""
+	if r.BehindIsMinimum {
+		atLeast = ">="
+	}
 	if r.BehindSeconds != nil {
-		now.add("behind", progress.FormatDuration(seconds(*r.BehindSeconds)))
+		now.add("behind", atLeast+progress.FormatDuration(seconds(*r.BehindSeconds)))
 	}
 	if r.BehindBytes != nil {
-		now.add("behind-bytes", config.FormatSize(int64(*r.BehindBytes)))
+		now.add("behind-bytes", atLeast+config.FormatSize(int64(*r.BehindBytes)))
 	}
 	now.to(b, "    ")
 	if r.TotalBytes != nil && r.DoneBytes != nil && *r.TotalBytes > 0 {
