@@ -20,9 +20,9 @@ const (
 type sharedCut struct {
 	cut       Cut
 	rec       *cutRecord
-	lineage   Lineage // of a copy that holds this cut
-	unixNanos int64   // wall clock, for people only
-	patient   bool    // a comparison runs on it: not withdrawn just because others are done
+	lineage   Lineage       // of a copy that holds this cut
+	unixNanos int64         // wall clock, for people only
+	patience  time.Duration // not withdrawn before, just because others are done
 	stop      chan struct{}
 
 	mu      sync.Mutex
@@ -239,7 +239,10 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 			continue
 		}
 		s.users++
-		s.patient = s.patient || w.verify != nil
+		s.patience = max(s.patience, w.patience)
+		if w.verify != nil {
+			s.patience = max(s.patience, 2*verifySliceTime)
+		}
 		w.wish, w.urgent = wishNone, false
 		w.cuts <- &cutHandle{sharedCut: s} // has room for one
 	}
@@ -251,7 +254,8 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 
 // hold waits until nobody needs the cut. A slower replica does not keep a
 // faster one from its next cut: it is told to stop reading once the interval
-// is over and another one is done; and at the limit in any case.
+// is over and another one is done, and at the limit in any case. One that was
+// told so before gets a little more patience, or it might never finish.
 func (p *Primary) hold(s *sharedCut, joined int) {
 	begun := p.cfg.Clock.Now()
 	for {
@@ -259,8 +263,8 @@ func (p *Primary) hold(s *sharedCut, joined int) {
 		users := s.users
 		s.mu.Unlock()
 		limit := p.cfg.CutLimit
-		if users < joined && !s.patient {
-			limit = min(limit, p.cfg.Interval)
+		if users < joined {
+			limit = min(limit, max(p.cfg.Interval, s.patience))
 		}
 		left := limit - p.cfg.Clock.Now().Sub(begun)
 		if left <= 0 {

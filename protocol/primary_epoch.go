@@ -61,6 +61,8 @@ type attempt struct {
 	lastLive int64 // bytes the last of them had to look at
 	liveNext bool
 	voids    int
+	// withdrawn: a frozen round was ended early for the sake of others
+	withdrawn bool
 
 	started time.Time
 	stats   LinkStats
@@ -82,7 +84,12 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		if a.liveNext {
 			wish = wishBarrier
 		}
-		h, err := w.await(ctx, wish, urgent)
+		var patience time.Duration
+		if a.withdrawn {
+			// It holds up the others for a small part of its own delay.
+			patience = w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
+		}
+		h, err := w.await(ctx, wish, urgent, patience)
 		if err != nil {
 			return nil, err
 		}
@@ -243,7 +250,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		// The cut was withdrawn: others are faster. What was read counts; the
 		// remainder is sent live, with what changed in the meantime.
 		a.whole, a.base, a.rest = false, h.rec.epoch, rest
-		a.liveNext, a.live = true, 0
+		a.liveNext, a.live, a.withdrawn = true, 0, true
 		w.update(func() {
 			w.reason = fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
 				totalBytes(rest)>>20, h.rec.epoch)
@@ -272,6 +279,10 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	}
 	return h.lineage, nil
 }
+
+// patienceShare: a slow replica may make the others wait for one part in so many of the
+// time that its epoch takes.
+const patienceShare = 8
 
 // maxVoids is how many void views one in-place attempt survives.
 const maxVoids = 5

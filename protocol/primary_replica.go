@@ -18,7 +18,8 @@ type replicaWorker struct {
 
 	// Guarded by Primary.mu.
 	wish        cutWish
-	urgent      bool // not only at the next interval
+	urgent      bool          // not only at the next interval
+	patience    time.Duration // how long it may hold up others that are done
 	connected   bool
 	link        *Link
 	plan        *Plan
@@ -250,9 +251,9 @@ func (w *replicaWorker) linkErr() error {
 }
 
 // await joins the next cut of a kind.
-func (w *replicaWorker) await(ctx context.Context, wish cutWish, urgent bool) (*cutHandle, error) {
+func (w *replicaWorker) await(ctx context.Context, wish cutWish, urgent bool, patience time.Duration) (*cutHandle, error) {
 	w.update(func() {
-		w.wish = wish
+		w.wish, w.patience = wish, patience
 		w.urgent = urgent || w.verify != nil
 	})
 	w.p.wake()

@@ -1,0 +1,247 @@
+package protocol
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+)
+
+// memSource is a volume in memory whose writes are numbered: block b written
+// by write k holds (b, k) and noise that follows from both. Its tracker names
+// grains, not blocks; its views copy out what is overwritten.
+type memSource struct {
+	size  int64
+	grain int64 // bytes of the tracker's grain
+
+	mu      sync.Mutex
+	blocks  []uint64            // which write each block holds
+	marks   []uint64            // per grain: the newest cut after which it was written
+	last    uint64              // number of the last write
+	cut     uint64              // number of the last cut
+	written uint64              // bytes
+	images  map[uint64][]uint64 // blocks as they were at each cut
+	view    *memCut
+	cowMax  int // blocks a view can keep; 0: any number
+
+	lostBefore uint64 // the tracker can't tell about cuts before this one
+	cutErr     error
+	validErr   func(cut uint64) error // a further reason to void a view
+	flushErr   func(cut uint64) error
+	flushed    map[uint64]int
+	cuts       int
+	views      int
+	readDelay  time.Duration
+	liveReads  int64
+	released   int
+}
+
+func newMemSource(size, grain int64) *memSource {
+	return &memSource{size: size, grain: grain, blocks: make([]uint64, size/BlockSize), marks: make([]uint64, (size+grain-1)/grain),
+		images: map[uint64][]uint64{}, flushed: map[uint64]int{}}
+}
+
+// content is what block b holds after write k.
+func content(dst []byte, b int64, k uint64) {
+	if k == 0 || k%7 == 0 { // some writes are zeros
+		clear(dst)
+		return
+	}
+	x := uint64(b)*0x9e3779b97f4a7c15 + k
+	for i := 0; i < BlockSize; i += 16 {
+		x ^= x << 13
+		x ^= x >> 7
+		x ^= x << 17
+		binary.LittleEndian.PutUint64(dst[i:], x)
+		binary.LittleEndian.PutUint64(dst[i+8:], k) // half of it packs well
+	}
+}
+
+func (s *memSource) write(b int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last++
+	if v := s.view; v != nil && v.overflow == nil {
+		if _, ok := v.old[b]; !ok {
+			v.old[b] = s.blocks[b]
+			if s.cowMax > 0 && len(v.old) > s.cowMax {
+				v.overflow = errors.New("the copy-on-write store is full")
+			}
+		}
+	}
+	s.blocks[b] = s.last
+	s.marks[b*BlockSize/s.grain] = s.cut + 1
+	s.written += BlockSize
+}
+
+func (s *memSource) Size() int64 { return s.size }
+
+func (s *memSource) WrittenBytes() (uint64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.written, nil
+}
+
+// ReadAt is torn between blocks, as a live device is.
+func (s *memSource) ReadAt(p []byte, off int64) (int, error) {
+	for i := int64(0); i < int64(len(p)); i += BlockSize {
+		s.mu.Lock()
+		k := s.blocks[(off+i)/BlockSize]
+		s.liveReads += BlockSize
+		s.mu.Unlock()
+		content(p[i:i+BlockSize], (off+i)/BlockSize, k)
+		if i%(1<<16) == 0 {
+			runtime.Gosched()
+		}
+	}
+	return len(p), nil
+}
+
+func (s *memSource) Cut(ctx context.Context, epoch uint64, view bool) (Cut, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.view != nil {
+		return nil, errors.New("a view is still held")
+	}
+	if epoch <= s.cut {
+		return nil, fmt.Errorf("cut %d after cut %d", epoch, s.cut)
+	}
+	if s.cutErr != nil {
+		return nil, s.cutErr
+	}
+	s.cut = epoch
+	s.cuts++
+	s.images[epoch] = append([]uint64(nil), s.blocks...)
+	c := &memCut{s: s, epoch: epoch, written: s.written}
+	if view {
+		s.views++
+		c.old = map[int64]uint64{}
+		s.view = c
+	}
+	return c, nil
+}
+
+func (s *memSource) image(epoch uint64) []uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.images[epoch]
+}
+
+type memCut struct {
+	s        *memSource
+	epoch    uint64
+	written  uint64
+	old      map[int64]uint64
+	overflow error
+	released bool
+}
+
+func (c *memCut) Epoch() uint64 { return c.epoch }
+
+func (c *memCut) View() io.ReaderAt {
+	if c.old == nil {
+		return nil
+	}
+	return memView{c}
+}
+
+type memView struct{ c *memCut }
+
+func (v memView) ReadAt(p []byte, off int64) (int, error) {
+	c := v.c
+	if d := c.s.readDelay; d > 0 {
+		time.Sleep(d)
+	}
+	for i := int64(0); i < int64(len(p)); i += BlockSize {
+		b := (off + i) / BlockSize
+		c.s.mu.Lock()
+		if c.released {
+			c.s.mu.Unlock()
+			panic("a view is read after its release")
+		}
+		k, ok := c.old[b]
+		if !ok {
+			k = c.s.blocks[b] // wrong once the store is full: Valid tells
+		}
+		c.s.mu.Unlock()
+		content(p[i:i+BlockSize], b, k)
+	}
+	return len(p), nil
+}
+
+func (c *memCut) Changed(since uint64) ([]Range, error) {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if since < c.s.lostBefore {
+		return nil, fmt.Errorf("epoch %d: %w", since, ErrTrackingLost)
+	}
+	var out []Range
+	for g, m := range c.s.marks {
+		if m > since {
+			out = append(out, Range{int64(g) * c.s.grain, c.s.grain})
+		}
+	}
+	return out, nil
+}
+
+func (c *memCut) Valid() error {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if c.s.validErr != nil {
+		if err := c.s.validErr(c.epoch); err != nil {
+			return err
+		}
+	}
+	return c.overflow
+}
+
+func (c *memCut) FlushSource() error {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.s.flushed[c.epoch]++
+	if c.s.flushErr != nil {
+		return c.s.flushErr(c.epoch)
+	}
+	return nil
+}
+
+func (c *memCut) Stalled() time.Duration { return time.Millisecond }
+func (c *memCut) WrittenBytes() uint64   { return c.written }
+
+func (c *memCut) Release() error {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.released = true
+	c.s.released++
+	if c.s.view == c {
+		c.s.view = nil
+	}
+	return nil
+}
+
+// busy writes to random places, in bursts, until the test ends it.
+func (s *memSource) busy(t *testing.T, seed uint64, pause time.Duration) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		blocks := s.size / BlockSize
+		for ctx.Err() == nil {
+			b := rng.Int64N(blocks)
+			for range 1 + rng.IntN(20) {
+				s.write(b)
+				b = (b + 1) % blocks
+			}
+			time.Sleep(pause)
+		}
+	})
+	stop = func() { cancel(); wg.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
