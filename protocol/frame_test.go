@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -161,6 +162,39 @@ func TestFramesThatLieAreRefused(t *testing.T) {
 		}
 		if !errors.Is(err, ErrBadFrame) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A payload that would unpack to far more than its frame says is refused
+// without taking the memory.
+func TestBombsTakeNoMemory(t *testing.T) {
+	const bomb = 2*MaxDataFrameBytes - BlockSize
+	d, err := NewDecompressor(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dst := make([]byte, BlockSize)
+	for _, codec := range []Codec{CodecS2, CodecZstd} {
+		c, err := NewCompressor(codec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		payload, _ := c.appendTo(nil, make([]byte, bomb))
+		f := Frame{Kind: FrameData, Codec: codec, Length: BlockSize, Payload: payload}
+		if err := d.Decode(dst, f); !errors.Is(err, ErrBadFrame) { // also warms it up
+			t.Fatalf("%v: %v", codec, err)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for range 8 {
+			if err := d.Decode(dst, f); !errors.Is(err, ErrBadFrame) {
+				t.Fatalf("%v: %v", codec, err)
+			}
+		}
+		runtime.ReadMemStats(&after)
+		if n := after.TotalAlloc - before.TotalAlloc; n > bomb {
+			t.Errorf("%v: 8 bombs of %d bytes took %d bytes", codec, bomb, n)
 		}
 	}
 }

@@ -101,6 +101,39 @@ func FuzzCommitRecord(f *testing.F) {
 	})
 }
 
+// A segment that was lost leaves an older one in its place, which fits but for
+// what it was chained to.
+func TestStaleSegmentBreaksTheChain(t *testing.T) {
+	rg := ring{blocktest.NewMemory(4 << 20), area{0, 4 << 20}, 7}
+	write := func(fill byte) cursor {
+		w := newSegmentWriter(rg, cursor{0, 1, 2}, 5, 1)
+		for i := range int64(6) {
+			b := AppendFrames(nil, FrameMeta{5, 1, 1}, i<<18, bytes.Repeat([]byte{fill}, 1<<18), nil)
+			f, err := NewFrameReader(b).Next()
+			must(t, err)
+			must(t, w.add(f))
+		}
+		c := testCommit()
+		c.frames = 6
+		must(t, w.commit(c))
+		return w.next
+	}
+	write(1)
+	old := make([]byte, 1<<20)
+	must(t, rg.read(old, 1<<20)) // of the second segment and the commit
+	end := write(2)
+	if p, _, err := rg.readEpoch(context.Background(), cursor{0, 1, 2}, 4<<20, 4<<20); err != nil || p.end != end {
+		t.Fatal(p, err)
+	}
+	first, err := rg.readHeader(cursor{0, 1, 2})
+	must(t, err)
+	second := first.next().logical
+	must(t, rg.write(old[second-1<<20:], second))
+	if _, at, err := rg.readEpoch(context.Background(), cursor{0, 1, 2}, 4<<20, 4<<20); err == nil || at.logical != second {
+		t.Fatalf("at %d: %v, want an error at %d", at.logical, err, second)
+	}
+}
+
 // FuzzSegment lays anything over the first segment of a ring, with right
 // checksums, and reads an epoch from it.
 func FuzzSegment(f *testing.F) {

@@ -395,3 +395,50 @@ func TestReplicaKeepsToItsAreas(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 }
+
+// undecided returns a device whose last commit reached the journal and not
+// the superblock.
+func undecided(t *testing.T, seed uint64) (*model, *blocktest.Memory) {
+	t.Helper()
+	m, dev, r := synced(t, seed)
+	dev.FailAt(blocktest.OpWrite, 2, errors.New("broken on purpose")) // after two segments
+	if err := m.send(r, epochPlan{mode: ModeJournal, blocks: 2}); err == nil || m.acked.Epoch != 1 {
+		t.Fatalf("%v, %s", err, m.acked)
+	}
+	must(t, r.Close())
+	if sb := super(t, dev); sb.committed.Epoch != 1 {
+		t.Fatalf("%+v", sb)
+	}
+	return m, dev
+}
+
+// What was dropped stays dropped, whatever can be read again later.
+func TestDroppedEpochsStayDropped(t *testing.T) {
+	m, dev := undecided(t, 40)
+	rolled := open(t, dev.Clone())
+	if st := rolled.Status(); st.Committed.Epoch != 2 {
+		t.Fatalf("%+v", st) // it may have been acknowledged
+	}
+	must(t, m.checkOpen(rolled))
+	other := dev.Clone()
+
+	dev.FailAt(blocktest.OpRead, 2, errors.New("for once")) // its first segment
+	r := open(t, dev)
+	if st := r.Status(); st.Committed.Epoch != 1 {
+		t.Fatalf("%+v", st)
+	}
+	m.lineage, m.image = Lineage{m.acked}, bytes.Clone(m.images[m.acked])
+	clear(m.asked) // epoch 2 is no part of this history
+	m.asked[m.acked] = true
+	must(t, m.send(r, epochPlan{mode: ModeInPlace, blocks: 1}))
+	must(t, r.Close())
+	must(t, m.check(dev))
+
+	flip(t, other, 1024, 0)
+	r, err := OpenReplica(context.Background(), other, OpenOptions{DropJournal: true})
+	must(t, err)
+	must(t, r.Close())
+	if st := open(t, other).Status(); st.State != DiskInconsistent || st.PendingEpochs != 0 || st.Committed.Epoch != 1 {
+		t.Fatalf("%+v", st)
+	}
+}

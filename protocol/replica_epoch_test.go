@@ -49,6 +49,27 @@ func TestEpochsGoOnWhileOneWaits(t *testing.T) {
 	image.Release()
 	must(t, r.WaitApplied(ctx, m.acked.Epoch))
 	must(t, m.checkOpen(r))
+	// Whoever asks for an image gets no older one than was committed then,
+	// also when the replica was opened with epochs waiting.
+	_, again := waiting(t, 20)
+	r2 := open(t, again)
+	w := *m
+	w.lineage, w.next, w.image = r2.Status().Lineage, 100, bytes.Clone(m.image)
+	image, err = r2.Hold(ctx)
+	must(t, err)
+	must(t, w.send(r2, epochPlan{mode: ModeJournal, blocks: 1}))
+	soon2, cancel2 := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel2()
+	if _, err := r2.Hold(soon2); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("an older image was handed out: %v", err)
+	}
+	image.Release()
+	image, err = r2.Hold(ctx)
+	must(t, err)
+	if image.Position().Epoch != 100 {
+		t.Errorf("image of %s", image.Position())
+	}
+	image.Release()
 	if err := r.WaitApplied(ctx, m.acked.Epoch+1); err == nil {
 		t.Error("waited for an epoch that was never committed")
 	}
@@ -158,7 +179,7 @@ func TestCommitChecksWhatArrived(t *testing.T) {
 		return d.Sum()
 	}
 	for name, sums := range map[string][]StreamSum{
-		"one lost": {sum(a, b), sum(b)}, "one more": {{}, sum(b)}, "swapped": {sum(b), sum(a)}, "stream missing": {sum(a)},
+		"one lost": {sum(a, b), sum(b)}, "none of a stream came": {sum(a), sum(b), sum(a)}, "one more": {{}, sum(b)}, "swapped": {sum(b), sum(a)}, "stream missing": {sum(a)},
 		"another order": {sum(a), {Frames: 1, Digest: [32]byte{1}}}, "too many": make([]StreamSum, MaxStreams+1),
 	} {
 		begin()
