@@ -83,10 +83,10 @@ func fakeKernel(t *testing.T) (k kernel, dev string) {
 	})
 	device("virtual/block/loop3", 7, 3, map[string]string{"size": "0", "loop/backing_file": filepath.Join(dev, "sda") + "\n"})
 	device("virtual/block/md0", 9, 0, map[string]string{"size": "0"})
-	put("sys/devices/"+ebs+"/nvme0n1p1/holders/dm-0/dm/name", "data-era\n")
+	put("sys/devices/"+ebs+"/nvme0n1p2/holders/dm-0/dm/name", "data-era\n")
 	put("sys/devices/pci0000:00/host0/block/sda/holders/md0/dev", "9:0")
 	link("nvme0n1", "dev/by-id")
-	put("proc/swaps", "Filename\t\t\t\tType\t\tSize\n"+filepath.Join(dev, "nvme0n1p2")+"   partition\t100\t0\t-2\n")
+	put("proc/swaps", "Filename\t\t\t\tType\t\tSize\n"+filepath.Join(dev, "nvme0n1p1")+"   partition\t100\t0\t-2\n")
 	mounts := []string{
 		`22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw`,
 		`23 22 0:6 / /dev rw - devtmpfs devtmpfs rw`,
@@ -180,8 +180,8 @@ func TestSameDisk(t *testing.T) {
 func TestUsers(t *testing.T) {
 	k, dev := fakeKernel(t)
 	for name, want := range map[string][]Use{
-		"nvme0n1":   {{"holder", "data-era", "nvme0n1p1"}, {"swap", filepath.Join(dev, "nvme0n1p2"), "nvme0n1p2"}},
-		"nvme0n1p1": {{"holder", "data-era", "nvme0n1p1"}},
+		"nvme0n1":   {{"swap", filepath.Join(dev, "nvme0n1p1"), "nvme0n1p1"}, {"holder", "data-era", "nvme0n1p2"}},
+		"nvme0n1p2": {{"holder", "data-era", "nvme0n1p2"}},
 		"nvme0n1p5": nil,
 		"dm-0":      {{"holder", "data", "dm-0"}},
 		"vda":       {{"mount", "/", "vda"}, {"mount", "/hidden", "vda"}},

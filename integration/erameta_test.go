@@ -254,7 +254,6 @@ func TestEraMetadata(t *testing.T) {
 						t.Fatalf("era_invalidate, since %d:\n got %v\nwant %v", since, got, want)
 					}
 				}
-				run(t, "dmsetup", "remove", "swallow")
 			})
 		}
 	})

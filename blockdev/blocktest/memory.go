@@ -114,12 +114,12 @@ func (m *Memory) PowerCut(rng *rand.Rand) *Memory {
 	after := maps.Clone(m.durable)
 	// A cut that loses all but one of many writes, or none but one, is as
 	// likely to find a bug as an even mix, so the odds are drawn too.
-	keep := rng.Float64()*1.5 - 0.25
+	keep, tear := rng.Float64()*1.5-0.25, rng.Float64()*1.5-0.25
 	for _, w := range m.cached {
 		switch {
 		case rng.Float64() < keep:
 			w.apply(after)
-		case rng.IntN(2) == 0:
+		case rng.Float64() < tear:
 			w.applyTorn(after, rng)
 		}
 	}

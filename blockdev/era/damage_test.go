@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 
@@ -285,11 +286,13 @@ func TestFailedReadIsUnknown(t *testing.T) {
 
 // picky reads as direct I/O does.
 type picky struct {
-	t *testing.T
-	r io.ReaderAt
+	t     *testing.T
+	r     io.ReaderAt
+	reads atomic.Int32
 }
 
-func (p picky) ReadAt(b []byte, off int64) (int, error) {
+func (p *picky) ReadAt(b []byte, off int64) (int, error) {
+	p.reads.Add(1)
 	if off%4096 != 0 || len(b)%4096 != 0 || reflect.ValueOf(&b[0]).Pointer()%4096 != 0 {
 		p.t.Errorf("read of %d bytes at %d into memory at %p", len(b), off, b)
 	}
@@ -302,11 +305,17 @@ func TestReadsFitDirectIO(t *testing.T) {
 		c := content{blocks: 60000, era: 3, sectors: 128, digest: func(b uint32) uint32 { return b % 3 },
 			sets: []set{{3, 60000, scattered(1, 5)}}}
 		im.write(c, 0)
-		got, err := ChangedInactive(picky{t, im.reader()}, 2)
+		r := &picky{t: t, r: im.reader()}
+		got, err := ChangedInactive(r, 2)
 		if err != nil {
 			t.Fatal(err)
 		}
 		mustEqual(t, "picky", got, c.want(2, false), 64<<10)
+		// Of 66 blocks in use those of an array are read together where they
+		// stand together.
+		if n := r.reads.Load(); order == nil && n > 10 {
+			t.Errorf("%d reads", n)
+		}
 	}
 }
 
