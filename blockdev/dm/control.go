@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
 	"time"
 
@@ -24,7 +25,8 @@ var ErrNotExist = errors.New("no such device-mapper device")
 // Control is the open control device. Its methods may be called from several
 // goroutines at once.
 type Control struct {
-	file *os.File
+	file    *os.File
+	signals chan os.Signal // never read: what counts is that they interrupt
 }
 
 // Open opens /dev/mapper/control, which needs root and the module dm-mod.
@@ -39,11 +41,19 @@ func Open() (*Control, error) {
 	if err != nil {
 		return nil, fmt.Errorf("device-mapper: %w; 'modprobe dm-mod' as root, then try again", err)
 	}
-	return &Control{file: file}, nil
+	c := &Control{file: file}
+	if err := c.catchInterrupts(); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // Close closes the control device. Devices stay as they are.
-func (c *Control) Close() error { return c.file.Close() }
+func (c *Control) Close() error {
+	signal.Stop(c.signals)
+	return c.file.Close()
+}
 
 // Request is a call whose buffer stands ready: Do allocates nothing, so it
 // may be used while the device under this very process is suspended. One

@@ -133,16 +133,14 @@ type nudge struct {
 
 func (w *window) nudgeAfter(patience time.Duration) *nudge {
 	n := &nudge{ended: make(chan struct{}), done: make(chan struct{})}
-	pid, tid := unix.Getpid(), unix.Gettid()
+	ctl, thread := w.volume.ctl, dm.ThisThread()
 	n.timer = time.AfterFunc(patience, func() {
 		defer close(n.done)
 		n.late.Store(true)
 		ticker := time.NewTicker(nudgePause)
 		defer ticker.Stop()
 		for {
-			// The Go runtime sends and expects this signal for its own ends,
-			// so an extra one is harmless.
-			_ = unix.Tgkill(pid, tid, unix.SIGURG)
+			_ = ctl.Interrupt(thread) // it runs, or this process is ending
 			select {
 			case <-n.ended:
 				return
