@@ -326,9 +326,10 @@ func (p *Primary) setPaused(replica string, paused bool) error {
 
 // Stop ends replication. Until ctx ends it brings a last cut to every replica
 // that is connected. seal, which may be nil, must make the device unwritable for
-// everybody, yet leave Source.WrittenBytes answering; if it returns nil and nothing was written since the last cut, the end is
-// recorded as clean, otherwise the next start begins a new generation. clean
-// says which. All goroutines have ended when Stop returns.
+// everybody, yet leave Source.WrittenBytes answering; if it returns nil and
+// nothing was written since the last cut, the end is recorded as clean: the
+// device holds exactly that cut. clean says so. All goroutines have ended when
+// Stop returns.
 func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err error) {
 	p.mu.Lock()
 	if p.stopping {

@@ -28,7 +28,7 @@ type memSource struct {
 	written uint64              // bytes
 	images  map[uint64][]uint64 // blocks as they were at each cut
 	view    *memCut
-	cowMax  int // blocks a view can keep; 0: any number
+	viewMax int64 // a view overflows once so many bytes were read of it; 0: never
 
 	lostBefore uint64 // the tracker can't tell about cuts before this one
 	cutErr     error
@@ -70,9 +70,6 @@ func (s *memSource) write(b int64) {
 	if v := s.view; v != nil && v.overflow == nil {
 		if _, ok := v.old[b]; !ok {
 			v.old[b] = s.blocks[b]
-			if s.cowMax > 0 && len(v.old) > s.cowMax {
-				v.overflow = errors.New("the copy-on-write store is full")
-			}
 		}
 	}
 	s.blocks[b] = s.last
@@ -137,6 +134,7 @@ type memCut struct {
 	s        *memSource
 	epoch    uint64
 	written  uint64
+	read     int64
 	old      map[int64]uint64
 	overflow error
 	released bool
@@ -164,6 +162,9 @@ func (v memView) ReadAt(p []byte, off int64) (int, error) {
 		if c.released {
 			c.s.mu.Unlock()
 			panic("a view is read after its release")
+		}
+		if c.read += BlockSize; c.s.viewMax > 0 && c.read > c.s.viewMax && c.overflow == nil {
+			c.overflow = errors.New("the copy-on-write store is full")
 		}
 		k, ok := c.old[b]
 		if !ok {
@@ -245,3 +246,7 @@ func (s *memSource) busy(t *testing.T, seed uint64, pause time.Duration) (stop f
 	t.Cleanup(stop)
 	return stop
 }
+
+const time1ms = time.Millisecond
+
+func testRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 77)) }

@@ -161,9 +161,12 @@ func DecodeSourceState(b []byte) (SourceState, error) {
 }
 
 // StartPrimary is the state that must be durable before the device becomes
-// writable. fresh is a random generation, used when a new one begins: at the
-// first start, after an unclean end and after a restore. The second result is
-// the reason in words. The state's epoch numbers continue, whatever happened.
+// writable. fresh is a random generation, which begins here. The second result
+// says in words how the last one ended. Epoch numbers continue, whatever happened.
+//
+// After a clean end the old generation is not continued either: were the label
+// an old one (a disk copied back), the next epoch would get a name that
+// another content may have at a replica.
 func StartPrimary(old SourceState, fresh Generation) (SourceState, string, error) {
 	if err := old.Check(); err != nil {
 		return SourceState{}, "", err
@@ -178,8 +181,8 @@ func StartPrimary(old SourceState, fresh Generation) (SourceState, string, error
 	s := SourceState{Lineage: old.Lineage.Clone(), Generation: fresh}
 	switch {
 	case old.Clean:
-		s.Generation, s.OpenEpoch = old.Lineage.Tip().Generation, old.Lineage.Tip().Epoch+1
-		return s, "continues after a clean end", nil
+		s.OpenEpoch = old.Lineage.Tip().Epoch + 1
+		return s, "new generation after a clean end", nil
 	case old.OpenEpoch == 0:
 		s.OpenEpoch = 1
 		return s, "first start", nil

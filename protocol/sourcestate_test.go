@@ -130,7 +130,7 @@ func TestStartPrimary(t *testing.T) {
 		t.Fatalf("after a clean end a replica that took over is %v", r)
 	}
 	again := start(clean, gen(3))
-	if again.Generation != gen(1) || again.OpenEpoch != 3 || again.Clean {
+	if again.Generation != gen(3) || again.OpenEpoch != 3 || again.Clean {
 		t.Fatalf("start after a clean end: %+v", again)
 	}
 
