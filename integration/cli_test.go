@@ -135,8 +135,8 @@ func (c *cli) await(t *testing.T, what string, limit time.Duration, ok func(stat
 	return status.Volume{}
 }
 
-// plans counts in an agent's log how often an action was decided on.
-func plans(log []byte, action string) int { return strings.Count(string(log), `plan="`+action+`: `) }
+// plans counts in an agent's log the epochs that were brought over in a way.
+func plans(log []byte, action string) int { return strings.Count(string(log), " Action:"+action+" ") }
 
 func upToDate(v status.Volume) bool {
 	for _, r := range v.Replicas {
