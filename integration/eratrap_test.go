@@ -1,0 +1,548 @@
+package integration
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/era"
+	"blockferry/blockdev/volume"
+)
+
+// dm-era has traps: ways to use it that silently lose a changed block, or
+// hang. Each has a test here that fails when the guard against it is removed;
+// some show the raw trap as well.
+
+const eraGrain = 64 << 10
+
+// eraMeta opens the metadata of a volume that is up, past the cache.
+func eraMeta(t *testing.T) *blockdev.File {
+	t.Helper()
+	f, err := blockdev.OpenFile("/dev/mapper/vol-meta", blockdev.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// slowData puts /dev/mapper/slow on the guest's disk, formats it, and returns
+// a function that sets how long writes to its data take.
+func slowData(t *testing.T) (device string, delay func(ms int)) {
+	t.Helper()
+	n, data, length := sectors(t, ubd(0)), int64(2048), int64(testSize/512)
+	table := func(ms int) string {
+		return fmt.Sprintf("0 %d linear %s 0\n%d %d delay %s %d 0 %s %d %d %s %d 0\n%d %d linear %s %d", data, ubd(0),
+			data, length, ubd(0), data, ubd(0), data, ms, ubd(0), data, data+length, n-data-length, ubd(0), data+length)
+	}
+	device = dmCreate(t, "slow", table(0))
+	format(t, volume.FormatOptions{Device: device, SizeBytes: testSize})
+	return device, func(ms int) { dmSwap(t, "slow", table(ms)) }
+}
+
+// Trap 1: a roll of the era is no barrier. A write marked before it can land
+// after it; only a suspend waits for it.
+func TestEraTrapCheckpointIsNoBarrier(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Modules: []string{"dm-delay"}}, func(t *testing.T) {
+		ctl := mapper(t)
+		disk, delay := slowData(t)
+		v := up(t, ctl, volume.Options{Device: disk})
+		first := mustCut(t, v, 1, false)
+		mustRelease(t, first)
+		// lateWrite has a write under way that was marked and has not landed.
+		lateWrite := func(offset int64, value byte) chan error {
+			mustWriteBlock(t, v.Path(), offset, 1)
+			delay(2000)
+			landed := make(chan error, 1)
+			go func() { landed <- writeBlock(v.Path(), offset, value) }()
+			time.Sleep(500 * time.Millisecond)
+			return landed
+		}
+		value := func(r interface {
+			ReadAt([]byte, int64) (int, error)
+		}, offset int64) byte {
+			b := alignedBuffer(4096)
+			if _, err := r.ReadAt(b, offset); err != nil {
+				t.Fatal(err)
+			}
+			return b[0]
+		}
+
+		// The raw trap: read after a bare roll, then ask what changed since.
+		landed := lateWrite(0, 2)
+		if err := ctl.Message("vol-era", 0, "checkpoint"); err != nil {
+			t.Fatal(err)
+		}
+		super, err := era.ReadSuperblock(eraMeta(t), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		read := value(v, 0)
+		if err := <-landed; err != nil {
+			t.Fatal(err)
+		}
+		delay(0)
+		if err := ctl.Message("vol-era", 0, "take_metadata_snap"); err != nil {
+			t.Fatal(err)
+		}
+		if super, err = era.ReadSuperblock(eraMeta(t), 0); err != nil {
+			t.Fatal(err)
+		}
+		list, err := era.Changed(eraMeta(t), super.MetadataSnapshot, super.CurrentEra-1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if read != 1 || names(list, 0) {
+			t.Errorf("the trap is gone: read %d after the roll, changed since: %v", read, list)
+		}
+		if err := ctl.Message("vol-era", 0, "drop_metadata_snap"); err != nil {
+			t.Fatal(err)
+		}
+
+		// A cut: whatever it did not see is named by the next one.
+		for n := uint64(2); n <= 5; n++ {
+			at := int64(n) * eraGrain
+			landed := lateWrite(at, byte(n))
+			c := mustCut(t, v, n*10, n%2 == 0)
+			seen := value(v, at)
+			if n%2 == 0 {
+				seen = value(c.View(), at)
+			}
+			mustRelease(t, c)
+			if err := <-landed; err != nil {
+				t.Fatal(err)
+			}
+			delay(0)
+			c = mustCut(t, v, n*10+1, false)
+			if list := mustChanged(t, c, n*10); seen != byte(n) && !names(list, at) {
+				t.Errorf("cut %d saw %d, %d is on the disk, and what changed since is %v", n*10, seen, n, list)
+			}
+			mustRelease(t, c)
+		}
+	})
+}
+
+// Trap 2: a discard of many blocks marks the first alone. Above era there are
+// none, from the first table on and after whatever a cut changes.
+func TestEraTrapDiscardsAreKeptOut(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Modules: []string{"loop"}}, func(t *testing.T) {
+		ctl := mapper(t)
+		file := filepath.Join(t.TempDir(), "disk")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(file, 128<<20); err != nil {
+			t.Fatal(err)
+		}
+		loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", "--direct-io=off", file))
+		t.Cleanup(func() { cleanup("losetup", "--detach", loop) })
+		format(t, volume.FormatOptions{Device: loop, SizeBytes: testSize})
+		o := volume.Options{Device: loop}
+		v := up(t, ctl, o)
+		for _, name := range []string{"vol-base", "vol-era"} {
+			if _, err := ctl.EnsureNode(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if out, err := tryRun(t, "blkdiscard", "-o", "0", "-l", "1048576", "/dev/mapper/vol-base"); err != nil {
+			t.Fatalf("this disk has no discard to keep out: %v, %s", err, out)
+		}
+		refused := func(when string) {
+			t.Helper()
+			for _, name := range []string{"vol", "vol-era"} {
+				if _, err := tryRun(t, "blkdiscard", "-o", "0", "-l", "1048576", "/dev/mapper/"+name); err == nil {
+					t.Errorf("%s: %s takes a discard", when, name)
+				}
+			}
+		}
+		refused("up")
+		c := mustCut(t, v, 1, true)
+		refused("in a cut")
+		mustRelease(t, c)
+		refused("after a cut")
+		if err := v.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for _, role := range []string{"", "-era"} {
+			info, err := ctl.Info("vol" + role)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile("/sys/dev/block/"+info.Dev()+"/queue/discard_max_bytes", []byte("1048576"), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		v = up(t, ctl, o)
+		refused("adopted")
+		// Zeroing, which devices may do without data, is a marked write.
+		mustRelease(t, mustCut(t, v, 2, false))
+		run(t, "blkdiscard", "-z", "-o", "1048576", "-l", "1048576", v.Path())
+		c = mustCut(t, v, 3, false)
+		list := mustChanged(t, c, 2)
+		for at := int64(1 << 20); at < 2<<20; at += eraGrain {
+			if !names(list, at) {
+				t.Errorf("zeroed at %d and not named: %v", at, list)
+			}
+		}
+		mustRelease(t, c)
+	})
+}
+
+// Trap 3: a table that was loaded while the other was in use knows none of
+// the marks made since. One that a dead process left waiting is dropped.
+func TestEraTrapLoadedTableIsNotUsed(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		o := volume.Options{Device: ubd(0)}
+		v := up(t, ctl, o)
+		mustRelease(t, mustCut(t, v, 1, false))
+		table, err := ctl.Table("vol-era")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := v.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := ctl.Load("vol-era", table); err != nil {
+			t.Fatal(err)
+		}
+		mustWriteBlock(t, v.Path(), 5*eraGrain, 1) // marked in the old table
+		run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "vol-era")
+		v = up(t, ctl, o)
+		if info, err := ctl.Info("vol-era"); err != nil || info.HasInactive || info.Suspended {
+			t.Errorf("after up: %+v, %v", info, err)
+		}
+		c := mustCut(t, v, 2, false)
+		if list := mustChanged(t, c, 1); !names(list, 5*eraGrain) {
+			t.Errorf("a write was lost: %v", list)
+		}
+		mustRelease(t, c)
+	})
+}
+
+// Trap 4: a suspended era answers no message and no status until somebody
+// resumes it. Nobody here waits for one.
+func TestEraTrapSuspendedEraIsNotAsked(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		held := mustCut(t, v, 1, true)
+		run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "vol-era")
+		// The raw trap, in a process that may hang.
+		raw := exec.Command("dmsetup", "status", "vol-era")
+		if err := raw.Start(); err != nil {
+			t.Fatal(err)
+		}
+		rawEnded := make(chan error, 1)
+		go func() { rawEnded <- raw.Wait() }()
+		within := func(what string, f func() error) {
+			t.Helper()
+			done := make(chan error, 1)
+			go func() { done <- f() }()
+			select {
+			case err := <-done:
+				if err == nil || !strings.Contains(err.Error(), "vol-era is suspended") {
+					t.Errorf("%s with era suspended: %v", what, err)
+				}
+			case <-time.After(10 * time.Second):
+				t.Errorf("%s waits for a suspended era", what)
+			}
+		}
+		within("release", held.Release)
+		within("cut", func() error { _, err := v.Cut(t.Context(), 2, false); return err })
+		select {
+		case err := <-rawEnded:
+			t.Errorf("the trap is gone: status of a suspended era ended with %v", err)
+		default:
+		}
+		run(t, "dmsetup", "resume", "vol-era")
+		if err := <-rawEnded; err != nil {
+			t.Error(err)
+		}
+		mustRelease(t, mustCut(t, v, 3, true)) // and what failed is cleared away
+	})
+}
+
+// Trap 5: what counts is the era that began in the barrier, whatever rolls
+// follow before it is written down.
+func TestEraTrapCutKeepsTheEraOfItsBarrier(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		// Somebody rolls eras all the time, and each write is to a block of its
+		// own, so that a mark in the era before the wrong number is the only one.
+		var stop atomic.Bool
+		rolled := make(chan error, 1)
+		go func() {
+			var err error
+			for !stop.Load() && err == nil {
+				err = ctl.Message("vol-era", 0, "checkpoint")
+			}
+			rolled <- err
+		}()
+		var block atomic.Int64
+		wrote := make(chan error, 1)
+		go func() {
+			var err error
+			for !stop.Load() && err == nil {
+				err = writeBlock(v.Path(), block.Load()%512*eraGrain, byte(block.Load()/512+1))
+				block.Add(1)
+			}
+			wrote <- err
+		}()
+		var before []byte
+		for n := uint64(1); n <= 25; n++ {
+			c := mustCut(t, v, n, true)
+			after := imageOf(t, c.View(), testSize)
+			if n > 1 {
+				mustCover(t, fmt.Sprint("cut ", n), mustChanged(t, c, n-1), before, after)
+			}
+			before = after
+			mustRelease(t, c)
+		}
+		stop.Store(true)
+		if err := errors.Join(<-rolled, <-wrote); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// Trap 6: of each block only the last era is kept, so a question has no upper
+// end: a block written between two cuts and again after the second is found
+// by asking since the first.
+func TestEraTrapNoUpperBound(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		mustRelease(t, mustCut(t, v, 1, false))
+		for n := uint64(2); n <= 12; n++ {
+			mustWriteBlock(t, v.Path(), 3*eraGrain, byte(n)) // in every era
+			if n == 2 {
+				mustWriteBlock(t, v.Path(), 4*eraGrain, 1) // only in the first
+			}
+			c := mustCut(t, v, n, false)
+			mustWriteBlock(t, v.Path(), 3*eraGrain, byte(n)+100) // and before it is asked
+			for since := uint64(1); since < n; since++ {
+				if list := mustChanged(t, c, since); !names(list, 3*eraGrain) || names(list, 4*eraGrain) != (since == 1) {
+					t.Errorf("changed from %d to %d: %v", since, n, list)
+				}
+			}
+			mustRelease(t, c)
+		}
+	})
+}
+
+// Trap 7: a metadata snapshot outlives its device. One that was left is
+// dropped, else there is no other and its answers are of the past.
+func TestEraTrapStaleMetadataSnapshot(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		o := volume.Options{Device: ubd(0)}
+		v := up(t, ctl, o)
+		mustRelease(t, mustCut(t, v, 1, false))
+		if err := ctl.Message("vol-era", 0, "take_metadata_snap"); err != nil {
+			t.Fatal(err)
+		}
+		mustWriteBlock(t, v.Path(), 5*eraGrain, 1)
+		if err := v.Down(); err != nil {
+			t.Fatal(err)
+		}
+		v = up(t, ctl, o)
+		if status := run(t, "dmsetup", "status", "vol-era"); !strings.HasSuffix(strings.TrimSpace(status), " -") {
+			t.Errorf("it is still there: %s", status)
+		}
+		c := mustCut(t, v, 2, false)
+		if list := mustChanged(t, c, 1); !names(list, 5*eraGrain) {
+			t.Errorf("a write was lost: %v", list)
+		}
+		mustRelease(t, c)
+	})
+}
+
+// Trap 8: the kernel keeps no identity in its metadata: another volume's looks
+// like one's own in which nothing changed.
+func TestEraTrapMetadataHasAnIdentity(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}, {Size: 16 << 20}, {Size: 16 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		id := volume.NewUUID()
+		// Two sets of metadata of one volume: the disk was set up anew, under
+		// its old uuid, and the old metadata device comes back.
+		format(t, volume.FormatOptions{Device: ubd(0), MetaDevice: ubd(1), SizeBytes: testSize, UUID: id})
+		o := volume.Options{Device: ubd(0), MetaDevice: ubd(1), Guard: guard(t)}
+		v := up(t, ctl, o)
+		for range 10 { // so that its era is beyond the other's
+			if err := ctl.Message("vol-era", 0, "checkpoint"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := v.Down(); err != nil {
+			t.Fatal(err)
+		}
+		format(t, volume.FormatOptions{Device: ubd(0), MetaDevice: ubd(2), SizeBytes: testSize, UUID: id, Overwrite: true})
+		o.MetaDevice = ubd(2)
+		v = up(t, ctl, o)
+		mustRelease(t, mustCut(t, v, 1, false))
+		mustWriteBlock(t, v.Path(), 5*eraGrain, 1)
+		if err := v.Down(); err != nil {
+			t.Fatal(err)
+		}
+		o.MetaDevice = ubd(1)
+		v = up(t, ctl, o)
+		c := mustCut(t, v, 2, false)
+		if list, err := c.Changed(1); !errors.Is(err, volume.ErrTrackingLost) {
+			t.Errorf("asked the wrong metadata: %v, %v", list, err)
+		}
+		mustRelease(t, c)
+	})
+}
+
+// Trap 9: kernels before 5.12 lose marks in a crash.
+func TestEraTrapOldKernels(t *testing.T) {
+	for release, fit := range map[string]bool{"5.11.22": false, "4.19.0-27-amd64": false, "5.12.0": true, "6.1.0-13-cloud-amd64": true, "10.0": true} {
+		if err := volume.CheckKernel(release, false); (err == nil) != fit {
+			t.Errorf("%s: %v", release, err)
+		}
+		if err := volume.CheckKernel(release, true); err != nil {
+			t.Errorf("%s, allowed: %v", release, err)
+		}
+	}
+}
+
+// Trap 10: each status costs a commit of the metadata. Statistics cost none.
+func TestEraTrapStatisticsCostNothing(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		mustRelease(t, mustCut(t, v, 1, false))
+		info, err := ctl.Info("vol-meta")
+		if err != nil {
+			t.Fatal(err)
+		}
+		writes := func() string {
+			t.Helper()
+			text, err := os.ReadFile("/sys/dev/block/" + info.Dev() + "/stat")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return strings.Fields(string(text))[4]
+		}
+		before := writes()
+		for range 1000 {
+			if s := v.Stats(); s.MetaTotalBlocks == 0 || s.Era == 0 {
+				t.Fatalf("%+v", s)
+			}
+			if _, err := v.WrittenBytes(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if after := writes(); after != before {
+			t.Errorf("statistics made %s metadata writes into %s", before, after)
+		}
+		if _, err := ctl.Status("vol-era"); err != nil {
+			t.Fatal(err)
+		}
+		if after := writes(); after == before {
+			t.Error("the trap is gone: a status costs no commit")
+		}
+	})
+}
+
+// Trap 11: a read through the page cache of a device below the one that is
+// written is stale.
+func TestEraTrapReadsAreNotStale(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		buffered, err := os.Open("/dev/mapper/vol-data")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer buffered.Close()
+		b := alignedBuffer(4096)
+		read := func(what string, r interface {
+			ReadAt([]byte, int64) (int, error)
+		}) byte {
+			t.Helper()
+			if _, err := r.ReadAt(b, 0); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			return b[0]
+		}
+		for n := byte(1); n <= 3; n++ {
+			read("buffered", buffered) // fills the cache
+			read("live", v)
+			mustWriteBlock(t, v.Path(), 0, n)
+			if got := read("live", v); got != n {
+				t.Errorf("live: read %d, %d was written", got, n)
+			}
+			c := mustCut(t, v, uint64(n), true)
+			mustWriteBlock(t, v.Path(), 0, 100)
+			if got := read("view", c.View()); got != n {
+				t.Errorf("view: read %d, want %d", got, n)
+			}
+			mustRelease(t, c)
+		}
+		if got := read("buffered", buffered); got == 100 {
+			t.Error("the trap is gone: a buffered read below is not stale")
+		}
+	})
+}
+
+// Trap 12: after a crash the last marks stand in a writeset that was never
+// archived. They count.
+func TestEraTrapMarksOfACrashCount(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		label := format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		o := volume.Options{Device: ubd(0)}
+		v := up(t, ctl, o)
+		mustRelease(t, mustCut(t, v, 1, false))
+		mustWriteBlock(t, v.Path(), 5*eraGrain, 1)
+		// What a crash leaves: the metadata as it is on the disk now.
+		meta, err := blockdev.OpenFile(ubd(0), blockdev.OpenOptions{Write: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer meta.Close()
+		at := label.Areas.Meta
+		crashed := alignedBuffer(int(at.Length))
+		if _, err := meta.ReadAt(crashed, at.Offset); err != nil {
+			t.Fatal(err)
+		}
+		super, err := era.ReadSuperblock(bytes.NewReader(crashed[4096:]), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := era.ChangedInactive(bytes.NewReader(crashed[4096:]), super.CurrentEra)
+		if err != nil || !names(list, 5*eraGrain) {
+			t.Errorf("read at rest: %v, %v", list, err)
+		}
+		if err := v.Down(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := meta.WriteAt(crashed, at.Offset); err != nil {
+			t.Fatal(err)
+		}
+		v = up(t, ctl, o)
+		c := mustCut(t, v, 2, false)
+		if list := mustChanged(t, c, 1); !names(list, 5*eraGrain) {
+			t.Errorf("after the crash: %v", list)
+		}
+		mustRelease(t, c)
+	})
+}
