@@ -51,7 +51,16 @@ func bothDevices(ctx context.Context, s *stand) error {
 	if err := fill(volume, volumeBytes, 2); err != nil {
 		return err
 	}
-	return s.rig.Run(ctx, "sync", "--wait", "data")
+	return s.settle(ctx)
+}
+
+// settle waits until the agent has nothing left to do, so that it does not
+// work off our side's writes while the other side is measured.
+func (s *stand) settle(ctx context.Context) error {
+	if err := s.rig.Run(ctx, "sync", "--wait", "--timeout", "2m", "data"); err != nil {
+		return s.withLog(err)
+	}
+	return nil
 }
 
 func trackedVersusRaw(ctx context.Context, s *stand, quick bool) (sides, error) {
@@ -61,6 +70,9 @@ func trackedVersusRaw(ctx context.Context, s *stand, quick bool) (sides, error) 
 	random := rand.New(rand.NewPCG(1, 1))
 	perSecond := func(device string) func(context.Context) (float64, error) {
 		return func(ctx context.Context) (float64, error) {
+			if err := s.settle(ctx); err != nil {
+				return 0, err
+			}
 			w, err := randomWrites(ctx, device, volumeBytes, runLength(quick), random)
 			return w.perSecond, err
 		}
@@ -76,6 +88,9 @@ func cutStall(ctx context.Context, s *stand, quick bool) (sides, error) {
 	random := rand.New(rand.NewPCG(2, 2))
 	stalled := map[uint64]float64{}
 	worst := func(ctx context.Context, device string) (float64, error) {
+		if err := s.settle(ctx); err != nil {
+			return 0, err
+		}
 		w, err := randomWrites(ctx, device, volumeBytes, runLength(quick), random)
 		return w.worst.Seconds() * 1000, err
 	}

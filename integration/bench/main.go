@@ -27,8 +27,8 @@ import (
 const (
 	binaryVar  = "BLOCKFERRY_BINARY"
 	resultFile = "figure.json"
-	ssdBytes   = 512 << 20
-	ebsBytes   = 768 << 20
+	ssdBytes   = 1280 << 20
+	ebsBytes   = 1280 << 20
 	rawBytes   = 512 << 20
 )
 
@@ -119,12 +119,13 @@ func boot(ctx context.Context, name string, quick bool) (r result, err error) {
 	if err != nil {
 		return r, err
 	}
-	args := []string{self, name}
+	args, limit := []string{self, name}, 20*time.Minute
 	if quick {
+		limit = 6 * time.Minute
 		args = []string{self, "-quick", name}
 	}
 	ran, err := host.Run(ctx, uml.Spec{
-		Name: name, Memory: "1000M", Timeout: 20 * time.Minute,
+		Name: name, Memory: "1000M", Timeout: limit, KernelSilent: true, Console: os.Stderr,
 		Disks:   []uml.Disk{{Size: ssdBytes}, {Size: ebsBytes}, {Size: rawBytes}},
 		Modules: []string{"dm-mod", "dm-era", "dm-snapshot"},
 		Args:    args, Env: []string{binaryVar + "=" + uml.GuestPath(binary)},
@@ -140,7 +141,7 @@ func boot(ctx context.Context, name string, quick bool) (r result, err error) {
 		err = fmt.Errorf("exit status %d", ran.Exit)
 	}
 	if err != nil {
-		return r, fmt.Errorf("in the guest: %w\n%s", err, ran.Output)
+		return r, fmt.Errorf("in the guest: %w", err)
 	}
 	return r, nil
 }
@@ -148,7 +149,8 @@ func boot(ctx context.Context, name string, quick bool) (r result, err error) {
 // inside measures, in the guest.
 func inside(ctx context.Context, f figure, quick bool) (err error) {
 	s := &stand{rig: rig.Rig{Binary: os.Getenv(binaryVar), Config: "/run/blockferry/bench.yaml"}}
-	defer func() { err = errors.Join(err, s.close()) }()
+	defer func() { err = s.withLog(errors.Join(err, s.close())) }()
+	fmt.Printf("%s: preparing\n", f.name)
 	pair, err := f.open(ctx, s, quick)
 	if err != nil {
 		return err
@@ -165,6 +167,7 @@ func inside(ctx context.Context, f figure, quick bool) (err error) {
 		}
 		r.Ours, r.Theirs = append(r.Ours, ours), append(r.Theirs, theirs)
 		r.Ratios = append(r.Ratios, ours/theirs)
+		fmt.Printf("pair %d of %d: %.4g and %.4g %s\n", n+1, count, ours, theirs, pair.unit)
 	}
 	r.MedianRatio = median(r.Ratios)
 	if math.IsNaN(r.MedianRatio) || math.IsInf(r.MedianRatio, 0) {

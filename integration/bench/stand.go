@@ -41,7 +41,7 @@ func (s *stand) configure(interval time.Duration) error {
     size: %d
     interval: %v
     replicas:
-      ebs: {device: %s, compression: none}
+      ebs: {device: %s, compression: none, journal: 320MiB}
 `, ssdDisk, volumeBytes, interval, ebsDisk))
 }
 

@@ -21,8 +21,8 @@ import (
 )
 
 const (
-	ssdBytes   = 1 << 30
-	ebsBytes   = 1<<30 + 256<<20
+	ssdBytes   = 1280 << 20
+	ebsBytes   = 1280 << 20
 	guestLimit = 170 * time.Second
 	binaryVar  = "BLOCKFERRY_BINARY"
 	secondsVar = "BLOCKFERRY_DEMO_SECONDS"
