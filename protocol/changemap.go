@@ -9,7 +9,7 @@ import (
 
 // The change map holds, for every chunk of ChunkBytes of the volume, the epoch
 // that last changed it; 0 is a chunk that never held data and reads as zeros
-// (once a first full epoch has made that true: the superblock tells). It is
+// (of a consistent replica: its first full epoch made that true). It is
 // an array of pages of 4 KiB, little-endian:
 //
 //	 0        4     8             16                24          28        32

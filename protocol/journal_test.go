@@ -15,7 +15,7 @@ func testSuperblock(t testing.TB) *superblock {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sb := &superblock{sequence: 5, volume: [16]byte{1}, replica: [16]byte{2}, layout: l, state: DiskConsistent, zeroKnown: true,
+	sb := &superblock{sequence: 5, volume: [16]byte{1}, replica: [16]byte{2}, layout: l, state: DiskConsistent,
 		applied: Position{Generation{4}, 9}, committed: Position{Generation{4}, 11}, applying: 10, mapBase: 3, cutNanos: -4,
 		tail: cursor{8 << 20, 77, 0xabcdef01}, head: cursor{9 << 20, 80, 5}, lineage: Lineage{{Generation{3}, 2}, {Generation{4}, 9}}}
 	sb.watched = watchPlaces(l.size)

@@ -89,7 +89,7 @@ func (r *Replica) adopt(pending []*pendingEpoch) error {
 func (r *Replica) dropJournal(why uint8) error {
 	return r.writeSuper(2, func(sb *superblock) {
 		if why != whyNone {
-			sb.state, sb.why, sb.needFull, sb.zeroKnown = DiskInconsistent, why, true, false
+			sb.state, sb.why, sb.needFull = DiskInconsistent, why, true
 		}
 		sb.applying, sb.committed = 0, sb.applied
 		// A lap on, nothing in the ring can be taken for a continuation.

@@ -437,7 +437,7 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 			sb.committed = sb.applied
 		}
 		if c.full {
-			sb.needFull, sb.zeroKnown, sb.mapBase = false, true, sb.applied.Epoch
+			sb.needFull, sb.mapBase = false, sb.applied.Epoch
 		}
 		if !sb.needFull {
 			sb.state, sb.why, sb.inPlace = DiskConsistent, whyNone, Position{}

@@ -332,6 +332,9 @@ func TestReplicaSurvivesEveryFault(t *testing.T) {
 		if op == blocktest.OpRead {
 			step = 3
 		}
+		if testing.Short() {
+			step *= 7
+		}
 		for k := 0; ; k += step {
 			m := newModel(t, uint64(k%5), testVolume)
 			dev := testDevice(m.size)

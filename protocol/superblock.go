@@ -15,7 +15,7 @@ import (
 //	  80  reserve offset, length   96  map offset, length  112  journal offset, length
 //	 128  state u8: 1 blank, 2 inconsistent, 3 consistent
 //	 129  why inconsistent u8: 0 not, 1 in-place write, 2 changed outside, 3 journal damaged
-//	 130  flags u16: 1 only a full epoch may follow; 2 a map entry of 0 means zeros
+//	 130  flags u16: 1 only a full epoch may follow
 //	 132  number of lineage points u16     134  number of watched places u16
 //	 136  applied position (generation [16], epoch u64)
 //	 160  committed position: decided, the part beyond 'applied' is in the journal
@@ -38,8 +38,7 @@ const (
 
 	maxWatched = 8
 
-	superFlagNeedFull  = 1
-	superFlagZeroKnown = 2
+	superFlagNeedFull = 1
 )
 
 // ErrNoSuperblock says that a device is not a replica, or not one any more.
@@ -83,14 +82,13 @@ type cursor struct {
 }
 
 type superblock struct {
-	sequence  uint64
-	volume    [16]byte
-	replica   [16]byte
-	layout    layout
-	state     DiskState
-	why       uint8
-	needFull  bool
-	zeroKnown bool
+	sequence uint64
+	volume   [16]byte
+	replica  [16]byte
+	layout   layout
+	state    DiskState
+	why      uint8
+	needFull bool
 
 	applied   Position
 	committed Position
@@ -147,9 +145,6 @@ func (s *superblock) encode() []byte {
 	var flags uint16
 	if s.needFull {
 		flags |= superFlagNeedFull
-	}
-	if s.zeroKnown {
-		flags |= superFlagZeroKnown
 	}
 	b = append(b, byte(s.state), s.why)
 	b = le.AppendUint16(b, flags)
@@ -210,7 +205,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	}
 	s.state, s.why = DiskState(b[128]), b[129]
 	flags := le.Uint16(b[130:])
-	s.needFull, s.zeroKnown = flags&superFlagNeedFull != 0, flags&superFlagZeroKnown != 0
+	s.needFull = flags&superFlagNeedFull != 0
 	points, watched := int(le.Uint16(b[132:])), int(le.Uint16(b[134:]))
 	s.applied, s.committed, s.inPlace = readPosition(b[136:]), readPosition(b[160:]), readPosition(b[184:])
 	s.applying, s.mapBase, s.cutNanos = le.Uint64(b[208:]), le.Uint64(b[216:]), int64(le.Uint64(b[224:]))
@@ -220,7 +215,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	}
 	used := s.head.logical - s.tail.logical
 	switch {
-	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > 3:
+	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > superFlagNeedFull:
 		return nil, fmt.Errorf("state %d, reason %d, flags %#x: unknown", s.state, s.why, flags)
 	case points > MaxGenerations || watched > maxWatched:
 		return nil, fmt.Errorf("%d lineage points and %d watched places, at most %d and %d", points, watched, MaxGenerations, maxWatched)
