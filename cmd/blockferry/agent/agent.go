@@ -126,6 +126,20 @@ func (a *Agent) stop(server *grpc.Server, running *sync.WaitGroup) error {
 	}
 }
 
+// untilStop is a context that also ends when the agent begins to stop: no
+// request keeps it from that.
+func (a *Agent) untilStop(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		select {
+		case <-a.stopping:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
 // one finds a volume by name; with an empty name the only one.
 func (a *Agent) one(name string) (*managed, error) {
 	v, err := a.options.Config.Volume(name)

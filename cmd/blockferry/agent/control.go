@@ -52,6 +52,8 @@ func (c control) done(ctx context.Context, r *proto.VolumeRequest, do func(*mana
 	if err != nil {
 		return nil, err
 	}
+	ctx, end := c.agent.untilStop(ctx)
+	defer end()
 	message, err := do(v, ctx)
 	if err != nil {
 		return nil, err
@@ -64,6 +66,8 @@ func (c control) Sync(ctx context.Context, r *proto.SyncRequest) (*proto.SyncRep
 	if err != nil {
 		return nil, err
 	}
+	ctx, end := c.agent.untilStop(ctx)
+	defer end()
 	if r.TimeoutMillis > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(r.TimeoutMillis)*time.Millisecond)
@@ -77,7 +81,9 @@ func (c control) Verify(r *proto.VolumeRequest, stream grpc.ServerStreamingServe
 	if err != nil {
 		return err
 	}
-	return v.verify(stream.Context(), r.Replica, stream.Send)
+	ctx, end := c.agent.untilStop(stream.Context())
+	defer end()
+	return v.verify(ctx, r.Replica, stream.Send)
 }
 
 func (c control) RestoreVolume(r *proto.RestoreVolumeRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {
@@ -85,7 +91,9 @@ func (c control) RestoreVolume(r *proto.RestoreVolumeRequest, stream grpc.Server
 	if err != nil {
 		return err
 	}
-	return v.restoreVolume(stream.Context(), r.From, r.Force, stream.Send)
+	ctx, end := c.agent.untilStop(stream.Context())
+	defer end()
+	return v.restoreVolume(ctx, r.From, r.Force, stream.Send)
 }
 
 // Events sends the present state, then 'now', then what happens.

@@ -93,7 +93,7 @@ func (m *managed) choose(ctx context.Context, name string) (*localReplica, proto
 	defer cancel()
 	var best *localReplica
 	var have protocol.ReplicaStatus
-	var missing []string
+	var missing, blank []string
 	for _, r := range m.replicas {
 		if name != "" && r.config.Name != name {
 			continue
@@ -103,6 +103,9 @@ func (m *managed) choose(ctx context.Context, name string) (*localReplica, proto
 		switch {
 		case !open:
 			missing = append(missing, fmt.Sprintf("'%s' is not open (%s)", r.config.Name, reason))
+			continue
+		case s.State == protocol.DiskBlank: // it never held anything newer
+			blank = append(blank, fmt.Sprintf("'%s' is blank", r.config.Name))
 			continue
 		case s.State != protocol.DiskConsistent:
 			missing = append(missing, fmt.Sprintf("'%s' holds no whole image, it is %s", r.config.Name, s.State))
@@ -121,7 +124,7 @@ func (m *managed) choose(ctx context.Context, name string) (*localReplica, proto
 		}
 	}
 	if best == nil {
-		return nil, have, exit.Errorf(exit.Refused, "volume '%s': there is nothing to restore from: %s", m.config.Name, strings.Join(missing, ", "))
+		return nil, have, exit.Errorf(exit.Refused, "volume '%s': there is nothing to restore from: %s", m.config.Name, strings.Join(append(missing, blank...), ", "))
 	}
 	if len(missing) > 0 {
 		return nil, have, exit.Errorf(exit.Refused, "volume '%s': replica %s and may be newer than '%s' (%v); attach it, or say with --from %s that this one is right",

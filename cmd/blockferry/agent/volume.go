@@ -180,7 +180,8 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
-		EraBlockBytes: v.EraBlockBytes, FreezeFilesystem: v.FreezeFilesystem, Guard: guard, Log: m.agent.log,
+		EraBlockBytes: v.EraBlockBytes, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
+		Guard: guard, Log: m.agent.log,
 	})
 	if err != nil {
 		return m.refuse(errors.Join(err, guard.Close()))
@@ -206,6 +207,10 @@ func (m *managed) bringUp(after *restored) error {
 	m.mu.Lock()
 	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
 	m.mu.Unlock()
+	if v.SizeBytes > 0 && v.SizeBytes != stack.Size() {
+		m.log.Warn("the volume has another size than the configuration says; it keeps the one it was created with",
+			"size-bytes", stack.Size(), "configured-bytes", v.SizeBytes)
+	}
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}

@@ -31,6 +31,10 @@ const (
 	MinInterval = 100 * time.Millisecond
 	MaxInterval = time.Hour
 
+	MinStallLimit     = 10 * time.Millisecond
+	MaxStallLimit     = time.Minute
+	DefaultStallLimit = time.Second
+
 	// MaxNameLength leaves room for the suffixes of the inner devices in the
 	// kernel's 127 bytes.
 	MaxNameLength = 63
@@ -54,6 +58,9 @@ type Volume struct {
 	Interval time.Duration
 	// FreezeFilesystem asks for a file-system freeze at each cut.
 	FreezeFilesystem bool
+	// StallLimit is how long writers may be stopped for a cut; a cut that takes
+	// longer is void.
+	StallLimit time.Duration
 	// EraBlockBytes is the grain of the kernel's mark, a multiple of 64 KiB.
 	EraBlockBytes int64
 	// CowBytes is the size of the area that keeps what is overwritten while

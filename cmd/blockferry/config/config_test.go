@@ -68,14 +68,14 @@ func TestFullSampleIsReadWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Volume{Name: "data", Device: "/dev/nvme1n1", SizeBytes: 100 * GiB, Interval: time.Second,
+	want := Volume{Name: "data", Device: "/dev/nvme1n1", SizeBytes: 100 * GiB, Interval: time.Second, StallLimit: 2 * time.Second,
 		EraBlockBytes: 64 * KiB, CowBytes: 8 * GiB, MetadataDevice: "/dev/nvme3n1"}
 	got := *v
 	got.Replicas = nil
 	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: "s2", JournalBytes: 4 * GiB}) {
 		t.Errorf("replicas: %+v", v.Replicas[0])
 	}
-	if got.Name != want.Name || got.Device != want.Device || got.SizeBytes != want.SizeBytes || got.Interval != want.Interval ||
+	if got.Name != want.Name || got.Device != want.Device || got.SizeBytes != want.SizeBytes || got.Interval != want.Interval || got.StallLimit != want.StallLimit ||
 		got.EraBlockBytes != want.EraBlockBytes || got.CowBytes != want.CowBytes || got.MetadataDevice != want.MetadataDevice ||
 		got.FreezeFilesystem || got.AutoRestore {
 		t.Errorf("got %+v, want %+v", got, want)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -200,6 +201,17 @@ func onlyNearest(s string, words []string) string {
 		return "; did you mean '" + best + "'?"
 	}
 	return ""
+}
+
+func (r *reader) duration(key string, into *time.Duration, low, high time.Duration) field {
+	return r.text(key, func(s string) error {
+		d, err := parseDuration(s)
+		if err == nil && (d < low || d > high) {
+			err = fmt.Errorf("%s is not between %s and %s", s, shortDuration(low), shortDuration(high))
+		}
+		*into = d
+		return err
+	})
 }
 
 func (r *reader) size(key string, into *int64, low, high, multiple int64) field {

@@ -26,7 +26,7 @@ func (r *reader) volumes(n ast.Node) {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "volume name '%s': %s", name, err)
 		}
-		v := &Volume{Name: name, Interval: time.Second, EraBlockBytes: MinEraBlockBytes}
+		v := &Volume{Name: name, Interval: time.Second, StallLimit: DefaultStallLimit, EraBlockBytes: MinEraBlockBytes}
 		r.volume(pair, v)
 		r.config.Volumes = append(r.config.Volumes, v)
 		return true
@@ -41,14 +41,8 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	present := r.fields(pair.Value, what, []field{
 		r.disk("device", &v.Device, what),
 		r.size("size", &v.SizeBytes, MinVolumeBytes, MaxVolumeBytes, 4096),
-		r.text("interval", func(s string) error {
-			d, err := parseDuration(s)
-			if err == nil && (d < MinInterval || d > MaxInterval) {
-				err = fmt.Errorf("%s is not between %s and %s", s, MinInterval, "1h")
-			}
-			v.Interval = d
-			return err
-		}),
+		r.duration("interval", &v.Interval, MinInterval, MaxInterval),
+		r.duration("stall-limit", &v.StallLimit, MinStallLimit, MaxStallLimit),
 		r.choice("cut", func(s string) { v.FreezeFilesystem = s == "filesystem" }, "block", "filesystem"),
 		r.size("era-block", &v.EraBlockBytes, MinEraBlockBytes, MaxEraBlockBytes, MinEraBlockBytes),
 		r.size("cow", &v.CowBytes, MinCowBytes, MaxCowBytes, 4096),

@@ -276,3 +276,10 @@ func contentWords(content string) string {
 	}
 	return "holds " + content
 }
+
+// Discards says what becomes of them: dm-era marks only the first block of
+// one, so the stack does not take any.
+func Discards(v *config.Volume) Finding {
+	return Finding{Level: Note, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are off while era alone tracks changes",
+		Advice: "nothing needs to be done; mount it without the option 'discard'"}
+}
