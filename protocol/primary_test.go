@@ -300,7 +300,7 @@ func TestBrokenStreams(t *testing.T) {
 	if first.Link.SentBytes < testVolumeSize {
 		t.Fatalf("the first sync sent %d of %d bytes", first.Link.SentBytes, testVolumeSize)
 	}
-	stop := src.busy(t, 3, 300*time.Microsecond)
+	stop := src.busyWithin(t, 3, 300*time.Microsecond, 500)
 	done := n.watch(src)
 	rng := rand.New(rand.NewPCG(4, 4))
 	for range 25 {

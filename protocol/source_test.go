@@ -228,11 +228,15 @@ func (c *memCut) Release() error {
 
 // busy writes to random places, in bursts, until the test ends it.
 func (s *memSource) busy(t *testing.T, seed uint64, pause time.Duration) (stop func()) {
+	return s.busyWithin(t, seed, pause, s.size/BlockSize)
+}
+
+// busyWithin writes to the first blocks only.
+func (s *memSource) busyWithin(t *testing.T, seed uint64, pause time.Duration, blocks int64) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		rng := rand.New(rand.NewPCG(seed, 9))
-		blocks := s.size / BlockSize
 		for ctx.Err() == nil {
 			b := rng.Int64N(blocks)
 			for range 1 + rng.IntN(20) {
