@@ -163,6 +163,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			ev(w.cfg.Name, err)
 		}
 	}()
+	voids := 0 // in a row
 	for first := true; ; first = false {
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
@@ -193,7 +194,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		var again *replanError
 		switch {
 		case err == nil:
-			lineage, disk, progressed = at, DiskConsistent, true
+			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 		case errors.As(err, &again):
 			// The same session goes on; an in-place attempt that was dropped
@@ -201,6 +202,12 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			if again.torn {
 				disk, w.needsFull = DiskInconsistent, w.needsFull || again.full
 			}
+			// A source whose cuts are all void is not cut at full speed.
+			select {
+			case <-w.p.cfg.Clock.After(min(w.p.cfg.RetryMin<<min(voids, 20), w.p.cfg.RetryMax)):
+			case <-ctx.Done():
+			}
+			voids++
 		default:
 			return progressed, w.learn(err)
 		}

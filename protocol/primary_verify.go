@@ -49,23 +49,29 @@ type verifyJob struct {
 // Verify compares a replica with the source, both at the same epoch, so that
 // every difference is one. It goes in slices of at most five seconds, each
 // with an epoch of its own; replication goes on in between. progress may be nil.
-// Differences are not an error.
+// Differences are not an error. The replica must be connected; a session
+// that breaks meanwhile is waited for.
 func (p *Primary) Verify(ctx context.Context, replica string, progress func(VerifyProgress)) (VerifyResult, error) {
 	w, err := p.worker(replica)
 	if err != nil {
 		return VerifyResult{}, err
 	}
 	job := &verifyJob{ctx: ctx, progress: progress, done: make(chan error, 1), result: VerifyResult{TotalBytes: p.size}}
-	busy := false
+	refused := ""
 	w.update(func() {
-		if busy = w.verify != nil; !busy {
+		switch {
+		case w.verify != nil:
+			refused = "it is being verified already"
+		case !w.connected:
+			refused = "it is not connected: " + w.whyBehind()
+		default:
 			w.verify = job
 			// It may be waiting for its interval.
 			w.urgent = w.wish != wishNone
 		}
 	})
-	if busy {
-		return VerifyResult{}, fmt.Errorf("volume %q: replica %q is being verified already", p.cfg.Volume, replica)
+	if refused != "" {
+		return VerifyResult{}, fmt.Errorf("volume %q: replica %q can't be verified: %s", p.cfg.Volume, replica, refused)
 	}
 	p.wake()
 	select {

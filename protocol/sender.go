@@ -86,6 +86,7 @@ type Link struct {
 	readers chan struct{}
 	packers chan *packer
 
+	done    chan struct{} // closed when the reader has ended
 	dead    chan struct{} // closed when the session ended
 	deadErr error         // why; set before dead is closed
 	deadOne sync.Once
@@ -129,7 +130,7 @@ func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig,
 	l := &Link{
 		cfg: cfg, hasher: hasher, cancel: cancel,
 		readers: make(chan struct{}, cfg.Readers), packers: make(chan *packer, cfg.Batches),
-		dead: make(chan struct{}), answers: make(chan *proto.FromReplica, 4),
+		done: make(chan struct{}), dead: make(chan struct{}), answers: make(chan *proto.FromReplica, 4),
 		more: make(chan struct{}), pending: map[uint64]chan *proto.Differences{},
 	}
 	stop := context.AfterFunc(ctx, cancel)
@@ -236,8 +237,7 @@ func (l *Link) Err() error {
 func (l *Link) Close() {
 	l.fail(errors.New("closed by this node"))
 	l.cancel()
-	for range l.dead {
-	}
+	<-l.done
 }
 
 func (l *Link) fail(err error) {
@@ -248,6 +248,7 @@ func (l *Link) fail(err error) {
 }
 
 func (l *Link) receive() {
+	defer close(l.done)
 	defer l.cancel()
 	for {
 		m, err := l.stream.Recv()

@@ -217,15 +217,14 @@ func BeginRestore(replica string, l Lineage) SourceState {
 	return SourceState{Restore: &RestoreState{Replica: replica, Lineage: l.Clone()}}
 }
 
-// FinishRestore is the state after a restore whose comparison found nothing.
-// It is not clean: other copies may have gone on from the restored position
-// in its generation, so the next start begins a new one.
+// FinishRestore is the state after a restore whose comparison found nothing:
+// the device holds exactly the restored position.
 func FinishRestore(s SourceState) (SourceState, error) {
 	if s.Restore == nil || len(s.Restore.Lineage) == 0 {
 		return SourceState{}, errors.New("no restore is under way")
 	}
 	l := s.Restore.Lineage.Clone()
-	return SourceState{Lineage: l, Generation: l.Tip().Generation, OpenEpoch: l.Tip().Epoch + 1}, nil
+	return SourceState{Lineage: l, Generation: l.Tip().Generation, Clean: true}, nil
 }
 
 func appendLineage(b []byte, l Lineage) []byte {

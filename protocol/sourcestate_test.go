@@ -42,6 +42,9 @@ func TestSourceStateRoundTrip(t *testing.T) {
 			}
 		}
 	}
+	if _, err := DecodeSourceState(append(mustEncode(t, sampleStates()[2]), 0)); err == nil || !strings.Contains(err.Error(), "follow its end") {
+		t.Fatalf("a byte too many: %v", err)
+	}
 	newer := mustEncode(t, sampleStates()[2])
 	newer[4] = 2
 	if _, err := DecodeSourceState(newer); err == nil || !strings.Contains(err.Error(), "version 2") {
@@ -144,6 +147,9 @@ func TestStartPrimary(t *testing.T) {
 	done, err := FinishRestore(r)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if r := Compare(line(1, 2), done.Effective()); r.Kind != Same {
+		t.Fatalf("the replica restored from is %v", r)
 	}
 	restored := start(done, gen(4))
 	for range 6 {
