@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
@@ -88,6 +91,9 @@ func (c *Cut) take() error {
 		if err := v.prepareSnapshot(); err != nil {
 			return err
 		}
+	}
+	if v.options.FreezeFilesystem {
+		v.syncMounts()
 	}
 	w, err := v.newWindow(c.withView)
 	if err != nil {
@@ -194,7 +200,7 @@ func (c *Cut) Valid() error {
 		return nil
 	}
 	name := deviceName(v.options.Name, roleSnap)
-	if c.released {
+	if c.view == nil {
 		return fmt.Errorf("volume %s: cut %d: %w: it was released", v.options.Name, c.number, ErrViewLost)
 	}
 	targets, err := v.ctl.Status(name)
@@ -240,7 +246,7 @@ func (c *Cut) release() error {
 	errs = append(errs, v.dropMetadataSnapshot())
 	if c.withView {
 		start := time.Now()
-		err := v.baseToLinear()
+		err := v.baseToLinear(v.options.StallLimit / 2)
 		v.countStats(func(s *Stats) { s.StalledTotal += time.Since(start) })
 		if err == nil {
 			err = v.removeSnapshot()
@@ -255,6 +261,27 @@ func (c *Cut) release() error {
 		c.cuts = nil // unusable, only to be cleared away
 	}
 	return err
+}
+
+// syncMounts writes back what mounted file systems hold, so that the freeze
+// inside the window finds little to do. What it can't, the freeze does.
+func (v *Volume) syncMounts() {
+	uses, err := blockdev.Users(v.Path())
+	if err != nil {
+		v.log.Warn("find the mounts to sync before a cut", "error", err)
+	}
+	for _, use := range uses {
+		if use.Kind != "mount" {
+			continue
+		}
+		dir, err := os.Open(use.By)
+		if err == nil {
+			err = errors.Join(unix.Syncfs(int(dir.Fd())), dir.Close())
+		}
+		if err != nil {
+			v.log.Warn("sync before a cut", "mount", use.By, "error", err)
+		}
+	}
 }
 
 // prepareSnapshot makes the frozen view's device and loads the tables, all

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,6 +24,10 @@ const (
 	roleSnap = "snap"
 
 	uuidPrefix = "BLOCKFERRY-"
+
+	// adoptPatience is how long Up lets writes wait while it takes a left
+	// snapshot off; there is no later occasion.
+	adoptPatience = 30 * time.Second
 )
 
 // stackRoles are the devices of a stack that is at rest, inner to outer.
@@ -335,7 +340,7 @@ func (v *Volume) clearLeftovers() error {
 	if err := v.dropMetadataSnapshot(); err != nil {
 		return err
 	}
-	if err := v.baseToLinear(); err != nil {
+	if err := v.baseToLinear(adoptPatience); err != nil {
 		return err
 	}
 	return v.removeSnapshot()

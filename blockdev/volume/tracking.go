@@ -3,8 +3,12 @@ package volume
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
@@ -192,8 +196,10 @@ func (v *Volume) dropMetadataSnapshot() error {
 }
 
 // baseToLinear ends what may be left of a frozen view. One call suspends,
-// exchanges the table and resumes: nobody can be stopped in between.
-func (v *Volume) baseToLinear() error {
+// exchanges the table and resumes: nobody can be stopped in between. Writes
+// wait while it waits for what is in flight: at most for patience, then the
+// error is ErrNoDrain and the base is as it was.
+func (v *Volume) baseToLinear(patience time.Duration) error {
 	name := deviceName(v.options.Name, roleBase)
 	table, err := v.ctl.Table(name)
 	if err != nil {
@@ -206,12 +212,28 @@ func (v *Volume) baseToLinear() error {
 	if len(table) == 1 && table[0] == want {
 		return v.ctl.Clear(name)
 	}
-	return retryEINTR(func() error {
-		if err := v.ctl.Load(name, []dm.Target{want}); err != nil {
-			return err
+	if err := v.ctl.Load(name, []dm.Target{want}); err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	stop := nudgeAfter(v.ctl, patience)
+	for range suspendTries {
+		if err = v.ctl.Resume(name); err == nil || stop.fired() {
+			break
 		}
-		return v.ctl.Resume(name)
-	})
+		// Some kernels drop the waiting table when they are interrupted.
+		if err = errors.Join(v.ctl.Load(name, []dm.Target{want}), err); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if fired := stop.end(); err != nil {
+		if fired {
+			err = fmt.Errorf("%w: %s had writes in flight for %s: %w", ErrNoDrain, name, patience, err)
+		}
+		return errors.Join(err, v.ctl.Clear(name))
+	}
+	return nil
 }
 
 // removeSnapshot removes the frozen view's device if there is one.

@@ -100,7 +100,7 @@ func (w *window) run() error {
 
 // inside is the window proper; its error is left in w.err.
 func (w *window) inside() {
-	stop := w.nudgeAfter(w.limit / 2)
+	stop := nudgeAfter(w.volume.ctl, w.limit/2)
 	for range suspendTries {
 		w.err = w.suspend.Do()
 		if w.err == nil || !errors.Is(w.err, unix.EINTR) || stop.fired() {
@@ -131,9 +131,9 @@ type nudge struct {
 	done  chan struct{}
 }
 
-func (w *window) nudgeAfter(patience time.Duration) *nudge {
+func nudgeAfter(ctl *dm.Control, patience time.Duration) *nudge {
 	n := &nudge{ended: make(chan struct{}), done: make(chan struct{})}
-	ctl, thread := w.volume.ctl, dm.ThisThread()
+	thread := dm.ThisThread()
 	n.timer = time.AfterFunc(patience, func() {
 		defer close(n.done)
 		n.late.Store(true)
