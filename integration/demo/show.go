@@ -76,7 +76,7 @@ func show(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	head("A new, empty SSD; restore it")
+	head("The machine restarts with a new, empty SSD; restore it")
 	restored, err := d.restore(ctx)
 	if err != nil {
 		return err
@@ -140,8 +140,10 @@ func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration,
 	if err := d.load.Start(loadCtx); err != nil {
 		return 0, err
 	}
-	for tick := time.Duration(0); tick < time.Duration(seconds); tick++ {
-		time.Sleep(max(0, (tick+1)*time.Second-d.ledger.Now()))
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for d.ledger.Now() < time.Duration(seconds)*time.Second {
+		<-ticker.C
 		if err := d.showLag(ctx); err != nil {
 			return 0, err
 		}
@@ -214,7 +216,8 @@ func (d *demo) restore(ctx context.Context) (uint64, error) {
 	if err := unix.Unmount(folder, 0); err != nil {
 		return 0, fmt.Errorf("unmount: %w", err)
 	}
-	if err := rig.SwapTable("ssd", ssdTable("linear "+ssdDisk+" 0")); err != nil {
+	epoch, err := d.restart(ctx)
+	if err != nil {
 		return 0, err
 	}
 	began := time.Now()
@@ -224,14 +227,37 @@ func (d *demo) restore(ctx context.Context) (uint64, error) {
 		return 0, fmt.Errorf("blockferry restore: %w", err)
 	}
 	say("restored in %.1f s", time.Since(began).Seconds())
-	document, err := d.rig.Status(ctx)
-	if err != nil {
+	return epoch, rig.AwaitFile(volume, 20*time.Second)
+}
+
+// restart does to blockferry what a restart of the machine does: the agent is
+// killed, no device of the volume is left, and the agent starts anew. The disk
+// it finds is a new one. It returns the epoch that the replica holds.
+func (d *demo) restart(ctx context.Context) (uint64, error) {
+	d.rig.KillAgent()
+	for _, name := range []string{"data", "data-snap", "data-era", "data-base", "data-cow", "data-meta", "data-data"} { // from the top down
+		if rig.Do("dmsetup", "info", name) != nil {
+			continue // which inner ones there are depends on when the disk was lost
+		}
+		if err := rig.Do("dmsetup", "remove", "--force", name); err != nil {
+			return 0, err
+		}
+	}
+	if err := rig.SwapTable("ssd", ssdTable("linear "+ssdDisk+" 0")); err != nil {
 		return 0, err
 	}
-	if len(document.Volumes) != 1 || document.Volumes[0].Position == nil {
-		return 0, fmt.Errorf("after the restore status names no position: %+v", document)
+	if err := d.rig.StartAgent(ctx, &d.log); err != nil {
+		return 0, err
 	}
-	return document.Volumes[0].Position.Epoch, rig.AwaitFile(volume, 20*time.Second)
+	var epoch uint64
+	err := d.rig.Await(ctx, "recognised as blank", 30*time.Second, func(v status.Volume) bool {
+		if v.Disk != "Diskless" || len(v.Replicas) != 1 || v.Replicas[0].Position == nil {
+			return false
+		}
+		epoch = v.Replicas[0].Position.Epoch
+		return true
+	})
+	return epoch, err
 }
 
 // compare judges the restored file system.
@@ -257,6 +283,7 @@ func (d *demo) compare(ctx context.Context, wiped time.Duration, epoch uint64) e
 	if m.Held == 0 {
 		return errors.New("nothing that was written came back")
 	}
+	// A cut that no line above showed can't be held against its time.
 	cut, known := d.cutAt[epoch]
 	if known && (cut+clockSlack < m.After || cut-clockSlack > m.Before) {
 		return fmt.Errorf("epoch %d was cut at %.2f s, but its image is from between %.2f and %.2f s",

@@ -37,7 +37,7 @@ const (
 	maxPagesAtOnce  = 16
 	blockHeadBytes  = 32
 	blockMagic      = 0x62666d6f
-	pauseBetweenOps = 2 * time.Millisecond
+	pauseBetweenOps = 10 * time.Millisecond
 )
 
 // A block is what every writer writes:

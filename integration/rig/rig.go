@@ -112,6 +112,16 @@ func (r *Rig) StopAgent() error {
 	}
 }
 
+// KillAgent ends the agent as a crash does.
+func (r *Rig) KillAgent() {
+	if r.agent == nil {
+		return
+	}
+	r.agent.Process.Kill()
+	<-r.ended
+	r.agent = nil
+}
+
 // Status is what `blockferry status` says.
 func (r *Rig) Status(ctx context.Context) (status.Document, error) {
 	var document status.Document
