@@ -204,16 +204,10 @@ func TestStackGivesUpOnSlowDisk(t *testing.T) {
 	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Modules: []string{"dm-delay"}}, func(t *testing.T) {
 		ctl := mapper(t)
 		// Only the data is slow: a delay of the era metadata would be another test.
-		n, label := sectors(t, ubd(0)), int64(2048)
-		table := func(delayMS int) string {
-			return fmt.Sprintf("0 %d linear %s 0\n%d 65536 delay %s %d 0 %s %d %d %s %d 0\n%d %d linear %s %d", label, ubd(0),
-				label, ubd(0), label, ubd(0), label, delayMS, ubd(0), label, label+65536, n-label-65536, ubd(0), label+65536)
-		}
-		slow := dmCreate(t, "slow", table(0))
-		format(t, volume.FormatOptions{Device: slow, SizeBytes: testSize})
+		slow, delay := slowData(t)
 		v := up(t, ctl, volume.Options{Device: slow, StallLimit: time.Second})
 		mustWriteBlock(t, v.Path(), 0, 1) // its era mark is durable
-		dmSwap(t, "slow", table(4000))
+		delay(4000)
 		written := make(chan error, 1)
 		go func() { written <- writeBlock(v.Path(), 0, 2) }()
 		time.Sleep(300 * time.Millisecond)
@@ -233,10 +227,10 @@ func TestStackGivesUpOnSlowDisk(t *testing.T) {
 			t.Error(err)
 		}
 		// The end of a view waits no longer.
-		dmSwap(t, "slow", table(0))
+		delay(0)
 		view := mustCut(t, v, 2, true)
 		mustWriteBlock(t, v.Path(), 0, 3)
-		dmSwap(t, "slow", table(4000))
+		delay(4000)
 		go func() { written <- writeBlock(v.Path(), 0, 4) }()
 		time.Sleep(300 * time.Millisecond)
 		start = time.Now()
@@ -249,7 +243,7 @@ func TestStackGivesUpOnSlowDisk(t *testing.T) {
 		if err := <-written; err != nil {
 			t.Error(err)
 		}
-		dmSwap(t, "slow", table(0))
+		delay(0)
 		mustRelease(t, mustCut(t, v, 3, true)) // clears it away first
 	})
 }

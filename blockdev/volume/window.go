@@ -40,7 +40,6 @@ type window struct {
 	buffer  [512]byte
 	written uint64
 	stalled time.Duration
-	drained bool
 	err     error
 }
 
