@@ -465,13 +465,14 @@ func TestSlowReplicaDelaysNobody(t *testing.T) {
 	r := startRig(t, src, &memState{}, []*node{fast, slow}, func(c *PrimaryConfig) {
 		c.Replicas[1].Link.Codec = CodecNone
 		c.Replicas[1].Conn = &slowConn{ClientConnInterface: c.Replicas[1].Conn, perSecond: 2 << 20}
+		c.Replicas[1].Link.BatchBytes = 64 << 10 // or all that is read fits into its buffers
 		c.CutLimit = time.Minute
 	})
 	eventually(t, "both are there", func() bool {
 		s := r.p.Status()
 		return s.Replicas[0].Disk == "UpToDate" && s.Replicas[1].Epoch > 0
 	})
-	src.busy(t, 6, time.Millisecond) // about ten times of what the peer takes
+	stop := src.busy(t, 6, time.Millisecond) // about ten times of what the peer takes
 	start := time.Now()
 	worst := 0.0
 	for time.Since(start) < 3*time.Second {
@@ -480,9 +481,10 @@ func TestSlowReplicaDelaysNobody(t *testing.T) {
 		time.Sleep(5 * time.Millisecond)
 	}
 	peer := r.p.Status().Replicas[1]
-	if peer.LagSeconds <= 2*worst {
-		t.Skipf("the machine is too busy to tell: lag %.1f s and %.1f s", worst, peer.LagSeconds)
-	}
+	stop()
+	r.sync()
+	fast.check(src)
+	slow.check(src) // whole, though its views were given up half read
 	if worst > 1.5 {
 		t.Fatalf("the fast replica was %.1f s behind, the slow one %.1f s", worst, peer.LagSeconds)
 	}
@@ -590,7 +592,7 @@ func TestIdle(t *testing.T) {
 	src.mu.Lock()
 	cuts := src.cuts
 	src.mu.Unlock()
-	time.Sleep(300 * time.Millisecond)
+	time.Sleep(700 * time.Millisecond)
 	s := r.p.Status()
 	src.mu.Lock()
 	defer src.mu.Unlock()
@@ -600,6 +602,19 @@ func TestIdle(t *testing.T) {
 	rep := s.Replicas[0]
 	if rep.LagSeconds != 0 || rep.LagBytes != 0 || rep.LagIsMinimum || rep.Disk != "UpToDate" || rep.Replication != "Established" || rep.Reason != "" {
 		t.Fatalf("idle: %+v", rep)
+	}
+	// After the idle time the age of what is missing counts from its write, not
+	// from the last cut.
+	state.mu.Lock()
+	state.err = errors.New("no cuts for now")
+	state.mu.Unlock()
+	src.mu.Unlock()
+	written := time.Now()
+	src.write(1)
+	lag := r.p.Status().Replicas[0].LagSeconds
+	src.mu.Lock()
+	if limit := time.Since(written).Seconds() + 0.2; lag <= 0 || lag > limit {
+		t.Fatalf("right after a write the replica is %.3f s behind, want at most %.3f", lag, limit)
 	}
 	b, err := json.Marshal(s)
 	if err != nil || !bytes.Contains(b, []byte(`"lag-seconds":0,`)) || !bytes.Contains(b, []byte(`"size-bytes":`)) {
@@ -692,4 +707,37 @@ func TestLabelFailureStopsCuts(t *testing.T) {
 		t.Fatalf("still a problem: %s", p)
 	}
 	n.check(src)
+}
+
+// A session that ends with an epoch open gives the journal's room back.
+func TestSessionEndDropsTheOpenEpoch(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	wroteSome(src, 0, 2000)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	r := startRig(t, src, &memState{}, []*node{n}, nil)
+	r.sync()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := r.p.Stop(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.check(src)
+	free := n.rep.JournalFree()
+	var link *Link
+	eventually(t, "connected", func() (ok bool) {
+		var err error
+		link, err = Connect(t.Context(), n.conn, LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, n.rep.Status().Lineage)
+		return err == nil
+	})
+	next := Position{gen(50), n.rep.Status().Committed.Epoch + 1}
+	err := link.Begin(t.Context(), EpochStart{Epoch: next.Epoch, Mode: ModeJournal, Lineage: link.Lineage().Extend(next)}, false)
+	if err == nil {
+		_, err = link.SendRound(t.Context(), Round{Source: src, Ranges: []Range{{0, testVolumeSize}}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the frames are in the journal", func() bool { return n.rep.JournalFree() < free-4<<20 })
+	link.Close()
+	eventually(t, "the room is free again", func() bool { return n.rep.JournalFree() >= free-1<<20 })
 }

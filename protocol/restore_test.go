@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -88,6 +89,7 @@ func TestRestore(t *testing.T) {
 type breakingConn struct {
 	grpc.ClientConnInterface
 	after    int
+	delay    time.Duration // before each message
 	requests []*proto.RestoreRequest
 }
 
@@ -108,6 +110,7 @@ func (s *breakingStream) SendMsg(m any) error {
 }
 
 func (s *breakingStream) RecvMsg(m any) error {
+	time.Sleep(s.c.delay)
 	if s.left--; s.left == 0 {
 		return errors.New("the wire broke")
 	}
@@ -229,16 +232,18 @@ func TestRestoreRefusals(t *testing.T) {
 // While a replica is being restored from, the primary's epochs wait in the
 // journal: the image that is read is one.
 func TestRestoreWhileEpochsCome(t *testing.T) {
-	src := newMemSource(testVolumeSize, BlockSize)
-	wroteSome(src, 0, 2000)
-	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	const size = 32 << 20 // more than is read ahead
+	src := newMemSource(size, BlockSize)
+	wroteSome(src, 0, 8000)
+	n := newNode(t, "ebs", size, 32<<20)
 	r := startRig(t, src, &memState{}, []*node{n}, nil)
 	r.sync()
-	src.busy(t, 12, time1ms)
-	m := target(t, testVolumeSize)
+	src.busy(t, 12, time.Millisecond)
+	m := target(t, size)
+	conn := &breakingConn{ClientConnInterface: n.conn, delay: 20 * time.Millisecond}
 	for range 3 {
 		var state RestoreState
-		_, err := RestoreTo(t.Context(), n.conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: testVolumeSize, Target: m,
+		_, err := RestoreTo(t.Context(), conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m,
 			Save: func(s RestoreState) error { state = s; return nil }})
 		// The comparison is another stream, and the replica may have moved on.
 		if err != nil && !strings.Contains(err.Error(), "begin it anew") {
@@ -247,7 +252,7 @@ func TestRestoreWhileEpochsCome(t *testing.T) {
 		if !state.Verifying {
 			t.Fatalf("not filled: %+v", state)
 		}
-		want := make([]byte, testVolumeSize)
+		want := make([]byte, size)
 		for b, k := range src.image(state.Lineage.Tip().Epoch) {
 			content(want[b*BlockSize:][:BlockSize], int64(b), k)
 		}

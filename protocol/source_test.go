@@ -251,6 +251,4 @@ func (s *memSource) busyWithin(t *testing.T, seed uint64, pause time.Duration, b
 	return stop
 }
 
-const time1ms = time.Millisecond
-
 func testRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 77)) }
