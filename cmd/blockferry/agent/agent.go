@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -54,6 +55,7 @@ type Agent struct {
 	receiver *protocol.Receiver
 	volumes  []*managed
 	stopping chan struct{} // closed when the agent begins to stop
+	asking   atomic.Bool   // alive waits for an answer
 }
 
 // Run is an agent's whole life. It returns when ctx ends, nil if it stopped
@@ -166,12 +168,16 @@ func (a *Agent) find(name string) ([]*managed, error) {
 // alive asks every volume for an answer: one that is stuck keeps the
 // watchdog from being fed.
 func (a *Agent) alive(ctx context.Context) error {
+	if !a.asking.CompareAndSwap(false, true) {
+		return errors.New("a volume has not answered since it was asked the last time")
+	}
 	answered := make(chan struct{})
 	go func() {
+		defer close(answered)
+		defer a.asking.Store(false)
 		for _, v := range a.volumes {
 			v.status()
 		}
-		close(answered)
 	}()
 	select {
 	case <-answered:

@@ -1,0 +1,81 @@
+package integration
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"blockferry/cmd/blockferry/status"
+)
+
+// A replica's disk may be away, fail, and come back: the volume and the other
+// replica go on, status says why it is behind and what to do, and what it
+// missed is sent without a full copy.
+func TestReplicaComesAndGoes(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		table := fmt.Sprintf("0 %d linear %s 0", sectors(t, ubd(2)), ubd(2))
+		broken := fmt.Sprintf("0 %d error", sectors(t, ubd(2)))
+		late := dmCreate(t, "late", table)
+		c := newCLI(t, oneReplica(ubd(0), ubd(1))+"      two:\n        device: "+late+"\n        compression: zstd\n")
+		c.must(t, "create")
+		run(t, "dmsetup", "remove", "late")
+		c.start(t)
+		replica := func(v status.Volume, name string) status.Replica {
+			for _, r := range v.Replicas {
+				if r.Name == name {
+					return r
+				}
+			}
+			t.Fatalf("no replica %s in %+v", name, v)
+			return status.Replica{}
+		}
+		v := c.await(t, "replicated to the one that is there", time.Minute, func(v status.Volume) bool {
+			return v.Up && replica(v, "ebs").Disk == "UpToDate" && replica(v, "two").Advice != ""
+		})
+		if two := replica(v, "two"); !strings.Contains(two.Reason, "/dev/mapper/late") || !strings.Contains(two.Advice, "attach the disk") || two.Disk != "DUnknown" {
+			t.Errorf("a replica that is away: %+v", two)
+		}
+		h := history{Seed: 14, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 100)
+		c.refused(t, 6, []string{"two"}, "sync", "--timeout", "3s")
+		c.refused(t, 3, []string{"in use"}, "down")
+
+		run(t, "dmsetup", "create", "late", "--table", table)
+		c.await(t, "up to date on both", 2*time.Minute, func(v status.Volume) bool {
+			return replica(v, "two").Position != nil && replica(v, "two").Connection == "Connected"
+		})
+		c.must(t, "sync", "--timeout", "60s")
+
+		dmSwap(t, "late", broken)
+		v = c.await(t, "aware of the broken disk", time.Minute, func(v status.Volume) bool {
+			return replica(v, "two").Connection != "Connected" && replica(v, "two").Reason != ""
+		})
+		if v.Role != "Primary" || !v.Up {
+			t.Errorf("a broken replica took the volume with it: %+v", v)
+		}
+		w.awaitWrites(t, 100)
+		epoch := replica(v, "ebs").Position.Epoch
+		c.await(t, "going on to the other replica", time.Minute, func(v status.Volume) bool {
+			return replica(v, "ebs").Position.Epoch > epoch+1
+		})
+		dmSwap(t, "late", table)
+		c.await(t, "connected again", 2*time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection == "Connected" })
+		last := w.stop(t)
+		out := c.must(t, "sync", "--timeout", "90s")
+		if !strings.Contains(out, "ebs") || !strings.Contains(out, "two") {
+			t.Errorf("sync: %s", out)
+		}
+		c.must(t, "verify")
+		c.must(t, "down")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		for _, d := range []string{ubd(1), late} {
+			c.must(t, "recover", d)
+			judgeDevice(t, d, h, last, last)
+		}
+	})
+}
