@@ -27,6 +27,12 @@ var figures = []figure{
 		pairs: 9, quickPairs: 3,
 		open: cutStall,
 	},
+	{
+		name:  "sent-per-changed",
+		about: "bytes sent over bytes changed, for 4 KiB blocks changed at random, not compressed",
+		pairs: 5, quickPairs: 2,
+		open: sentPerChanged,
+	},
 }
 
 // runLength is how long one side of a pair writes.
@@ -153,5 +159,38 @@ func firstSync(ctx context.Context, s *stand, _ bool) (sides, error) {
 			}
 			return copySequentially(ssdDisk, ebsDisk, volumeBytes)
 		},
+	}, nil
+}
+
+// sentPerChanged changes few blocks, far apart, so that the kernel's coarse
+// mark names much more than changed.
+func sentPerChanged(ctx context.Context, s *stand, _ bool) (sides, error) {
+	s.rig.Verbose = true
+	if err := fill(ssdDisk, ssdBytes, 4); err != nil {
+		return sides{}, err
+	}
+	if err := s.replicated(ctx, time.Second); err != nil {
+		return sides{}, err
+	}
+	random := rand.New(rand.NewPCG(3, 3))
+	const blocks = 1500
+	return sides{
+		unit: "bytes",
+		ours: func(ctx context.Context) (float64, error) {
+			before, err := s.wireBytes()
+			if err != nil {
+				return 0, err
+			}
+			if err := overwrite(volume, volumeBytes, blocks, random); err != nil {
+				return 0, err
+			}
+			if err := s.settle(ctx); err != nil {
+				return 0, err
+			}
+			after, err := s.wireBytes()
+			return float64(after - before), err
+		},
+		// Every run changes as much.
+		theirs: func(context.Context) (float64, error) { return blocks * 4096, nil },
 	}, nil
 }

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +33,25 @@ const (
 // stand is the place a figure is measured at.
 type stand struct {
 	rig rig.Rig
-	log bytes.Buffer
+	log safeBuffer
+}
+
+// safeBuffer is a buffer that is read while the agent writes to it.
+type safeBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }
 
 // configure describes a volume on ssdDisk, replicated to ebsDisk.
@@ -50,7 +71,8 @@ func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
 	if err := s.configure(interval); err != nil {
 		return err
 	}
-	if err := s.rig.Run(ctx, "create", "data"); err != nil {
+	// Forced: what the disk holds becomes the volume's content.
+	if err := s.rig.Run(ctx, "create", "--force", "data"); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
@@ -146,19 +168,47 @@ func randomWrites(ctx context.Context, device string, size int64, lasting time.D
 	return writes{perSecond: float64(len(took)) / elapsed.Seconds(), worst: took[len(took)-1], median: took[len(took)/2]}, nil
 }
 
-// writtenTo is how many bytes were ever written to a disk, by its own count.
-func writtenTo(disk string) (uint64, error) {
-	text, err := os.ReadFile("/sys/block/" + strings.TrimPrefix(disk, "/dev/") + "/stat")
+// wireBytes is how much the agent has sent so far, as its debug log says of
+// each epoch.
+func (s *stand) wireBytes() (uint64, error) {
+	var sum uint64
+	found := sentInEpoch.FindAllStringSubmatch(s.log.String(), -1)
+	for _, match := range found {
+		n, err := strconv.ParseUint(match[1], 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	if len(found) == 0 {
+		return 0, errors.New("the agent's log says of no epoch how much was sent")
+	}
+	return sum, nil
+}
+
+var sentInEpoch = regexp.MustCompile(`epoch committed.*\bWireBytes:(\d+)`)
+
+// overwrite writes noise to count different blocks of 4 KiB, chosen at random.
+func overwrite(device string, size int64, count int, random *rand.Rand) error {
+	file, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	fields := strings.Fields(string(text))
-	if len(fields) < 7 {
-		return 0, fmt.Errorf("statistics of %s: %q", disk, text)
+	defer file.Close()
+	block, err := rig.Buffer(4096)
+	if err != nil {
+		return err
 	}
-	var sectors uint64
-	_, err = fmt.Sscan(fields[6], &sectors)
-	return sectors * 512, err
+	defer unix.Munmap(block)
+	noise := rand.NewChaCha8([32]byte{byte(random.Uint32())})
+	chosen := random.Perm(int(size / 4096))[:count]
+	for _, at := range chosen {
+		noise.Read(block)
+		if _, err := file.WriteAt(block, int64(at)*4096); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // copySequentially does what `dd bs=1M iflag=direct oflag=direct conv=fsync`

@@ -44,6 +44,8 @@ func Build(dir string) (string, error) {
 type Rig struct {
 	Binary string
 	Config string // path of the configuration file
+	// Verbose has the agent log in detail.
+	Verbose bool
 
 	agent *exec.Cmd
 	ended chan error
@@ -73,7 +75,11 @@ func (r *Rig) Run(ctx context.Context, args ...string) error {
 
 // StartAgent starts the agent and waits until it answers.
 func (r *Rig) StartAgent(ctx context.Context, log io.Writer) error {
-	r.agent = exec.Command(r.Binary, "--config", r.Config, "agent")
+	args := []string{"--config", r.Config, "agent"}
+	if r.Verbose {
+		args = append(args, "--verbose")
+	}
+	r.agent = exec.Command(r.Binary, args...)
 	r.agent.Stdout, r.agent.Stderr = log, log
 	if err := r.agent.Start(); err != nil {
 		return err
