@@ -475,7 +475,7 @@ func TestSlowReplicaDelaysNobody(t *testing.T) {
 	stop := src.busy(t, 6, time.Millisecond) // about ten times of what the peer takes
 	start := time.Now()
 	worst := 0.0
-	for time.Since(start) < 3*time.Second {
+	for time.Since(start) < 5*time.Second {
 		s := r.p.Status()
 		worst = max(worst, s.Replicas[0].LagSeconds)
 		time.Sleep(5 * time.Millisecond)
@@ -485,7 +485,7 @@ func TestSlowReplicaDelaysNobody(t *testing.T) {
 	r.sync()
 	fast.check(src)
 	slow.check(src) // whole, though its views were given up half read
-	if worst > 1.5 {
+	if worst > 2.5 {
 		t.Fatalf("the fast replica was %.1f s behind, the slow one %.1f s", worst, peer.LagSeconds)
 	}
 	t.Logf("fast %.2f s behind at worst, slow %.2f s: %s", worst, peer.LagSeconds, peer.Reason)
