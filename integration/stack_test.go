@@ -299,5 +299,16 @@ func TestStackRefusesWhatIsNotItsOwn(t *testing.T) {
 		if err := volume.Down(ctl, "vol"); err != nil {
 			t.Error(err)
 		}
+		// Somebody else's device of that name stays as it is.
+		run(t, "dmsetup", "create", "vol-meta", "--notable", "--uuid", "LVM-1")
+		if _, err := tryUp(t, ctl, volume.Options{Device: ubd(0)}); !errors.Is(err, volume.ErrOtherVolume) || !strings.Contains(err.Error(), "LVM-1") {
+			t.Errorf("a foreign device: %v", err)
+		}
+		if err := volume.Down(ctl, "vol"); !errors.Is(err, volume.ErrOtherVolume) {
+			t.Errorf("down of a foreign device: %v", err)
+		}
+		if left := run(t, "dmsetup", "ls"); strings.TrimSpace(left) != "vol-meta\t(254:0)" {
+			t.Errorf("left: %q", left)
+		}
 	})
 }
