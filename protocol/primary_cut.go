@@ -22,12 +22,11 @@ type sharedCut struct {
 	rec       *cutRecord
 	lineage   Lineage       // of a copy that holds this cut
 	unixNanos int64         // wall clock, for people only
-	patience  time.Duration // not withdrawn before, just because others are done
+	patience  time.Duration // not withdrawn before, just because others want a cut
 	stop      chan struct{}
 
 	mu      sync.Mutex
 	users   int
-	left    chan struct{} // room for one: somebody is done
 	idle    chan struct{} // closed when all are
 	answers map[uint64]*changedAnswer
 	flushed bool
@@ -54,10 +53,6 @@ func (h *cutHandle) done() {
 		h.users--
 		if h.users == 0 {
 			close(h.idle)
-		}
-		select {
-		case h.left <- struct{}{}:
-		default:
 		}
 	})
 }
@@ -165,7 +160,7 @@ func (p *Primary) cutter(ctx context.Context) {
 			continue
 		}
 		s := p.share(cut, joiners)
-		p.hold(s, len(joiners))
+		p.hold(s)
 		if err := cut.Release(); err != nil {
 			p.mu.Lock()
 			p.cutErr = fmt.Errorf("cut %d was not released: %w", s.rec.epoch, err)
@@ -232,7 +227,7 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 	defer p.mu.Unlock()
 	s := &sharedCut{
 		cut: cut, rec: p.lastCut, lineage: p.state.Lineage.Clone(), unixNanos: time.Now().UnixNano(),
-		stop: make(chan struct{}), left: make(chan struct{}, 1), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
+		stop: make(chan struct{}), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
 	}
 	for _, w := range joiners {
 		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil) {
@@ -254,16 +249,13 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 
 // hold waits until nobody needs the cut. A slower replica does not keep a
 // faster one from its next cut: it is told to stop reading once the interval
-// is over and another one is done, and at the limit in any case. One that was
+// is over and somebody else wants a cut, and at the limit in any case. One that was
 // told so before gets a little more patience, or it might never finish.
-func (p *Primary) hold(s *sharedCut, joined int) {
+func (p *Primary) hold(s *sharedCut) {
 	begun := p.cfg.Clock.Now()
 	for {
-		s.mu.Lock()
-		users := s.users
-		s.mu.Unlock()
 		limit := p.cfg.CutLimit
-		if users < joined {
+		if p.wanted(s.rec) {
 			limit = min(limit, max(p.cfg.Interval, s.patience))
 		}
 		left := limit - p.cfg.Clock.Now().Sub(begun)
@@ -273,10 +265,23 @@ func (p *Primary) hold(s *sharedCut, joined int) {
 		select {
 		case <-s.idle:
 			return
-		case <-s.left:
-		case <-p.cfg.Clock.After(left):
+		case <-p.kick: // somebody came to wait
+		case <-p.cfg.Clock.After(min(left, p.cfg.Interval)): // or something was written
 		}
 	}
 	close(s.stop)
 	<-s.idle
+}
+
+// wanted reports whether a replica waits for a later cut than this one.
+func (p *Primary) wanted(rec *cutRecord) bool {
+	written, err := p.cfg.Source.WrittenBytes()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, w := range p.workers {
+		if w.wish != wishNone && (w.urgent || w.holds < rec.epoch || w.holds < p.syncTo || err != nil || written != rec.written) {
+			return true
+		}
+	}
+	return false
 }
