@@ -69,6 +69,23 @@ func TestReplicaComesAndGoes(t *testing.T) {
 			t.Errorf("sync: %s", out)
 		}
 		c.must(t, "verify")
+
+		// A new disk in its place: formatted alone, while the volume is up.
+		dmSwap(t, "late", broken)
+		w = startWriter(t, v.Path, h, last+1)
+		c.await(t, "aware that the disk is lost", time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection != "Connected" })
+		zeroDisk(t, ubd(2))
+		dmSwap(t, "late", table)
+		c.await(t, "told to format the new disk", time.Minute, func(v status.Volume) bool {
+			return strings.Contains(replica(v, "two").Advice, "create --replica two data")
+		})
+		c.refused(t, 3, []string{"in use"}, "create", "--replica", "ebs", "--discard-my-data")
+		c.must(t, "create", "--replica", "two")
+		c.await(t, "up to date on the new disk", 2*time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection == "Connected" })
+		w.awaitWrites(t, 20)
+		last = w.stop(t)
+		c.must(t, "sync", "--timeout", "90s")
+		c.refused(t, 3, []string{"in use"}, "create", "--replica", "two")
 		c.must(t, "down")
 		if err := c.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the agent ended with %v", err)

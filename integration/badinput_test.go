@@ -91,13 +91,14 @@ func TestCreateRefusesAndWritesNothing(t *testing.T) {
 			}
 			cli.must(t, "create")
 			after := digest(t, a)
-			cli.refused(t, refusedCode, []string{"holds", "--force"}, "create")
+			cli.refused(t, refusedCode, []string{"holds", "--discard-my-data"}, "create")
+			cli.refused(t, refusedCode, []string{"holds", "--discard-my-data"}, "create", "--force")
 			if digest(t, a) != after {
 				t.Error("a refused create wrote something")
 			}
-			cli.must(t, "create", "--force")
+			cli.must(t, "create", "--discard-my-data")
 			if digest(t, a) == after {
-				t.Error("--force changed nothing")
+				t.Error("--discard-my-data changed nothing")
 			}
 		})
 	})

@@ -274,6 +274,9 @@ func (r *Replica) writeSuper(copies int, change func(*superblock), then func()) 
 	if fail != nil {
 		return fail
 	}
+	if err := checkOwn(r.store, sb); err != nil {
+		return r.failed(err)
+	}
 	change(&sb)
 	for range copies {
 		sb.sequence++

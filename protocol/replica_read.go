@@ -46,7 +46,11 @@ func (r *Replica) ReadData(ctx context.Context, p []byte, offset int64) error {
 	}
 	if !inPlace {
 		defer r.release()
-		return r.read(p, offset)
+		if err := r.read(p, offset); err != nil {
+			// The disk may come back as another, or without what it had cached.
+			return r.failed(err)
+		}
+		return nil
 	}
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()

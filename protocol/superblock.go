@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -259,6 +260,22 @@ func writeSuperblock(store Store, s superblock) error {
 	}
 	if err := store.Flush(); err != nil {
 		return fmt.Errorf("%s: flush of the superblock at %d: %w", store.Name(), at, err)
+	}
+	return nil
+}
+
+// checkOwn reads back the copy that was written last. A disk that was emptied
+// or exchanged under an open replica, while it answered with errors for one,
+// must not get another epoch laid over whatever it holds now.
+func checkOwn(store Store, s superblock) error {
+	at := superOffset(s.layout, s.sequence)
+	b := make([]byte, superBytes)
+	if _, err := store.ReadAt(b, at); err != nil {
+		return fmt.Errorf("%s: superblock at %d: %w", store.Name(), at, err)
+	}
+	if !bytes.Equal(b, s.encode()) {
+		return fmt.Errorf("%s: superblock at %d: %w: it is not the one that was written last: the disk was emptied, exchanged or written by somebody else",
+			store.Name(), at, ErrChangedOutside)
 	}
 	return nil
 }

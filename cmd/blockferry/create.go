@@ -15,8 +15,21 @@ import (
 )
 
 type createOptions struct {
-	force  bool
-	dryRun bool
+	force   bool
+	discard bool
+	dryRun  bool
+	replica string
+}
+
+// purpose is what the disks are looked at for.
+func (o createOptions) purpose() doctor.Purpose {
+	switch {
+	case o.discard:
+		return doctor.EmptyDiscard
+	case o.force:
+		return doctor.EmptyForced
+	}
+	return doctor.Empty
 }
 
 func newCreate(g *globalOptions) *cobra.Command {
@@ -24,13 +37,18 @@ func newCreate(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create [VOLUME]",
 		Short: "Prepare a volume's device and its replicas",
-		Long:  "Checks everything first: kernel, disks distinct, large enough, unused and blank. Only\nthen writes the volume's label and formats its replicas. If anything refuses,\nnothing is written.",
+		Long:  "Checks everything first: kernel, disks distinct, large enough, unused and blank. Only\nthen writes the volume's label and formats its replicas. If anything refuses,\nnothing is written. With --replica only that replica's disk is formatted: a new disk\nin the place of a lost one, for a volume that exists.",
 		Args:  atMost(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if o.replica != "" {
+				return g.createReplica(doctor.Live(), args, o)
+			}
 			return g.create(doctor.Live(), args, o)
 		},
 	}
 	cmd.Flags().BoolVar(&o.force, "force", false, "also on disks that hold something, which is lost")
+	cmd.Flags().BoolVar(&o.discard, "discard-my-data", false, "also on disks that hold a volume or a replica of blockferry, which is lost")
+	cmd.Flags().StringVar(&o.replica, "replica", "", "only this replica's disk, of a volume that exists")
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "check and say what would be done; write nothing")
 	return cmd
 }
@@ -40,7 +58,7 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 	if err != nil {
 		return err
 	}
-	plan, err := checkCreate(system, c, v, o.force)
+	plan, err := checkCreate(system, c, v, o.purpose())
 	if err != nil {
 		return err
 	}
@@ -48,7 +66,7 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 	uuid := volume.NewUUID()
 	if o.dryRun {
 		did = "would be created"
-	} else if err := writeVolume(v, plan, uuid, o.force); err != nil {
+	} else if err := writeVolume(v, plan, uuid, o.force || o.discard); err != nil {
 		return err
 	}
 	replicas := make([]string, 0, len(v.Replicas))
@@ -62,13 +80,9 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 }
 
 // checkCreate looks at everything and writes nothing.
-func checkCreate(system *doctor.System, c *config.Config, v *config.Volume, force bool) (layout.Plan, error) {
+func checkCreate(system *doctor.System, c *config.Config, v *config.Volume, purpose doctor.Purpose) (layout.Plan, error) {
 	if err := system.Kernel().Err(); err != nil {
 		return layout.Plan{}, err
-	}
-	purpose := doctor.Empty
-	if force {
-		purpose = doctor.EmptyForced
 	}
 	disks, findings := system.Disks(v, purpose)
 	findings = append(findings, system.Distinct(c.DiskUses())...)
@@ -111,4 +125,61 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 		UUID: uuid, Overwrite: force,
 	})
 	return err
+}
+
+// createReplica formats one replica's disk for a volume that exists. Nothing
+// else is written, so the volume may be up and its other replicas in use.
+func (g *globalOptions) createReplica(system *doctor.System, args []string, o createOptions) error {
+	c, v, err := g.volume(args)
+	if err != nil {
+		return err
+	}
+	r, err := v.Replica(o.replica)
+	if err != nil {
+		return err
+	}
+	label, err := readLabel(v)
+	if err != nil {
+		return err
+	}
+	disk, findings := system.Disk(v, r.Device, o.purpose())
+	findings = append(findings, system.Distinct(c.DiskUses())...)
+	if err := findings.Err(); err != nil {
+		return err
+	}
+	options, err := layout.Replica(r, label.Areas, disk.SizeBytes)
+	if err != nil {
+		return err
+	}
+	did := "formatted"
+	if o.dryRun {
+		did = "would be formatted"
+	} else {
+		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		if err != nil {
+			return exit.Mark(exit.Refused, err)
+		}
+		defer f.Close()
+		options.VolumeUUID = label.UUID
+		if err := protocol.FormatReplica(f, options); err != nil {
+			return fmt.Errorf("replica '%s': %w", r.Name, err)
+		}
+	}
+	return g.say(map[string]any{
+		"volume": v.Name, "uuid": label.UUID.String(), "dry-run": o.dryRun, "size-bytes": options.SizeBytes, "replica": r.Name,
+	}, "%s: %s %s; the agent fills it from the volume", v.Name, r.Device, did)
+}
+
+// readLabel reads the label of a volume that may be up.
+func readLabel(v *config.Volume) (*volume.Label, error) {
+	f, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
+	if err != nil {
+		return nil, exit.Mark(exit.Prerequisite, err)
+	}
+	defer f.Close()
+	label, err := volume.ReadLabel(f)
+	if err != nil {
+		return nil, exit.Errorf(exit.Refused, "%w; a replica can be made only for a volume that exists", err)
+	}
+	return label, nil
 }

@@ -137,7 +137,7 @@ func firstSync(ctx context.Context, s *stand, _ bool) (sides, error) {
 				return 0, err
 			}
 			// Forced: what the disk holds becomes the volume's content.
-			if err := s.rig.Run(ctx, "create", "--force", "data"); err != nil {
+			if err := s.rig.Run(ctx, "create", "--discard-my-data", "data"); err != nil {
 				return 0, err
 			}
 			began := time.Now()

@@ -72,7 +72,7 @@ func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
 		return err
 	}
 	// Forced: what the disk holds becomes the volume's content.
-	if err := s.rig.Run(ctx, "create", "--force", "data"); err != nil {
+	if err := s.rig.Run(ctx, "create", "--discard-my-data", "data"); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {

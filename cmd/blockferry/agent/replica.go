@@ -93,7 +93,7 @@ func (l *localReplica) closed(err error) {
 	case errors.Is(err, fs.ErrNotExist):
 		advice = "attach the disk; " + advice
 	case errors.Is(err, protocol.ErrNoSuperblock):
-		advice = "if it is the right disk, format it: blockferry create --force " + l.volume
+		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume
 	case errors.Is(err, protocol.ErrChangedOutside), errors.Is(err, protocol.ErrJournalDamaged):
 		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
 	}

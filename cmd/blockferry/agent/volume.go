@@ -229,7 +229,7 @@ func (m *managed) refuse(err error) error {
 	var foreign *foreignContent
 	switch {
 	case errors.As(err, &foreign):
-		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or blockferry create --force " + m.config.Name + " for a new volume"
+		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, volume.ErrOtherVolume):
 		advice = "check the paths in the configuration"
 	case errors.Is(err, unix.EBUSY):

@@ -195,11 +195,13 @@ func contains(all []string, one string) bool {
 type Purpose int
 
 // AsFound: the agent is to run with them, or runs already. Empty: they are to
-// be formatted. EmptyForced: likewise, and what they hold may be lost.
+// be formatted. EmptyForced: likewise, and what others left on them may be
+// lost. EmptyDiscard: so may volumes and replicas of blockferry.
 const (
 	AsFound Purpose = iota
 	Empty
 	EmptyForced
+	EmptyDiscard
 )
 
 // Disks looks at every disk of a volume: there, not in use by others, and
@@ -208,39 +210,66 @@ func (s *System) Disks(v *config.Volume, purpose Purpose) (map[string]Disk, Find
 	var f Findings
 	disks := map[string]Disk{}
 	for _, u := range v.DiskUses() {
-		d, err := s.Inspect(u.Path)
-		if err != nil {
-			f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
-			continue
-		}
-		disks[u.Path] = d
-		others := notOurs(v.Name, d.Users)
-		switch {
-		case len(others) > 0:
-			f.refuse(exit.Refused, u.Path, u.What+" is in use: "+strings.Join(others, ", "), "unmount or detach it there first")
-		case len(d.Users) > 0 && purpose != AsFound:
-			f.refuse(exit.Refused, u.Path, u.What+" is in use by blockferry itself", "take the volume down first: blockferry down "+v.Name)
-		case purpose == Empty && d.Content != "":
-			f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "nothing was written; if it may be lost, repeat with --force")
-		case purpose == AsFound && d.Content != "" && !d.Ours && u.Path == v.Device:
-			f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "if it may be lost, run: blockferry create --force "+v.Name)
-		case purpose == AsFound && d.Content == "" && (u.Path == v.Device || isReplica(v, u.Path)):
-			f.note(u.Path, u.What+" is blank", "for a new volume run: blockferry create "+v.Name+"; if only this disk was lost: blockferry restore "+v.Name)
-		default:
-			f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
+		d, ok := s.disk(&f, v, u, purpose)
+		if ok {
+			disks[u.Path] = d
 		}
 	}
 	return disks, f
 }
 
-func isReplica(v *config.Volume, path string) bool {
-	for _, r := range v.Replicas {
-		if r.Device == path {
-			return true
+// Disk looks at one disk of a volume as Disks does.
+func (s *System) Disk(v *config.Volume, path string, purpose Purpose) (Disk, Findings) {
+	var f Findings
+	var found Disk
+	for _, u := range v.DiskUses() {
+		if u.Path == path {
+			found, _ = s.disk(&f, v, u, purpose)
 		}
 	}
-	return false
+	return found, f
 }
+
+func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose Purpose) (Disk, bool) {
+	d, err := s.Inspect(u.Path)
+	if err != nil {
+		f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
+		return d, false
+	}
+	others := notOurs(v.Name, d.Users)
+	switch {
+	case len(others) > 0:
+		f.refuse(exit.Refused, u.Path, u.What+" is in use: "+strings.Join(others, ", "), "unmount or detach it there first")
+	case len(d.Users) > 0 && purpose != AsFound:
+		f.refuse(exit.Refused, u.Path, u.What+" is in use by blockferry itself", "take the volume down first: blockferry down "+v.Name)
+	case purpose != AsFound && purpose != EmptyDiscard && d.Ours:
+		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content,
+			"nothing was written; if only another disk was lost, see 'blockferry restore' and 'blockferry create --replica'; if this copy may be lost for good, repeat with --discard-my-data")
+	case purpose == Empty && d.Content != "":
+		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "nothing was written; if it may be lost, repeat with --force")
+	case purpose == AsFound && d.Content != "" && !d.Ours && u.Path == v.Device:
+		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "if it may be lost, run: blockferry create --force "+v.Name)
+	case purpose == AsFound && d.Content == "" && u.Path == v.Device:
+		f.note(u.Path, u.What+" is blank", "for a new volume run: blockferry create "+v.Name+"; if only this disk was lost: blockferry restore "+v.Name)
+	case purpose == AsFound && !d.Ours && isReplica(v, u.Path):
+		f.note(u.Path, u.What+" is no replica yet, it is "+contentWords(d.Content),
+			"for a new volume run: blockferry create "+v.Name+"; if only this disk was lost or exchanged: blockferry create --replica "+replicaAt(v, u.Path)+" "+v.Name)
+	default:
+		f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
+	}
+	return d, true
+}
+
+func replicaAt(v *config.Volume, path string) string {
+	for _, r := range v.Replicas {
+		if r.Device == path {
+			return r.Name
+		}
+	}
+	return ""
+}
+
+func isReplica(v *config.Volume, path string) bool { return replicaAt(v, path) != "" }
 
 // notOurs leaves out users that are the volume's own inner devices.
 func notOurs(volume string, users []User) []string {

@@ -164,7 +164,10 @@ func TestPurposes(t *testing.T) {
 		{"file system, forced", xfs, EmptyForced, false},
 		{"label, as found", ours, AsFound, false},
 		{"label, empty", ours, Empty, true},
-		{"label, forced", ours, EmptyForced, false},
+		{"label, forced", ours, EmptyForced, true}, // --force is for what others left
+		{"label, discarded", ours, EmptyDiscard, false},
+		{"file system, discarded", xfs, EmptyDiscard, false},
+		{"running, discarded", running, EmptyDiscard, true},
 		{"running, as found", running, AsFound, false},
 		{"running, empty", running, Empty, true},
 		{"running, forced", running, EmptyForced, true},

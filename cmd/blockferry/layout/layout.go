@@ -89,14 +89,24 @@ func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error)
 	}
 	p.Areas = areas
 	for _, r := range v.Replicas {
-		o := protocol.FormatOptions{SizeBytes: size, JournalBytes: journalBytes(r, size), ReserveBytes: reserve(areas)}
-		if need := o.NeededBytes(); need > diskBytes[r.Device] {
-			return Plan{}, exit.Errorf(exit.Refused, "%s: replica '%s' of a volume of %s needs %d bytes (%s), the disk has %d; choose a smaller 'size', or a larger disk",
-				r.Device, r.Name, config.FormatSize(size), need, config.FormatSize(need), diskBytes[r.Device])
+		o, err := Replica(r, areas, diskBytes[r.Device])
+		if err != nil {
+			return Plan{}, err
 		}
 		p.Replicas[r.Name] = o
 	}
 	return p, nil
+}
+
+// Replica says how a replica's disk is divided for a volume with such areas.
+func Replica(r *config.Replica, a volume.Areas, diskBytes int64) (protocol.FormatOptions, error) {
+	size := a.Data.Length
+	o := protocol.FormatOptions{SizeBytes: size, JournalBytes: journalBytes(r, size), ReserveBytes: reserve(a)}
+	if need := o.NeededBytes(); need > diskBytes {
+		return o, exit.Errorf(exit.Refused, "%s: replica '%s' of a volume of %s needs %d bytes (%s), the disk has %d; choose a smaller 'size', or a larger disk",
+			r.Device, r.Name, config.FormatSize(size), need, config.FormatSize(need), diskBytes)
+	}
+	return o, nil
 }
 
 // reserve is the room a replica keeps for the areas it would need as primary,
