@@ -133,6 +133,7 @@ func fsck(t *testing.T, kind, device string) {
 func checkCopy(t *testing.T, kind, device string) (string, error) {
 	t.Helper()
 	copyPath := filepath.Join(t.TempDir(), "image")
+	defer os.Remove(copyPath) // it stands in the guest's memory
 	copyDevice(t, device, copyPath)
 	loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", copyPath))
 	defer cleanup("losetup", "--detach", loop)
