@@ -85,7 +85,7 @@ func TestReplicaComesAndGoes(t *testing.T) {
 		w.awaitWrites(t, 20)
 		last = w.stop(t)
 		c.must(t, "sync", "--timeout", "90s")
-		c.refused(t, 3, []string{"in use"}, "create", "--replica", "two")
+		c.refused(t, 3, []string{"holds a replica", "--discard-my-data"}, "create", "--replica", "two")
 		c.must(t, "down")
 		if err := c.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the agent ended with %v", err)
