@@ -1,14 +1,15 @@
 package integration
 
 import (
-	"blockferry/blockdev"
-	"blockferry/blockdev/era"
-	"blockferry/blockdev/volume"
 	"bytes"
 	"errors"
 	"os"
 	"strings"
 	"testing"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/era"
+	"blockferry/blockdev/volume"
 )
 
 // The traps of dm-era that lie in its metadata; the others are in

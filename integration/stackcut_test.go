@@ -1,14 +1,17 @@
 package integration
 
 import (
-	"blockferry/blockdev/volume"
 	"bytes"
 	"errors"
 	"fmt"
-	"golang.org/x/sys/unix"
 	"os"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/volume"
 )
 
 // Promise: a cut is one point in time. Under a writer, each frozen view holds
@@ -245,5 +248,36 @@ func TestStackGivesUpOnSlowDisk(t *testing.T) {
 		}
 		delay(0)
 		mustRelease(t, mustCut(t, v, 3, true)) // clears it away first
+	})
+}
+
+// Writes that the kernel does not count must not pass for no writes.
+func TestStackStatisticsSwitchedOff(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		info, err := ctl.Info("vol")
+		if err != nil {
+			t.Fatal(err)
+		}
+		iostats := fmt.Sprintf("/sys/dev/block/%s/queue/iostats", info.Dev())
+		before, err := v.WrittenBytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(iostats, []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+		mustWriteBlock(t, v.Path(), 1<<20, 1)
+		if n, err := v.WrittenBytes(); err == nil {
+			t.Errorf("%d bytes were written before, %d after a write nobody counted", before, n)
+		} else if !strings.Contains(err.Error(), iostats) {
+			t.Errorf("the error does not name %s: %v", iostats, err)
+		}
+		mustWriteBlock(t, v.Path(), 2<<20, 2)
+		if n, err := v.WrittenBytes(); err != nil || n <= before {
+			t.Errorf("not switched on again: %d bytes before, %d after, %v", before, n, err)
+		}
 	})
 }

@@ -1,18 +1,20 @@
 package integration
 
 import (
-	"blockferry/blockdev/dm"
-	"blockferry/blockdev/volume"
 	"bytes"
 	"errors"
 	"fmt"
-	"golang.org/x/sys/unix"
 	"os"
 	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/dm"
+	"blockferry/blockdev/volume"
 )
 
 // cutWithoutEnd is the main of the child that is killed.

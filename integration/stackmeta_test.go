@@ -1,10 +1,11 @@
 package integration
 
 import (
-	"blockferry/blockdev/volume"
 	"errors"
 	"strings"
 	"testing"
+
+	"blockferry/blockdev/volume"
 )
 
 func TestStackNoticesSwappedMetadata(t *testing.T) {

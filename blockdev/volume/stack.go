@@ -361,6 +361,9 @@ func (v *Volume) openStack() error {
 	if v.eras, err = open(roleMeta); err != nil {
 		return err
 	}
+	if err := keepStatistics(v.devices[roleTop]); err != nil {
+		v.log.Warn("statistics are on again", "error", err) // and no cut was taken by them yet
+	}
 	if v.stat, err = os.Open(fmt.Sprintf("/sys/dev/block/%s/stat", v.devices[roleTop].Dev())); err != nil {
 		return err
 	}

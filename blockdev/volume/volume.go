@@ -197,8 +197,13 @@ func (v *Volume) ReadAt(p []byte, offset int64) (int, error) { return v.data.Rea
 // FlushSource makes everything written so far durable.
 func (v *Volume) FlushSource() error { return v.data.Flush() }
 
-// WrittenBytes is what was written to the volume since it came up.
+// WrittenBytes is what was written to the volume since it came up. While the
+// kernel keeps no statistics it is an error: a count that stands still must
+// not pass for a volume that nobody writes to.
 func (v *Volume) WrittenBytes() (uint64, error) {
+	if err := keepStatistics(v.devices[roleTop]); err != nil {
+		return 0, err
+	}
 	var buffer [512]byte
 	return v.readWritten(buffer[:])
 }
@@ -302,6 +307,21 @@ func setNoDiscard(info dm.Info) error {
 		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
 	}
 	return nil
+}
+
+// keepStatistics switches a device's statistics on. It is an error if they
+// were off, as what they say is then too little.
+func keepStatistics(info dm.Info) error {
+	path := filepath.Join(queueDir(info), "iostats")
+	now, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("statistics of %s: %w", info.Name, err)
+	}
+	if strings.TrimSpace(string(now)) == "1" {
+		return nil
+	}
+	err = os.WriteFile(path, []byte("1"), 0)
+	return errors.Join(fmt.Errorf("the statistics of %s were switched off: %s was %s; leave it at 1", info.Name, path, strings.TrimSpace(string(now))), err)
 }
 
 func queueDir(info dm.Info) string { return fmt.Sprintf("/sys/dev/block/%s/queue", info.Dev()) }
