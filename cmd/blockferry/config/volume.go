@@ -97,7 +97,7 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 func (r *reader) disk(key string, into *string, what string) field {
 	return r.text(key, func(s string) error {
 		if !filepath.IsAbs(s) {
-			return fmt.Errorf("'%s' is not a whole path like /dev/disk/by-id/...", s)
+			return fmt.Errorf("'%s' is not a whole path, such as /dev/disk/by-id/NAME", s)
 		}
 		clean := filepath.Clean(s)
 		user := fmt.Sprintf("%s of %s", key, what)
