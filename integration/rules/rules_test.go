@@ -279,3 +279,31 @@ func TestPagesNameWhatExists(t *testing.T) {
 		t.Error("no links seen: this test checks nothing")
 	}
 }
+
+// The tests that the promises name must exist: a renamed one takes its line
+// along. A name that ends in … stands for all that begin so.
+func TestPromisesNameTests(t *testing.T) {
+	var source strings.Builder
+	eachGoFile(t, func(path string, text []byte) {
+		if strings.HasSuffix(path, "_test.go") {
+			source.Write(text)
+		}
+	})
+	page, err := os.ReadFile(root + "/docs/promises.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile("`(Test[A-Za-z0-9]+)(…?)`").FindAllStringSubmatch(string(page), -1)
+	for _, name := range names {
+		want := "\nfunc " + name[1]
+		if name[2] == "" {
+			want += "("
+		}
+		if !strings.Contains(source.String(), want) {
+			t.Errorf("docs/promises.md names %s, which does not exist", name[0])
+		}
+	}
+	if len(names) == 0 {
+		t.Error("no test is named: this test checks nothing")
+	}
+}
