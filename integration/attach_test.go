@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -94,5 +95,49 @@ func TestReplicaComesAndGoes(t *testing.T) {
 			c.must(t, "recover", d)
 			judgeDevice(t, d, h, last, last)
 		}
+	})
+}
+
+// The SSD is lost while the volume is up, and its machine lives on: the volume
+// goes down by force, soon, and is restored onto the disk that comes in its place.
+func TestDiskLostWhileUp(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		table := fmt.Sprintf("0 %d linear %s 0", sectors(t, ubd(0)), ubd(0))
+		ssd := dmCreate(t, "ssd", table)
+		c := newCLI(t, oneReplica(ssd, ubd(1)))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 15, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 200)
+		synced := w.acked()
+		c.must(t, "sync")
+		w.awaitWrites(t, 20)
+		dmSwap(t, "ssd", fmt.Sprintf("0 %d error", sectors(t, ubd(0))))
+		<-w.done // its writes fail: they do not hang
+		if w.err == nil {
+			t.Fatal("the writer saw no error")
+		}
+		issued := w.issued()
+		begun := time.Now()
+		c.refused(t, 3, nil, "restore") // it is up
+		c.must(t, "down", "--force")
+		if took := time.Since(begun); took > 30*time.Second {
+			t.Errorf("down --force took %v", took)
+		}
+		if _, err := os.Stat(v.Path); err == nil {
+			t.Errorf("%s is still there", v.Path)
+		}
+		zeroDisk(t, ubd(0))
+		dmSwap(t, "ssd", table)
+		if out := c.must(t, "restore"); !strings.Contains(out, "epoch") {
+			t.Errorf("restore names no epoch: %s", out)
+		}
+		v = c.await(t, "up to date again", time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, synced, issued)
+		c.must(t, "sync")
+		c.must(t, "verify")
+		c.must(t, "down")
 	})
 }

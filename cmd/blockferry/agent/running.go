@@ -18,7 +18,8 @@ import (
 const (
 	// stopSend is how long a stop of the agent waits for a last epoch.
 	stopSend = 5 * time.Second
-	// downSend is the same for a volume that is taken down.
+	// downSend is the same for a volume that is taken down, unless that is
+	// forced.
 	downSend = time.Minute
 	// window is gRPC's flow control: large enough not to be the limit.
 	window = 16 << 20
@@ -97,12 +98,21 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	if err := stack.Opened(); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
-	limited, cancel := context.WithTimeout(ctx, downSend)
+	patience := downSend
+	if force {
+		patience = stopSend // the disk may be gone
+	}
+	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if _, _, err := r.primary.SyncNow(limited); err != nil && !force {
 		return "", exit.Errorf(exit.Refused, "%w; to take it down all the same: blockferry down --force %s (what is missing stays marked)", err, m.config.Name)
 	}
-	clean, err := m.sealAndStop(limited, stack, r)
+	clean, gone, err := m.sealAndStop(limited, stack, r)
+	if err != nil && gone && force {
+		m.forget()
+		m.set(stageDown, "taken down by force: "+err.Error(), "blockferry up "+m.config.Name+", or, if its disk was lost, blockferry restore "+m.config.Name)
+		return "down by force; its end could not be recorded on the disk: " + err.Error(), nil
+	}
 	if err != nil {
 		// The stack may be there or not: the next look sorts it out.
 		m.forget()
@@ -118,10 +128,11 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	return "down, cleanly", nil
 }
 
-func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *running) (bool, error) {
+// sealAndStop says whether the end is clean and whether the stack is gone,
+// which it may be after an error, too.
+func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *running) (clean, gone bool, err error) {
 	var disk *volume.Offline
-	gone := false
-	clean, err := r.primary.Stop(ctx, func() error {
+	clean, err = r.primary.Stop(ctx, func() error {
 		if err := stack.Down(); err != nil {
 			return err
 		}
@@ -144,7 +155,7 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 	if !gone {
 		err = errors.Join(err, stack.Close())
 	}
-	return clean, errors.Join(err, r.conn.Close(), r.guard.Close())
+	return clean, gone, errors.Join(err, r.conn.Close(), r.guard.Close())
 }
 
 // forget drops what was closed already.
