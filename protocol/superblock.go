@@ -45,6 +45,14 @@ const (
 // ErrNoSuperblock says that a device is not a replica, or not one any more.
 var ErrNoSuperblock = errors.New("no valid superblock")
 
+// ErrResized says that a device is a replica whose superblocks are not at its
+// end: the device was enlarged since it was formatted.
+var ErrResized = errors.New("the device was resized")
+
+// ErrNewerFormat says that a superblock is whole, but of a version that this
+// program does not know.
+var ErrNewerFormat = errors.New("written by another version of blockferry")
+
 // DiskState says what a replica's data area is worth.
 type DiskState uint8
 
@@ -190,7 +198,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 		return nil, fmt.Errorf("checksum %#x, computed %#x", got, want)
 	}
 	if v := le.Uint32(b[8:]); v != superVersion {
-		return nil, fmt.Errorf("version %d, this program reads version %d", v, superVersion)
+		return nil, fmt.Errorf("%w: version %d, this program reads version %d: upgrade it", ErrNewerFormat, v, superVersion)
 	}
 	s := &superblock{sequence: le.Uint64(b[16:])}
 	copy(s.volume[:], b[24:])
@@ -295,6 +303,10 @@ func readSuperblocks(store Store) (best *superblock, warnings []string, err erro
 			continue
 		}
 		s, err := decodeSuperblock(b)
+		if errors.Is(err, ErrNewerFormat) {
+			// The other copy is no help: this one may be the newer.
+			return nil, nil, fmt.Errorf("%s: superblock at %d: %w", store.Name(), at, err)
+		}
 		if err == nil && s.sequence%2 != i {
 			err = fmt.Errorf("sequence %d belongs into the other place", s.sequence)
 		}
@@ -310,8 +322,41 @@ func readSuperblocks(store Store) (best *superblock, warnings []string, err erro
 		}
 	}
 	if best == nil {
+		if was := formerSize(store); was != nil {
+			return nil, nil, fmt.Errorf("%s: %w: it had %d bytes when it became a replica and has %d now; it holds %s; keep it as it is and use its first %d bytes: "+
+				"losetup --find --show --sizelimit %d %s, and name that loop device instead", store.Name(), ErrResized, was.layout.deviceBytes, store.Size(),
+				was.committed, was.layout.deviceBytes, was.layout.deviceBytes, store.Name())
+		}
 		return nil, nil, fmt.Errorf("%s: %w: %s (if the device was resized, give it its former size; otherwise it is not a blockferry replica)",
 			store.Name(), ErrNoSuperblock, warnings)
 	}
 	return best, warnings, nil
+}
+
+// formerSize looks for a replica's superblock at the ends that the device may
+// have had: whole GiB, as clouds sell them, or any of a small device. It is for
+// a message only: what stands there may also be the content of a volume.
+func formerSize(store Store) *superblock {
+	const probes = 8192
+	step := int64(layoutAlign)
+	if store.Size() > 4<<30 {
+		step = 1 << 30
+	}
+	b := make([]byte, superBytes)
+	for n, end := 0, (store.Size()-1)/step*step; n < probes && end >= superAreaBytes; n, end = n+1, end-step {
+		var best *superblock
+		for i := range uint64(2) {
+			if _, err := store.ReadAt(b, superOffset(layout{superA: end - superAreaBytes}, i)); err != nil {
+				continue
+			}
+			s, err := decodeSuperblock(b)
+			if err == nil && s.layout.deviceBytes == end && s.layout.check(end) == nil && (best == nil || s.sequence > best.sequence) {
+				best = s
+			}
+		}
+		if best != nil {
+			return best
+		}
+	}
+	return nil
 }

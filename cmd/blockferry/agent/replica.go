@@ -94,7 +94,12 @@ func (l *localReplica) closed(err error) {
 		advice = "attach the disk; " + advice
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume
-	case errors.Is(err, protocol.ErrChangedOutside), errors.Is(err, protocol.ErrJournalDamaged):
+	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
+		advice = "do not format it: it is a replica"
+	case errors.Is(err, protocol.ErrChangedOutside):
+		advice = "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
+			"; if the volume is lost, leave the disk as it is and look at another replica first: after that this one can't be restored from"
+	case errors.Is(err, protocol.ErrJournalDamaged):
 		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
 	}
 	l.mu.Lock()

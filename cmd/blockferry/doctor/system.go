@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -90,8 +91,12 @@ func content(f *blockdev.File) (string, bool) {
 
 // replica says what a disk holds if it is a replica.
 func replica(f *blockdev.File) (string, bool) {
-	if s, err := protocol.PeekReplica(f); err == nil {
+	s, err := protocol.PeekReplica(f)
+	switch {
+	case err == nil:
 		return s.Kind(), true
+	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
+		return "a replica: " + err.Error(), true
 	}
 	return "", false
 }
