@@ -89,8 +89,20 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	stack, r := m.stack, m.running
 	m.mu.Unlock()
 	if stack == nil {
-		if adopt, err := m.stackExists(); err != nil || adopt {
-			return "", errors.Join(err, exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s", m.config.Name, m.why()))
+		exists, err := m.stackExists()
+		switch {
+		case err != nil:
+			return "", err
+		case exists && !force:
+			return "", exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s; to take it down without a last epoch: blockferry down --force %s (what is missing stays marked)",
+				m.config.Name, m.why(), m.config.Name)
+		case exists:
+			// Its label says that an epoch is open, and keeps saying so.
+			if err := volume.Down(m.agent.dm, m.config.Name); err != nil {
+				return "", exit.Mark(exit.Refused, err)
+			}
+			m.set(stageDown, "taken down by the operator", "blockferry up "+m.config.Name)
+			return "down; what replicas do not have stays marked", nil
 		}
 		m.set(stageDown, "taken down by the operator", "blockferry up "+m.config.Name)
 		return "is down already", nil

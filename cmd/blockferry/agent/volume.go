@@ -160,7 +160,19 @@ func (m *managed) bringUp(after *restored) error {
 		return m.refuse(err)
 	}
 	var state protocol.SourceState
-	if !adopt {
+	if adopt {
+		// Whatever refuses below, applications do not wait for it behind a
+		// device that a dead agent left suspended.
+		if err := volume.Rescue(m.agent.dm, v.Name); err != nil {
+			return m.refuse(err)
+		}
+	} else {
+		// An agent that died while it built the stack, or took it down, left
+		// inner devices that hold the disk. Nobody can be writing: there is no
+		// top. What was written is in the label and the marks.
+		if err := volume.Down(m.agent.dm, v.Name); err != nil {
+			return m.refuse(err)
+		}
 		if err := m.inspect(); err != nil {
 			return err
 		}
