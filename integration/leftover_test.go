@@ -2,8 +2,10 @@ package integration
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -99,5 +101,51 @@ func TestStackOfAnotherDisk(t *testing.T) {
 		c.await(t, "up to date", time.Minute, upToDate)
 		c.must(t, "verify")
 		c.must(t, "down")
+	})
+}
+
+// A restore begun from a replica that has another name now can be ended.
+func TestRestoreFromRenamedReplica(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
+		ssd, ebs := ubd(0), ubd(1)
+		c := newCLI(t, oneReplica(ssd, ebs))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 23, Size: sectors(t, v.Path) * 512, MaxBytes: 1 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 200)
+		last := w.stop(t)
+		c.must(t, "down")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		zeroDisk(t, ssd)
+		c.start(t)
+		c.await(t, "known to be blank", time.Minute, func(v status.Volume) bool { return v.Disk == "Diskless" })
+		restore := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "restore", "--json")
+		progress, err := restore.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := restore.Start(); err != nil {
+			t.Fatal(err)
+		}
+		buffer := make([]byte, 4096)
+		for seen := ""; !strings.Contains(seen, `"done-bytes":`); {
+			n, err := progress.Read(buffer)
+			if seen += string(buffer[:n]); err != nil {
+				t.Fatalf("the restore told no progress: %q, %v", seen, err)
+			}
+		}
+		c.kill(t)
+		_ = restore.Wait()
+		renamed := newCLI(t, strings.Replace(oneReplica(ssd, ebs), "ebs:", "durable:", 1))
+		renamed.start(t)
+		renamed.await(t, "known to be half restored", time.Minute, func(v status.Volume) bool { return strings.Contains(v.Reason, "did not end") })
+		renamed.must(t, "restore") // as the advice says
+		renamed.await(t, "up to date", time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, last, last)
+		renamed.must(t, "down")
 	})
 }

@@ -47,7 +47,10 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 		return p, err
 	}
 	if started != nil && from == "" {
-		from = started.Replica
+		// It may have another name since; then the furthest is looked for anew.
+		if _, err := m.config.Replica(started.Replica); err == nil {
+			from = started.Replica
+		}
 	}
 	if p.from, p.status, err = m.choose(ctx, from); err != nil {
 		return p, err
