@@ -141,3 +141,45 @@ func TestDiskLostWhileUp(t *testing.T) {
 		c.must(t, "down")
 	})
 }
+
+// Promise 5: an SSD that was away while the volume lived on elsewhere does not
+// become writable again behind the replica's back.
+func TestStaleDiskIsRefused(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		on := func(disk string) string { return fmt.Sprintf("0 %d linear %s 0", sectors(t, disk), disk) }
+		old, fresh := ubd(0), ubd(2)
+		ssd := dmCreate(t, "ssd", on(old))
+		c := newCLI(t, oneReplica(ssd, ubd(1)))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 16, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 100)
+		k := w.stop(t)
+		c.must(t, "sync")
+		dmSwap(t, "ssd", fmt.Sprintf("0 %d error", sectors(t, old)))
+		c.must(t, "down", "--force")
+		dmSwap(t, "ssd", on(fresh))
+		c.must(t, "restore")
+		w = startWriter(t, v.Path, h, k+1)
+		w.awaitWrites(t, 100)
+		k = w.stop(t)
+		c.must(t, "sync")
+		c.must(t, "down")
+
+		dmSwap(t, "ssd", on(old))
+		before := digest(t, old)
+		c.refused(t, 3, []string{"out of date", "ebs"}, "up")
+		v = c.await(t, "refused, with what to do", time.Minute, func(v status.Volume) bool {
+			return !v.Up && strings.Contains(v.Advice, "restore --force --from ebs")
+		})
+		if digest(t, old) != before {
+			t.Error("the stale disk was written to")
+		}
+		c.must(t, "restore", "--force", "--from", "ebs")
+		v = c.await(t, "up to date from the replica", time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, k, k)
+		c.must(t, "down")
+	})
+}

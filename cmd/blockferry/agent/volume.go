@@ -239,7 +239,12 @@ func (f *foreignContent) Error() string { return f.why }
 func (m *managed) refuse(err error) error {
 	advice := "see 'blockferry check' and the agent's log; it is tried again by itself, or with 'blockferry up " + m.config.Name + "'"
 	var foreign *foreignContent
+	var stale *overtakenError
 	switch {
+	case errors.As(err, &stale):
+		advice = "nothing is written; to fill it from the replica: blockferry restore --force --from " + stale.replica + " " + m.config.Name +
+			"; only if the disk's own content is the one that counts: blockferry create --replica " + stale.replica + " --discard-my-data " + m.config.Name +
+			" with the agent stopped"
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, volume.ErrOtherVolume):
@@ -315,8 +320,36 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 	if r := old.Restore; r != nil {
 		return state, &unfinishedRestore{r}
 	}
+	if err := m.overtaken(disk.Label().UUID, old.Effective()); err != nil {
+		return state, err
+	}
 	return m.begin(offlineState{disk})
 }
+
+// overtaken refuses a disk that one of the replicas here has left behind: an
+// SSD that was away while the volume lived on from a restore on another. Once
+// it is writable there are two truths.
+func (m *managed) overtaken(id volume.UUID, disk protocol.Lineage) error {
+	ctx, cancel := context.WithTimeout(context.Background(), replicaPatience)
+	defer cancel()
+	for _, r := range m.replicas {
+		r.settled(ctx)
+		s, open, _, _ := r.status()
+		if !open || s.VolumeUUID != id || s.State != protocol.DiskConsistent {
+			continue
+		}
+		switch relation := protocol.Compare(disk, s.Lineage); relation.Kind {
+		case protocol.Behind, protocol.Diverged:
+			return &overtakenError{fmt.Sprintf("%s is out of date: it holds history [%v], replica '%s' on %s holds [%v]: %v",
+				m.config.Device, disk, r.config.Name, r.config.Device, s.Lineage, relation), r.config.Name}
+		}
+	}
+	return nil
+}
+
+type overtakenError struct{ why, replica string }
+
+func (o *overtakenError) Error() string { return o.why }
 
 // unfinishedRestore says that a disk was not filled to its end.
 type unfinishedRestore struct{ *protocol.RestoreState }
