@@ -167,9 +167,6 @@ func NewFrameReader(b []byte) *FrameReader { return &FrameReader{b: b} }
 // More reports whether bytes are left.
 func (r *FrameReader) More() bool { return r.at < len(r.b) }
 
-// At is the position of the next frame, in bytes.
-func (r *FrameReader) At() int { return r.at }
-
 // Next checks and returns the next frame: header and payload checksums, known
 // kind and codec, limits, alignment. Errors wrap ErrBadFrame and name the
 // position; the reader then stays where it is.

@@ -3,6 +3,7 @@ package protocol
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -204,21 +205,12 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, 
 		// Who is ready gets it too: it costs nothing more.
 		*tick = now
 		for _, w := range p.workers {
-			if w.wish != wishNone && !contains(joiners, w) && (w.wish == wishBarrier || useful(w)) {
+			if w.wish != wishNone && !slices.Contains(joiners, w) && (w.wish == wishBarrier || useful(w)) {
 				joiners = append(joiners, w)
 			}
 		}
 	}
 	return joiners, view, 0
-}
-
-func contains(ws []*replicaWorker, w *replicaWorker) bool {
-	for _, o := range ws {
-		if o == w {
-			return true
-		}
-	}
-	return false
 }
 
 // share hands the cut to those of the joiners that still want it.

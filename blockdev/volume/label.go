@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"strings"
 
 	"blockferry/blockdev"
 )
@@ -80,17 +79,6 @@ func (u UUID) String() string {
 
 // IsZero says that there is none.
 func (u UUID) IsZero() bool { return u == UUID{} }
-
-// ParseUUID reads what String writes.
-func ParseUUID(s string) (UUID, error) {
-	var u UUID
-	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
-	if err != nil || len(b) != len(u) || len(s) != 36 {
-		return u, fmt.Errorf("'%s' is no UUID like 01234567-89ab-cdef-0123-456789abcdef", s)
-	}
-	copy(u[:], b)
-	return u, nil
-}
 
 // Label is what a volume's disk says of itself.
 type Label struct {

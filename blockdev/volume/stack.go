@@ -371,11 +371,8 @@ func (v *Volume) openStack() error {
 	return err
 }
 
-// Rescue resumes what a dead process left suspended of a volume, inner to
-// outer, and does nothing else. It may be called while an agent runs, but
-// voids the cut that agent is taking.
-func Rescue(ctl *dm.Control, name string) error { return rescue(ctl, name) }
-
+// rescue resumes what a dead process left suspended of a volume, inner to
+// outer, and does nothing else.
 func rescue(ctl *dm.Control, name string) error {
 	for _, role := range stackRoles {
 		device := deviceName(name, role)

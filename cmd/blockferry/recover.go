@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/protocol"
 )
@@ -63,12 +64,7 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 	}
 	at := time.Unix(0, s.CutUnixNanos).UTC()
 	return g.say(map[string]any{
-		"device": path, "volume-uuid": uuidText(s.VolumeUUID), "size-bytes": s.SizeBytes,
+		"device": path, "volume-uuid": volume.UUID(s.VolumeUUID).String(), "size-bytes": s.SizeBytes,
 		"generation": fmt.Sprintf("%x", s.Committed.Generation), "epoch": s.Committed.Epoch, "cut-at": at.Format(time.RFC3339Nano),
-	}, "%s holds %v of volume %s, cut at %s; it can be mounted", path, s.Committed, uuidText(s.VolumeUUID), at.Format("2006-01-02 15:04:05.000 UTC"))
-}
-
-// uuidText writes a UUID the usual way.
-func uuidText(u [16]byte) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+	}, "%s holds %v of volume %s, cut at %s; it can be mounted", path, s.Committed, volume.UUID(s.VolumeUUID), at.Format("2006-01-02 15:04:05.000 UTC"))
 }

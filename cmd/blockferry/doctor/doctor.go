@@ -6,6 +6,7 @@ package doctor
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"blockferry/cmd/blockferry/config"
@@ -143,12 +144,12 @@ func (s *System) targets(f *Findings, release string) {
 	}
 	asked := map[string]bool{}
 	for _, w := range wanted {
-		if contains(have, w.target) || asked[w.module] {
+		if slices.Contains(have, w.target) || asked[w.module] {
 			continue
 		}
 		asked[w.module] = true
 		if err := s.Modprobe(w.module); err == nil {
-			if have, err = s.Targets(); err == nil && contains(have, w.target) {
+			if have, err = s.Targets(); err == nil && slices.Contains(have, w.target) {
 				continue
 			}
 		}
@@ -163,11 +164,11 @@ func (s *System) targets(f *Findings, release string) {
 func (s *System) moduleAdvice(module, release string) string {
 	d := strings.Fields(s.Distribution())
 	switch {
-	case contains(d, "ubuntu"):
+	case slices.Contains(d, "ubuntu"):
 		return "install linux-modules-extra-" + release + " (apt-get install linux-modules-extra-" + release + "), then: modprobe " + module
-	case contains(d, "debian"):
+	case slices.Contains(d, "debian"):
 		return "install the package linux-image-amd64 (or linux-image-cloud-amd64) and boot it, then: modprobe " + module
-	case contains(d, "amzn"), contains(d, "fedora"), contains(d, "rhel"), contains(d, "centos"):
+	case slices.Contains(d, "amzn"), slices.Contains(d, "fedora"), slices.Contains(d, "rhel"), slices.Contains(d, "centos"):
 		return "install kernel-modules-extra for " + release + " (dnf install kernel-modules-extra), then: modprobe " + module
 	}
 	return "install your distribution's package with the extra kernel modules (linux-modules-extra, kernel-modules-extra, linux-image-amd64), then: modprobe " + module
@@ -180,15 +181,6 @@ func older(release string, major, minor int) bool {
 		return false
 	}
 	return a < major || (a == major && b < minor)
-}
-
-func contains(all []string, one string) bool {
-	for _, s := range all {
-		if s == one {
-			return true
-		}
-	}
-	return false
 }
 
 // Purpose is what the disks are looked at for.
