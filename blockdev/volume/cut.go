@@ -29,6 +29,7 @@ type Cut struct {
 	withView  bool
 	view      *blockdev.File
 	snapBlock uint64 // of the metadata snapshot
+	at        time.Time
 	stalled   time.Duration
 	written   uint64
 	cuts      Cuts // up to and with this one
@@ -102,7 +103,7 @@ func (c *Cut) take() error {
 	if err := w.run(); err != nil {
 		return err
 	}
-	c.stalled, c.written = w.stalled, w.written
+	c.at, c.stalled, c.written = w.at, w.stalled, w.written
 	return c.afterWindow()
 }
 
@@ -142,10 +143,7 @@ func (c *Cut) afterWindow() error {
 			return err
 		}
 	}
-	v.countStats(func(s *Stats) {
-		s.Cuts++
-		s.LastStall = c.stalled
-	})
+	v.countStats(func(s *Stats) { s.Cuts++ })
 	return nil
 }
 
@@ -163,6 +161,9 @@ func (c *Cut) View() blockdev.Device {
 	}
 	return c.view
 }
+
+// At is when it was, for people only.
+func (c *Cut) At() time.Time { return c.at }
 
 // Stalled is how long writers were stopped.
 func (c *Cut) Stalled() time.Duration { return c.stalled }

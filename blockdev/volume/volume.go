@@ -115,7 +115,6 @@ type Volume struct {
 // Stats are values kept at cuts; reading them asks the kernel nothing.
 type Stats struct {
 	Cuts, VoidCuts uint64
-	LastStall      time.Duration // of the last good cut
 	LongestStall   time.Duration
 	StalledTotal   time.Duration // all suspends, also those that ended a view
 	// MetaUsedBlocks of MetaTotalBlocks (4 KiB each) of era metadata are in

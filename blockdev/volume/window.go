@@ -39,6 +39,7 @@ type window struct {
 
 	buffer  [512]byte
 	written uint64
+	at      time.Time // writers stood still
 	stalled time.Duration
 	err     error
 }
@@ -112,6 +113,7 @@ func (w *window) inside() {
 	if w.err != nil {
 		return
 	}
+	w.at = time.Now()
 	for _, r := range w.inner {
 		if w.err = r.Do(); w.err != nil {
 			return

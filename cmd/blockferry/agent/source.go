@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/status"
 	"blockferry/protocol"
 )
 
@@ -19,8 +20,10 @@ type source struct {
 	mu      sync.Mutex
 	lastCut uint64 // WrittenBytes at it
 	number  uint64 // its number
-	sealed  bool   // the stack is gone
-	written bool   // ... and something may have been written since the last cut
+	at      time.Time
+	stalled time.Duration
+	sealed  bool // the stack is gone
+	written bool // ... and something may have been written since the last cut
 }
 
 var _ protocol.Source = (*source)(nil)
@@ -53,13 +56,24 @@ func (s *source) last() uint64 {
 	return s.number
 }
 
+// lastCutStatus describes the last cut, nil before the first.
+func (s *source) lastCutStatus() *status.Cut {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.number == 0 {
+		return nil
+	}
+	at, stalled := s.at.UTC(), s.stalled.Seconds()
+	return &status.Cut{Epoch: s.number, At: &at, StalledSeconds: &stalled}
+}
+
 func (s *source) Cut(ctx context.Context, epoch uint64, view bool) (protocol.Cut, error) {
 	c, err := s.Volume.Cut(ctx, epoch, view)
 	if err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
-	s.lastCut, s.number = c.WrittenBytes(), epoch
+	s.lastCut, s.number, s.at, s.stalled = c.WrittenBytes(), epoch, c.At(), c.Stalled()
 	s.mu.Unlock()
 	return cut{c}, nil
 }

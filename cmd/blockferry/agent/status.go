@@ -34,10 +34,7 @@ func (m *managed) status() status.Volume {
 		if primary.Epoch > 0 {
 			s.Position = position(primary.Generation, primary.Epoch)
 		}
-		if stats := stack.Stats(); stats.Cuts > 0 {
-			stalled := stats.LastStall.Seconds()
-			s.LastCut = &status.Cut{Epoch: primary.Epoch, StalledSeconds: &stalled}
-		}
+		s.LastCut = r.source.lastCutStatus()
 		if primary.Problem != "" {
 			s.Reason, s.Advice = primary.Problem, "see the agent's log; writes go on and are marked"
 		}
