@@ -279,7 +279,7 @@ func (p *Primary) waitSynced(ctx context.Context, epoch uint64) (uint64, []strin
 	return epoch, committed, err
 }
 
-// errUnknownReplica names what there is.
+// worker finds a replica by name; its error names what there is.
 func (p *Primary) worker(name string) (*replicaWorker, error) {
 	i := slices.IndexFunc(p.workers, func(w *replicaWorker) bool { return w.cfg.Name == name })
 	if i < 0 {

@@ -9,7 +9,7 @@ import (
 )
 
 const (
-	// verifySlice is how long a frozen view is held for one slice.
+	// verifySliceTime is how long a frozen view is held for one slice.
 	verifySliceTime = 5 * time.Second
 	// maxDifferences is how many ranges a VerifyResult lists.
 	maxDifferences = 1000

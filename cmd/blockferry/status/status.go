@@ -18,9 +18,11 @@ type Volume struct {
 	// Device is the disk, Path what the application opens while it is up.
 	Device string `json:"device"`
 	Path   string `json:"path,omitempty"`
-	// Role is Primary, or Unknown while the disk holds no label of ours.
+	// Role is Primary while the volume is up, Secondary after a down, Unknown
+	// otherwise.
 	Role string `json:"role"`
-	// Disk is UpToDate, Diskless or DUnknown.
+	// Disk is UpToDate while it is up, Consistent after a down, Diskless while
+	// the disk is absent, blank or being restored, else DUnknown.
 	Disk            string    `json:"disk"`
 	Up              bool      `json:"up"`
 	Paused          bool      `json:"paused"`
