@@ -47,7 +47,7 @@ func Down(ctl *dm.Control, name string) error {
 	if err := refuseOpen(ctl, name); err != nil {
 		return err
 	}
-	if err := rescue(ctl, name); err != nil {
+	if err := Rescue(ctl, name); err != nil {
 		return fail(err)
 	}
 	for _, role := range []string{roleTop, roleEra, roleSnap, roleBase, roleCow, roleMeta, roleData} {

@@ -73,7 +73,7 @@ func (v *Volume) up() error {
 		return err
 	}
 	// Applications may be waiting behind a suspended device: first of all.
-	if err := rescue(v.ctl, v.options.Name); err != nil {
+	if err := Rescue(v.ctl, v.options.Name); err != nil {
 		return err
 	}
 	if err := v.openDisk(); err != nil {
@@ -371,9 +371,10 @@ func (v *Volume) openStack() error {
 	return err
 }
 
-// rescue resumes what a dead process left suspended of a volume, inner to
-// outer, and does nothing else.
-func rescue(ctl *dm.Control, name string) error {
+// Rescue resumes what a dead process left suspended of a volume, inner to
+// outer, and does nothing else. While an agent runs it voids the cut that agent
+// is taking.
+func Rescue(ctl *dm.Control, name string) error {
 	for _, role := range stackRoles {
 		device := deviceName(name, role)
 		info, err := ctl.Info(device)

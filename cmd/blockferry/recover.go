@@ -44,7 +44,9 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return exit.Errorf(exit.Refused, "%s is no replica of blockferry: %w", path, err)
 	case errors.Is(err, protocol.ErrJournalDamaged):
-		return exit.Errorf(exit.Differs, "%w; to go back to the image before that, repeat with --drop-journal", err)
+		return exit.Errorf(exit.Refused, "%w; to go back to the image before that, repeat with --drop-journal", err)
+	case errors.Is(err, protocol.ErrChangedOutside):
+		return exit.Errorf(exit.Refused, "%w; to give the image up, which an agent then compares in full, repeat with --drop-journal", err)
 	case err != nil:
 		return err
 	}

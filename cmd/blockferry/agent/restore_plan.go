@@ -39,8 +39,10 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 			return p, err
 		}
 	}
-	if up, err := m.stackExists(); err != nil || up {
-		return p, errors.Join(err, exit.Errorf(exit.Refused, "volume '%s' is up: its disk %s is not blank; take it down first if it is to be filled anew", m.config.Name, m.config.Device))
+	if up, err := m.stackExists(); err != nil {
+		return p, err
+	} else if up {
+		return p, exit.Errorf(exit.Refused, "volume '%s' is up: its disk %s is not blank; take it down first if it is to be filled anew", m.config.Name, m.config.Device)
 	}
 	started, err := m.diskForRestore(force)
 	if err != nil {
