@@ -97,7 +97,8 @@ func checkCreate(system *doctor.System, c *config.Config, v *config.Volume, purp
 }
 
 // writeVolume formats the replicas and, last, the volume: until its label is
-// there, nothing of this counts. All disks are held from the first write on.
+// there, nothing of this counts. The first write comes after every disk could
+// be claimed.
 func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force bool) error {
 	var opened []*blockdev.File
 	defer func() {
@@ -111,6 +112,16 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 			return exit.Mark(exit.Refused, err)
 		}
 		opened = append(opened, f)
+	}
+	for _, path := range []string{v.Device, v.CowDevice, v.MetadataDevice} {
+		if path == "" {
+			continue
+		}
+		f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+		if err != nil {
+			return exit.Mark(exit.Refused, err)
+		}
+		f.Close() // volume.Format claims it again
 	}
 	for i, r := range v.Replicas {
 		options := plan.Replicas[r.Name]
