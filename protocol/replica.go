@@ -94,6 +94,7 @@ type ReplicaStatus struct {
 	State            DiskState
 	Reason           string // of an inconsistent state, in words
 	NeedsFull        bool
+	ChangedOutside   bool // inconsistent because somebody else wrote to it
 	Committed        Position
 	Applied          Position
 	Lineage          Lineage // up to Committed
@@ -327,6 +328,7 @@ func (r *Replica) Status() ReplicaStatus {
 		s.State = DiskConsistent // with the journal laid over
 	}
 	if s.State == DiskInconsistent {
+		s.ChangedOutside = sb.why == whyChangedOutside
 		switch sb.why {
 		case whyInPlace:
 			s.Reason = fmt.Sprintf("an in-place sync to epoch %d has not ended", sb.inPlace.Epoch)

@@ -31,7 +31,11 @@ func (r *Replica) recover(ctx context.Context, o OpenOptions) error {
 				r.store.Name(), ErrChangedOutside, changed, pending[len(pending)-1].position())
 		}
 		r.warn([]string{changed})
-		if err := r.dropJournal(whyChangedOutside); err != nil {
+		why := uint8(whyChangedOutside)
+		if r.sb.applying != 0 {
+			why = whyJournalDamaged // half an epoch lies there, too
+		}
+		if err := r.dropJournal(why); err != nil {
 			return err
 		}
 		pending, damage = nil, nil
@@ -55,6 +59,47 @@ func (r *Replica) recover(ctx context.Context, o OpenOptions) error {
 		return r.dropJournal(why)
 	}
 	return nil
+}
+
+// AcceptChanges takes what somebody else wrote to a replica, a mount that
+// replayed a log for one, for its content: from then on it holds a position of
+// its own, in the generation given, which no other copy has. It is for the
+// operator who knows what was done; without a reason for it nothing happens.
+// The error is ErrNotConsistent when the image is not whole for another reason.
+func (r *Replica) AcceptChanges(g Generation) error {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	r.mu.Lock()
+	sb, err := r.sb, r.usable()
+	r.mu.Unlock()
+	switch {
+	case err != nil:
+		return err
+	case sb.state == DiskConsistent:
+		return nil
+	case sb.state != DiskInconsistent || sb.why != whyChangedOutside || r.open != nil:
+		return fmt.Errorf("%s: %w: it is %s, and not because it was changed outside", r.store.Name(), ErrNotConsistent, sb.state)
+	}
+	next := Position{g, sb.lineage.Tip().Epoch + 1}
+	lineage := sb.lineage.Extend(next)
+	if err := lineage.Check(); err != nil {
+		return err
+	}
+	// Any chunk may hold data now, those that were all zero among them.
+	if err := r.cmap.writeAll(next.Epoch, nil); err != nil {
+		return r.failed(err)
+	}
+	watched, err := watch(r.store, r.lay, nil, newTouched(r.lay.size))
+	if err != nil {
+		return r.failed(err)
+	}
+	if err := r.store.Flush(); err != nil {
+		return r.failed(fmt.Errorf("%s: flush: %w", r.store.Name(), err))
+	}
+	return r.writeSuper(2, func(sb *superblock) {
+		sb.state, sb.why, sb.needFull = DiskConsistent, whyNone, false
+		sb.lineage, sb.applied, sb.committed, sb.mapBase, sb.watched = lineage, next, next, next.Epoch, watched
+	}, nil)
 }
 
 // adopt takes over the epochs found in the journal, of which the last ones

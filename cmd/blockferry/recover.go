@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -15,7 +17,8 @@ import (
 )
 
 type recoverOptions struct {
-	dropJournal bool
+	dropJournal   bool
+	acceptChanges bool
 }
 
 func newRecover(g *globalOptions) *cobra.Command {
@@ -23,13 +26,14 @@ func newRecover(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recover DEVICE",
 		Short: "Make a replica's disk mountable where no agent runs",
-		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use.",
+		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use.\nA mount writes to it; should it have to serve as a replica again, its changed\ncontent must be accepted first, with --accept-changes.",
 		Args:  exactly(1, "DEVICE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.recover(cmd.Context(), args[0], o)
 		},
 	}
 	cmd.Flags().BoolVar(&o.dropJournal, "drop-journal", false, "go back to the image before acknowledged changes that can't be applied any more")
+	cmd.Flags().BoolVar(&o.acceptChanges, "accept-changes", false, "what was written to it meanwhile, by a mount for one, is its content from now on")
 	return cmd
 }
 
@@ -51,9 +55,22 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 		return err
 	}
 	defer replica.Close()
+	if o.acceptChanges {
+		var fresh protocol.Generation
+		if _, err := rand.Read(fresh[:]); err != nil {
+			return err
+		}
+		if err := replica.AcceptChanges(fresh); err != nil {
+			return exit.Mark(exit.Refused, err)
+		}
+	}
 	s := replica.Status()
 	if s.Err != nil {
 		return s.Err
+	}
+	if s.NeedsFull && s.State == protocol.DiskInconsistent && s.ChangedOutside {
+		return exit.Errorf(exit.Refused, "%s was written to by something else than blockferry (%s); to sync it in full from its volume, leave it to the agent; if the volume is lost and this content is good, repeat with --accept-changes",
+			path, strings.Join(s.Warnings, "; "))
 	}
 	if s.State != protocol.DiskConsistent {
 		return exit.Errorf(exit.Refused, "%s holds no whole image: it is %s (%s); use another replica", path, s.State, s.Reason)
