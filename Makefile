@@ -42,7 +42,7 @@ race:
 	CGO_ENABLED=1 go test -race -skip '$(RACE_SKIP)' $(PACKAGES)
 
 integration: # RUN=REGEXP chooses tests
-	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 40m $(if $(RUN),-run '$(RUN)') ./integration/...
+	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 60m $(if $(RUN),-run '$(RUN)') ./integration/...
 
 bench: deps # FIGURE=NAME, QUICK=1; without a name it lists them
 	go run ./integration/bench $(if $(QUICK),-quick) $(FIGURE)

@@ -125,16 +125,17 @@ func mustUnmount(t *testing.T, dir string) {
 // a consistent ext4 or xfs. It works on a copy: the device is only read.
 func fsck(t *testing.T, kind, device string) {
 	t.Helper()
-	if out, err := checkCopy(t, kind, device); err != nil {
+	if out, err := checkCopy(t, kind, device, sectors(t, device)*sector); err != nil {
 		t.Fatalf("%s on %s is damaged: %v\n%s", kind, device, err, out)
 	}
 }
 
-func checkCopy(t *testing.T, kind, device string) (string, error) {
+// checkCopy checks a copy of the device's first size bytes.
+func checkCopy(t *testing.T, kind, device string, size int64) (string, error) {
 	t.Helper()
 	copyPath := filepath.Join(t.TempDir(), "image")
 	defer os.Remove(copyPath) // it stands in the guest's memory
-	copyDevice(t, device, copyPath)
+	copyDevice(t, device, copyPath, size)
 	loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", copyPath))
 	defer cleanup("losetup", "--detach", loop)
 	dir, err := os.MkdirTemp("/mnt", "")
@@ -157,19 +158,19 @@ func checkCopy(t *testing.T, kind, device string) (string, error) {
 	return tryRun(t, "e2fsck", "-fn", loop)
 }
 
-// copyDevice copies a device, read with O_DIRECT, into a sparse file.
-func copyDevice(t *testing.T, device, to string) {
+// copyDevice copies a device's first size bytes, read with O_DIRECT, into a
+// sparse file.
+func copyDevice(t *testing.T, device, to string, size int64) {
 	t.Helper()
 	out, err := os.Create(to)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	size := sectors(t, device) * 512
 	if err := out.Truncate(size); err != nil {
 		t.Fatal(err)
 	}
-	err = readDirect(device, func(offset int64, piece []byte) error {
+	err = readDirectTo(device, size, func(offset int64, piece []byte) error {
 		if allZero(piece) {
 			return nil
 		}

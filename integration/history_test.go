@@ -24,6 +24,8 @@ type history struct {
 	MaxBytes int64
 	// Span, if set, keeps all writes within the device's first Span bytes.
 	Span int64
+	// Pause is how long the writer waits after each write.
+	Pause time.Duration
 }
 
 const (
@@ -155,6 +157,9 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 			return fmt.Errorf("write %d: %w", k, err)
 		}
 		w.ackedK.Store(k)
+		if h.Pause > 0 {
+			time.Sleep(h.Pause)
+		}
 	}
 	return nil
 }
@@ -341,7 +346,18 @@ func readDirect(device string, fn func(offset int64, piece []byte) error) error 
 	if err != nil {
 		return err
 	}
+	return readDirectTo(device, size, fn)
+}
+
+// readDirectTo is readDirect for the device's first size bytes.
+func readDirectTo(device string, size int64, fn func(offset int64, piece []byte) error) error {
+	file, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
 	buffer := alignedBuffer(1 << 20)
+	defer unix.Munmap(buffer)
 	for offset := int64(0); offset < size; offset += int64(len(buffer)) {
 		piece := buffer[:min(int64(len(buffer)), size-offset)]
 		if n, err := file.ReadAt(piece, offset); n < len(piece) {

@@ -183,7 +183,7 @@ func TestHarnessFsckSeesDamage(t *testing.T) {
 				t.Fatal(err)
 			}
 			disk.Close()
-			if out, err := checkCopy(t, kind, ubd(i)); err == nil {
+			if out, err := checkCopy(t, kind, ubd(i), sectors(t, ubd(i))*sector); err == nil {
 				t.Errorf("damage to %s was not seen:\n%s", kind, out)
 			}
 		}

@@ -145,7 +145,7 @@ func TestStackCutsMountedFilesystems(t *testing.T) {
 				dir := mustMount(t, kind, v.Path(), "")
 				stop := make(chan struct{})
 				stopped := make(chan error, 1)
-				go func() { stopped <- churn(dir, stop) }()
+				go func() { stopped <- churn(dir, stop, 0) }()
 				for n := uint64(1); n <= 3; n++ {
 					time.Sleep(500 * time.Millisecond)
 					c := mustCut(t, v, n, true)
@@ -175,8 +175,8 @@ func TestStackCutsMountedFilesystems(t *testing.T) {
 	}
 }
 
-// churn makes, renames and removes files until stopped.
-func churn(dir string, stop chan struct{}) error {
+// churn makes, renames and removes files until stopped, with a pause before each.
+func churn(dir string, stop chan struct{}, pause time.Duration) error {
 	content := bytes.Repeat([]byte("churn"), 10000)
 	for i := 0; ; i++ {
 		select {
@@ -184,6 +184,7 @@ func churn(dir string, stop chan struct{}) error {
 			return nil
 		default:
 		}
+		time.Sleep(pause)
 		name := fmt.Sprintf("%s/d%d/f%d", dir, i%7, i%50)
 		if err := os.MkdirAll(fmt.Sprintf("%s/d%d", dir, i%7), 0o755); err != nil {
 			return err
