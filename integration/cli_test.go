@@ -314,6 +314,30 @@ func TestAgentKilledUnderLoad(t *testing.T) {
 	})
 }
 
+// killInRestore begins a restore, kills the agent once it has made progress and
+// returns the command's exit code.
+func (c *cli) killInRestore(t *testing.T) int {
+	t.Helper()
+	restore := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "restore", "--json")
+	progress, err := restore.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := restore.Start(); err != nil {
+		t.Fatal(err)
+	}
+	buffer := make([]byte, 4096)
+	for seen := ""; !strings.Contains(seen, `"done-bytes":`); {
+		n, err := progress.Read(buffer)
+		if seen += string(buffer[:n]); err != nil {
+			t.Fatalf("the restore told no progress: %q, %v", seen, err)
+		}
+	}
+	c.kill(t)
+	_ = restore.Wait()
+	return restore.ProcessState.ExitCode()
+}
+
 // A restore that was interrupted is never taken for a volume; it goes on
 // where it stopped, by itself if it may.
 func TestRestoreInterrupted(t *testing.T) {
@@ -334,24 +358,7 @@ func TestRestoreInterrupted(t *testing.T) {
 		zeroDisk(t, ssd)
 		c.start(t)
 		c.await(t, "known to be blank", time.Minute, func(v status.Volume) bool { return v.Disk == "Diskless" })
-		restore := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "restore", "--json")
-		progress, err := restore.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := restore.Start(); err != nil {
-			t.Fatal(err)
-		}
-		buffer := make([]byte, 4096)
-		for seen := ""; !strings.Contains(seen, `"done-bytes":`); {
-			n, err := progress.Read(buffer)
-			if seen += string(buffer[:n]); err != nil {
-				t.Fatalf("the restore told no progress: %q, %v", seen, err)
-			}
-		}
-		c.kill(t)
-		_ = restore.Wait()
-		if code := restore.ProcessState.ExitCode(); code != 5 {
+		if code := c.killInRestore(t); code != 5 {
 			t.Errorf("restore, its agent gone: exit code %d, want 5", code)
 		}
 		c.start(t)

@@ -2,7 +2,6 @@ package integration
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -123,23 +122,7 @@ func TestRestoreFromRenamedReplica(t *testing.T) {
 		zeroDisk(t, ssd)
 		c.start(t)
 		c.await(t, "known to be blank", time.Minute, func(v status.Volume) bool { return v.Disk == "Diskless" })
-		restore := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "restore", "--json")
-		progress, err := restore.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := restore.Start(); err != nil {
-			t.Fatal(err)
-		}
-		buffer := make([]byte, 4096)
-		for seen := ""; !strings.Contains(seen, `"done-bytes":`); {
-			n, err := progress.Read(buffer)
-			if seen += string(buffer[:n]); err != nil {
-				t.Fatalf("the restore told no progress: %q, %v", seen, err)
-			}
-		}
-		c.kill(t)
-		_ = restore.Wait()
+		c.killInRestore(t)
 		renamed := newCLI(t, strings.Replace(oneReplica(ssd, ebs), "ebs:", "durable:", 1))
 		renamed.start(t)
 		renamed.await(t, "known to be half restored", time.Minute, func(v status.Volume) bool { return strings.Contains(v.Reason, "did not end") })
