@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"blockferry/proto"
 )
 
@@ -60,7 +58,7 @@ func (e *RestoreMismatchError) Error() string {
 // both. It returns the lineage the target then holds. After an error it may be called
 // again with the state last saved: what is durable is not sent again. While
 // it runs nobody else may write the target.
-func RestoreTo(ctx context.Context, conn grpc.ClientConnInterface, cfg RestoreConfig) (Lineage, error) {
+func RestoreTo(ctx context.Context, client proto.ReplicationClient, cfg RestoreConfig) (Lineage, error) {
 	if cfg.Writers <= 0 {
 		cfg.Writers = 8
 	}
@@ -79,7 +77,7 @@ func RestoreTo(ctx context.Context, conn grpc.ClientConnInterface, cfg RestoreCo
 	if cfg.Target.Size() < cfg.SizeBytes {
 		return nil, fmt.Errorf("restore: %s has %d bytes, the volume %d", cfg.Target.Name(), cfg.Target.Size(), cfg.SizeBytes)
 	}
-	r := &restorer{cfg: cfg, client: proto.NewReplicationClient(conn), state: RestoreState{Replica: cfg.Replica}}
+	r := &restorer{cfg: cfg, client: client, state: RestoreState{Replica: cfg.Replica}}
 	if cfg.From != nil {
 		r.state = *cfg.From
 		if r.state.Replica != cfg.Replica {

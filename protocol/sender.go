@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"blockferry/proto"
 )
 
@@ -113,9 +111,10 @@ type Link struct {
 	count linkCounters
 }
 
-// Connect makes the handshake. conn may be a connection over a Unix socket or
-// over TLS; it stays the caller's. A refusal is a *RefusedError.
-func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig, primary Lineage) (*Link, error) {
+// Connect makes the handshake. client may be a LocalClient, or one over a Unix
+// socket or TLS, whose connection stays the caller's. A refusal is a
+// *RefusedError.
+func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig, primary Lineage) (*Link, error) {
 	cfg = cfg.withDefaults()
 	key := make([]byte, HashKeyBytes)
 	if _, err := rand.Read(key); err != nil {
@@ -142,7 +141,7 @@ func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig,
 		}
 		return nil, fmt.Errorf("replica %q: %w", cfg.Replica, err)
 	}
-	if l.stream, err = proto.NewReplicationClient(conn).Replicate(streamCtx); err != nil {
+	if l.stream, err = client.Replicate(streamCtx); err != nil {
 		return fail(err)
 	}
 	// An error of Send is told by Recv.

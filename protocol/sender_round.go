@@ -317,6 +317,9 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p
 				return err
 			}
 		}
+		if p.frames == nil {
+			p.frames = make([]byte, 0, MaxFramesBytes)
+		}
 		p.frames = AppendFrames(p.frames, meta, r.Offset, data[:n], p.codec)
 		data = data[n:]
 		r.Offset += int64(n)
@@ -341,9 +344,8 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 		b = b[FrameHeaderBytes+binary.LittleEndian.Uint32(b[36:]):]
 	}
 	l.count.wire.Add(uint64(len(p.frames)))
-	// gRPC has encoded the message when Send returns, so the buffer is free again.
 	err := l.sendLocked(&proto.FromPrimary{Message: &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: p.frames}}})
-	p.frames = p.frames[:0]
+	p.frames = nil // the receiver's now
 	return err
 }
 

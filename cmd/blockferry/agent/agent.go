@@ -84,11 +84,8 @@ func Run(ctx context.Context, o Options) error {
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
 	}
-	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream),
-		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
-		grpc.MaxRecvMsgSize(protocol.MaxMessageBytes), grpc.MaxSendMsgSize(protocol.MaxMessageBytes))
+	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream))
 	proto.RegisterControlServer(server, control{agent: a})
-	proto.RegisterReplicationServer(server, a.receiver)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 
