@@ -67,10 +67,14 @@ func TestRestore(t *testing.T) {
 	const size = 24<<20 + 5*BlockSize
 	n, want, lineage := restoreRig(t, size)
 	for _, codec := range []Codec{CodecNone, CodecS2, CodecZstd} {
+		client := n.client()
+		if codec == CodecS2 {
+			client = LocalClient(n.recv)
+		}
 		m := target(t, size+1<<20)
 		var saved []RestoreState
 		var last RestoreProgress
-		got, err := RestoreTo(t.Context(), n.client(), RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, Codec: codec,
+		got, err := RestoreTo(t.Context(), client, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, Codec: codec,
 			Save: func(s RestoreState) error { saved = append(saved, s); return nil }, Progress: func(p RestoreProgress) { last = p }, CheckpointBytes: 4 << 20})
 		if err != nil || !got.Equal(lineage) {
 			t.Fatalf("%v: %v, want %v", err, got, lineage)

@@ -83,6 +83,8 @@ type Link struct {
 	cancel  context.CancelFunc
 	readers chan struct{}
 	packers chan *packer
+	frames  *framePool
+	local   bool // the receiver gives the memory of frames back
 
 	done    chan struct{} // closed when the reader has ended
 	dead    chan struct{} // closed when the session ended
@@ -131,6 +133,10 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 		readers: make(chan struct{}, cfg.Readers), packers: make(chan *packer, cfg.Batches),
 		done: make(chan struct{}), dead: make(chan struct{}), answers: make(chan *proto.FromReplica, 4),
 		more: make(chan struct{}), pending: map[uint64]chan *proto.Differences{},
+	}
+	l.frames = &framePool{}
+	if c, ok := client.(localClient); ok {
+		l.frames, l.local = &c.receiver.frames, true
 	}
 	stop := context.AfterFunc(ctx, cancel)
 	fail := func(err error) (*Link, error) {

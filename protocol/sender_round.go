@@ -267,7 +267,9 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 
 func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, data []byte, p *packer) error {
 	send := batch
-	p.frames = p.frames[:0] // an earlier round may have been given up
+	if p.frames != nil {
+		p.frames = p.frames[:0] // an earlier round may have been given up
+	}
 	l.mu.Lock()
 	compare := r.Narrow && l.narrow && l.advisor.worthwhile(int64(len(data)))
 	l.mu.Unlock()
@@ -318,7 +320,7 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p
 			}
 		}
 		if p.frames == nil {
-			p.frames = make([]byte, 0, MaxFramesBytes)
+			p.frames = l.frames.get()
 		}
 		p.frames = AppendFrames(p.frames, meta, r.Offset, data[:n], p.codec)
 		data = data[n:]
@@ -345,7 +347,10 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 	}
 	l.count.wire.Add(uint64(len(p.frames)))
 	err := l.sendLocked(&proto.FromPrimary{Message: &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: p.frames}}})
-	p.frames = nil // the receiver's now
+	if !l.local {
+		l.frames.put(p.frames) // encoded by now
+	}
+	p.frames = nil
 	return err
 }
 

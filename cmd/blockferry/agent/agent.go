@@ -79,7 +79,8 @@ func Run(ctx context.Context, o Options) error {
 		return exit.Mark(exit.Prerequisite, err)
 	}
 	defer a.dm.Close()
-	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{})
+	// A local replica is as near as memory: more under way would only take memory.
+	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: 8 << 20})
 	defer a.receiver.Close()
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
