@@ -133,19 +133,20 @@ func (g *Guard) ensure() error {
 	return g.exchange(l)
 }
 
-// tell logs that a dead-man of the agent's own had to be started.
+// tell logs that a dead-man of the agent's own had to be started; missing is
+// why the service did not do, nil if it was left alone.
 func (g *Guard) tell(l *link, missing error) {
-	level := slog.LevelInfo
-	if g.options.Socket != "" && g.options.ServiceExpected {
-		level = slog.LevelWarn
-	}
-	if missing == nil && g.options.Socket != "" {
-		missing = errors.New("it did not answer")
-	}
-	if missing == nil {
+	if g.options.Socket == "" {
 		return
 	}
-	g.options.Log.Log(nil, level, "the dead-man's service is not there; the agent starts a dead-man of its own: whatever kills the agent's whole control group kills both, "+
+	if missing == nil {
+		missing = errors.New("it did not answer")
+	}
+	say := g.options.Log.Info
+	if g.options.ServiceExpected {
+		say = g.options.Log.Warn
+	}
+	say("the dead-man's service is not there; the agent starts a dead-man of its own: whatever kills the agent's whole control group kills both, "+
 		"and a volume may stay suspended until the next agent; start the service (systemctl enable --now blockferry-deadman), it is taken at the next cut",
 		"socket", g.options.Socket, "error", missing, "pid", l.pid)
 }
