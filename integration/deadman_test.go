@@ -410,11 +410,40 @@ func TestDeadManStopped(t *testing.T) {
 	})
 }
 
+// lockedAndSpared checks that the service does not depend on a disk or on the
+// memory that others leave.
+func (d *deadManTest) lockedAndSpared() {
+	d.t.Helper()
+	proc := fmt.Sprintf("/proc/%d/", d.service.Process.Pid)
+	text, err := os.ReadFile(proc + "status")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	adjust, err := os.ReadFile(proc + "oom_score_adj")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	kib := func(key string) int {
+		m := regexp.MustCompile(key + `:\s+(\d+) kB`).FindSubmatch(text)
+		if m == nil {
+			d.t.Fatalf("no %s in %s", key, text)
+		}
+		n, _ := strconv.Atoi(string(m[1]))
+		return n
+	}
+	resident, locked := kib("VmRSS"), kib("VmLck")
+	d.t.Logf("the dead-man's service: %d KiB resident, %d KiB of addresses locked, oom_score_adj %s", resident, locked, strings.TrimSpace(string(adjust)))
+	if locked < resident || resident > 64<<10 || strings.TrimSpace(string(adjust)) != "-1000" {
+		d.t.Error("its memory is not locked or too large, or the kernel may take it")
+	}
+}
+
 // The dead-man's service can be restarted at any time: a cut under way is
 // waited for, and the next has the new one.
 func TestDeadManRestarted(t *testing.T) {
 	deadManGuest(t, defaultStall, true, func(d *deadManTest) {
 		d.slow(30)
+		d.lockedAndSpared()
 		void := d.count(voidCut)
 		for i := range 6 {
 			d.awaitCut()
@@ -422,8 +451,14 @@ func TestDeadManRestarted(t *testing.T) {
 				awaitSuspended(t, d.ctl, "data", true, 20*time.Second)
 			}
 			old := d.service
-			if err := old.Process.Signal(unix.SIGTERM); err != nil {
-				t.Fatal(err)
+			for range 2 { // a second signal makes it no more impatient
+				if err := old.Process.Signal(unix.SIGTERM); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(20 * time.Millisecond)
+				if i%2 != 0 {
+					break // it has ended
+				}
 			}
 			if err := old.Wait(); err != nil {
 				t.Errorf("the service ended with %v", err)

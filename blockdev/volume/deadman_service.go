@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -30,16 +31,16 @@ const (
 )
 
 // ServeDeadMan is the whole life of a dead-man that is a service of its own:
-// it serves any number of agents' guards, until SIGTERM or SIGINT; then it ends
-// as soon as no suspend is under way. It is the only thing its process should
-// do, which is locked in memory. Only processes of its own user, root, are
-// answered. ready is called when devices that nobody looks after are resumed
-// and it is about to accept. The listener is closed.
-func ServeDeadMan(l *net.UnixListener, log *slog.Logger, ready func()) error {
+// it serves any number of agents' guards until ctx ends; then it returns as
+// soon as no suspend is under way. It is the only thing its process should do,
+// which is locked in memory and ignores the signals that end others. Only
+// processes of its own user, root, are answered. ready is called when devices
+// that nobody looks after are resumed and it is about to accept. The listener
+// is closed.
+func ServeDeadMan(ctx context.Context, l *net.UnixListener, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
 	control, err := becomeDeadMan()
 	if err != nil {
@@ -47,14 +48,9 @@ func ServeDeadMan(l *net.UnixListener, log *slog.Logger, ready func()) error {
 	}
 	defer control.Close()
 	resumeOrphans(control, log)
-	stop := make(chan struct{})
-	go func() { // ends with the process
-		<-signals
-		close(stop)
-	}()
 	ready()
 	s := &service{resumer: dmResumer{control}, now: bootTime, log: log}
-	s.serve(l, stop)
+	s.serve(l, ctx.Done())
 	return nil
 }
 

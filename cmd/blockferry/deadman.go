@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"log/slog"
 	"os"
 
@@ -31,20 +32,20 @@ func newDeadMan(g *globalOptions) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return serveDeadMan(socket, log)
+			return serveDeadMan(cmd.Context(), socket, log)
 		},
 	}
 	cmd.Flags().StringVar(&socket, "listen", "", "serve agents on this Unix socket, until SIGTERM; without it: one, on standard input and output")
 	return cmd
 }
 
-func serveDeadMan(socket string, log *slog.Logger) error {
+func serveDeadMan(ctx context.Context, socket string, log *slog.Logger) error {
 	l, closeListener, err := agent.Listen(socket, "dead-man", "--listen")
 	if err != nil {
 		return err
 	}
 	defer closeListener()
-	return volume.ServeDeadMan(l, log, func() {
+	return volume.ServeDeadMan(ctx, l, log, func() {
 		log.Info("dead-man serves", "socket", socket, "pid", os.Getpid())
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.Warn("the service manager was not told", "error", err)
