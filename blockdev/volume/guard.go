@@ -15,8 +15,10 @@ import (
 
 const (
 	// answerPatience is how long ARM's answer may take, and the end of a
-	// dead-man's process; nothing is suspended meanwhile.
-	answerPatience = 5 * time.Second
+	// dead-man's process; nothing is suspended meanwhile. A service gets
+	// servicePatience: without it the cut goes on all the same.
+	answerPatience  = 5 * time.Second
+	servicePatience = time.Second
 	// resumeGrace is how long after the stall limit RESUME's answer may come.
 	// Then the agent resumes by itself.
 	resumeGrace = 100 * time.Millisecond
@@ -191,7 +193,7 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
-		answer, err = g.ask([]byte(line), time.Now().Add(answerPatience))
+		answer, err = g.ask([]byte(line), time.Now().Add(g.patience()))
 		if err == nil && string(answer) == "ARMED" {
 			copy(g.request[:], "RESUME\n")
 			return nil
@@ -203,6 +205,15 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 	}
 	g.window.Unlock()
 	return fmt.Errorf("arm the dead-man: %w", err)
+}
+
+func (g *Guard) patience() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.link != nil && g.link.child == nil {
+		return servicePatience
+	}
+	return answerPatience
 }
 
 // resume has the devices resumed. Its error is ErrLate when the dead-man was

@@ -377,3 +377,24 @@ func TestGuardLeavesAServiceThatRefuses(t *testing.T) {
 		t.Errorf("it was asked %d times", n)
 	}
 }
+
+// Nor does one that hangs hold every cut up.
+func TestGuardLeavesAServiceThatHangs(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket) // nobody accepts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	g := newTestGuard(t, GuardOptions{Socket: socket, Command: shell(obedient)})
+	start := time.Now()
+	for range 3 {
+		mustArm(t, g, time.Second)
+		if err := g.resume(func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(start); took < servicePatience || took > 2*servicePatience {
+		t.Errorf("3 cuts took %s", took)
+	}
+}
