@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -13,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // shell is a dead-man in a shell script.
@@ -33,6 +36,13 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
+func (l *logBuffer) text() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// take is text, and forgets it.
 func (l *logBuffer) take() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -303,6 +313,53 @@ func TestServiceRefuses(t *testing.T) {
 		}
 		if time.Now().After(deadline) {
 			t.Fatal("no room again")
+		}
+	}
+}
+
+// Whoever gets at the socket all the same is refused, unless it is root's.
+func TestServiceRefusesOtherUsers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can be somebody else")
+	}
+	const nobody = 65534
+	// Not t.TempDir: its parents are closed to others.
+	dir, err := os.MkdirTemp("/tmp", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s := startService(t, filepath.Join(dir, "s"))
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(s.socket, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	var conn net.Conn
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends as another user
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); errno != 0 {
+			done <- errno
+			return
+		}
+		var err error
+		conn, err = net.Dial("unix", s.socket)
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	answer := make([]byte, 100)
+	_, _ = conn.Write([]byte("ARM 100 vol\n"))
+	if n, err := conn.Read(answer); err == nil {
+		t.Errorf("another user is answered '%s'", answer[:n])
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if text := s.log.text(); strings.Contains(text, "of user 65534") {
+			return
+		} else if time.Now().After(deadline) {
+			t.Fatalf("its log: %s", text)
 		}
 	}
 }
