@@ -56,7 +56,14 @@ func newTestGuard(t *testing.T, o GuardOptions) *Guard {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { g.Close() })
+	t.Cleanup(func() {
+		if !g.window.TryLock() {
+			_ = g.exchange(nil) // a test that failed in the middle of a suspend
+			return
+		}
+		g.window.Unlock()
+		g.Close()
+	})
 	return g
 }
 
@@ -108,7 +115,7 @@ func TestGuardWaitsNoLongerThanTheLimit(t *testing.T) {
 	start := time.Now()
 	var after time.Duration
 	err := g.resume(func() error { after = time.Since(start); return nil })
-	if !errors.Is(err, ErrLate) || after < limit || after > limit+resumeGrace+time.Second {
+	if !errors.Is(err, ErrLate) || after < limit || after > limit+time.Second {
 		t.Errorf("rescued after %s, the limit is %s: %v", after, limit, err)
 	}
 	first := g.Pid()
