@@ -59,7 +59,6 @@ func deadManGuest(t *testing.T, stallLimit time.Duration, withService bool, fn f
 		d.inside = d.inGroup("agent")
 		d.agentFlags = []string{"--dead-man-socket", d.socket}
 		d.must(t, "create")
-		t.Cleanup(func() { cleanup("dmsetup", "resume", "data") }) // should all of it have failed
 		if withService {
 			d.startService()
 		}
@@ -67,6 +66,11 @@ func deadManGuest(t *testing.T, stallLimit time.Duration, withService bool, fn f
 		v := d.await(t, "up to date", time.Minute, upToDate)
 		d.history = history{Seed: 21, Size: sectors(t, v.Path) * sector, MaxBytes: 64 << 10, Span: 4 << 20, Pause: 5 * time.Millisecond}
 		d.writer = startWriter(t, v.Path, d.history, 1)
+		t.Cleanup(func() { // should all of it have failed; the writer's end waits for it
+			if info, err := d.ctl.Info("data"); err == nil && info.Suspended {
+				cleanup("dmsetup", "resume", "data")
+			}
+		})
 		d.writer.awaitWrites(t, 50)
 		d.spans = watchSuspends(t, d.ctl, "data")
 		fn(d)
