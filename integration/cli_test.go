@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +19,8 @@ import (
 // cli drives the built binary as a user would.
 type cli struct {
 	binary, config, socket string
+	inside                 []string // command that starts the agent, none: directly
+	agentFlags             []string
 	agent                  *exec.Cmd
 	log                    *os.File
 	ended                  chan error
@@ -88,7 +91,8 @@ func (c *cli) refused(t *testing.T, code int, words []string, args ...string) {
 
 func (c *cli) start(t *testing.T) {
 	t.Helper()
-	c.agent = exec.Command(c.binary, "--config", c.config, "--socket", c.socket, "agent", "--verbose")
+	line := slices.Concat(c.inside, []string{c.binary, "--config", c.config, "--socket", c.socket, "agent", "--verbose"}, c.agentFlags)
+	c.agent = exec.Command(line[0], line[1:]...)
 	c.agent.Stdout, c.agent.Stderr = c.log, c.log
 	if err := c.agent.Start(); err != nil {
 		t.Fatal(err)

@@ -152,6 +152,26 @@ func slowMeta(t *testing.T, delayMS int) string {
 	return disk
 }
 
+// awaitSuspended waits until a device is suspended, or is not, and returns how
+// long that took.
+func awaitSuspended(t *testing.T, ctl *dm.Control, name string, want bool, within time.Duration) time.Duration {
+	t.Helper()
+	start := time.Now()
+	for {
+		info, err := ctl.Info(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Suspended == want {
+			return time.Since(start)
+		}
+		if time.Since(start) > within {
+			t.Fatalf("after %s, suspended is not %v", within, want)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // Promise: an agent that is stopped or killed while the volume is suspended
 // never leaves it so, and a cut it was stopped in is void.
 func TestStackDeadManFreesWriters(t *testing.T) {
@@ -164,31 +184,14 @@ func TestStackDeadManFreesWriters(t *testing.T) {
 		if err := v.Close(); err != nil {
 			t.Fatal(err)
 		}
-		awaitSuspended := func(want bool, within time.Duration) time.Duration {
-			t.Helper()
-			start := time.Now()
-			for {
-				info, err := ctl.Info("vol")
-				if err != nil {
-					t.Fatal(err)
-				}
-				if info.Suspended == want {
-					return time.Since(start)
-				}
-				if time.Since(start) > within {
-					t.Fatalf("after %s, suspended is not %v", within, want)
-				}
-				time.Sleep(time.Millisecond)
-			}
-		}
 		child, out := startCutter(t, 100, "1500ms")
 		for range 3 {
 			out.await(t, "cut")
-			awaitSuspended(true, 10*time.Second)
+			awaitSuspended(t, ctl, "vol", true, 10*time.Second)
 			if err := child.Process.Signal(unix.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
-			took := awaitSuspended(false, 10*time.Second)
+			took := awaitSuspended(t, ctl, "vol", false, 10*time.Second)
 			if took > 2500*time.Millisecond {
 				t.Errorf("the dead-man resumed after %s, the limit is 1.5 s", took)
 			}
@@ -212,10 +215,10 @@ func TestStackDeadManFreesWriters(t *testing.T) {
 		for i := range 3 {
 			child, out := startCutter(t, uint64(10000*(i+1)), "20s")
 			out.await(t, "cut")
-			awaitSuspended(true, 10*time.Second)
+			awaitSuspended(t, ctl, "vol", true, 10*time.Second)
 			child.Process.Kill()
 			child.Wait()
-			if took := awaitSuspended(false, 15*time.Second); took > 3*time.Second {
+			if took := awaitSuspended(t, ctl, "vol", false, 15*time.Second); took > 3*time.Second {
 				t.Errorf("resumed %s after the kill", took)
 			}
 			mustWriteBlock(t, v.Path(), 4096, 3)

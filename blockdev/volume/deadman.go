@@ -18,7 +18,7 @@ import (
 )
 
 // The dead-man resumes suspended devices when the process that suspended them
-// does not come back. One line each way, over pipes:
+// does not come back. One line each way, over a Unix socket:
 //
 //	ARM <limit in ms> <device> <device> ...   inner to outer
 //	    -> ARMED, or ERROR <why>
@@ -27,10 +27,10 @@ import (
 //
 // From ARMED on it resumes by itself once the limit has passed, and goes on
 // looking every 100 ms until RESUME has fetched its LATE: the other side may
-// have been stopped just before it suspended. When the pipe closes it resumes
-// and ends. IN-TIME says that from ARMED to RESUME nothing was resumed by
-// anybody but on request, so what was read in between was read under the
-// suspend.
+// have been stopped just before it suspended. When the connection closes it
+// resumes and ends. IN-TIME says that the limit had not passed at RESUME and
+// that the outermost device was still suspended then, so that nobody else had
+// resumed it either: what was read in between was read under the suspend.
 const (
 	deadmanRecheck = 100 * time.Millisecond
 	// deadmanLastTries bounds how often a dead-man without an agent tries.
@@ -41,30 +41,37 @@ const (
 	maxStallLimit = time.Minute
 )
 
-// resumer resumes a device that is suspended and leaves any other alone. A
-// device that does not exist is no error.
+// resumer resumes a device that is suspended and leaves any other alone; held
+// says which it was. A device that does not exist is no error.
 type resumer interface {
-	resume(name string) error
+	resume(name string) (held bool, err error)
 }
 
-// RunDeadMan is the dead-man's whole life: it reads requests from r and
-// answers on w until r ends. It is the only thing its process should do. The
-// process is locked in memory and ignores the signals that end an agent.
+// RunDeadMan is the whole life of a dead-man that one agent started: it reads
+// requests from r and answers on w until r ends. It is the only thing its
+// process should do. The process is locked in memory and ignores the signals
+// that end an agent.
 func RunDeadMan(r io.Reader, w io.Writer) error {
-	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT)
-	debug.SetGCPercent(-1) // it allocates some hundred bytes a cut
-	debug.SetMemoryLimit(64 << 20)
-	// A kernel short of memory should take anybody else. Not every place allows it.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
-	if err := LockMemory(); err != nil {
-		return err
-	}
-	control, err := dm.Open()
+	// An answer that nobody takes must not end it: there may be devices to resume.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
+	control, err := becomeDeadMan()
 	if err != nil {
 		return err
 	}
 	defer control.Close()
 	return (&deadman{resumer: dmResumer{control}, now: bootTime, out: w}).run(r)
+}
+
+// becomeDeadMan makes this process one that waits for nothing.
+func becomeDeadMan() (*dm.Control, error) {
+	debug.SetGCPercent(-1) // it allocates some hundred bytes a cut
+	debug.SetMemoryLimit(64 << 20)
+	// A kernel short of memory should take anybody else. Not every place allows it.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	if err := LockMemory(); err != nil {
+		return nil, err
+	}
+	return dm.Open()
 }
 
 // LockMemory keeps every page the process has touched in memory, now and from
@@ -87,18 +94,20 @@ func bootTime() time.Duration {
 
 type dmResumer struct{ control *dm.Control }
 
-func (r dmResumer) resume(name string) error {
+func (r dmResumer) resume(name string) (held bool, err error) {
 	info, err := r.control.Info(name)
 	if err != nil || !info.Suspended || !info.HasActive {
-		return err
+		return false, err
 	}
-	return r.control.Resume(name)
+	return true, r.control.Resume(name)
 }
 
+// deadman serves one agent's guard: one suspend at a time.
 type deadman struct {
-	resumer resumer
-	now     func() time.Duration
-	out     io.Writer
+	resumer  resumer
+	now      func() time.Duration
+	out      io.Writer
+	stopping <-chan struct{} // closed: end as soon as nothing is armed; may be nil
 
 	devices  []string      // inner to outer; of the last ARM
 	armed    bool          // from ARM to the answer to RESUME
@@ -125,13 +134,19 @@ func (d *deadman) run(in io.Reader) error {
 	}()
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
+	stopping := d.stopping
 	for {
-		if d.armed {
+		switch {
+		case d.armed:
 			timer.Reset(d.wait())
-		} else {
+		case stopping == nil && d.stopping != nil:
+			return d.leave()
+		default:
 			timer.Stop()
 		}
 		select {
+		case <-stopping:
+			stopping = nil
 		case line := <-lines:
 			if err := d.answer(line); err != nil {
 				return errors.Join(err, d.leave())
@@ -159,7 +174,7 @@ func (d *deadman) look() {
 	if d.late == "" {
 		d.late = "the stall limit passed"
 	}
-	_ = d.resumeAll() // tried again while armed; RESUME's own try is answered
+	_, _ = d.resumeAll() // tried again while armed; RESUME's own try is answered
 }
 
 func (d *deadman) answer(line string) error {
@@ -177,8 +192,13 @@ func (d *deadman) answer(line string) error {
 		if d.late == "" && d.now() >= d.deadline {
 			d.late = "the stall limit passed"
 		}
-		if err := d.resumeAll(); err != nil && d.late == "" {
+		held, err := d.resumeAll()
+		switch {
+		case d.late != "":
+		case err != nil:
 			d.late = "resume failed: " + err.Error()
+		case !held:
+			d.late = d.devices[len(d.devices)-1] + " was not suspended any more: somebody else resumed it"
 		}
 		d.armed = false
 		if d.late != "" {
@@ -206,21 +226,22 @@ func (d *deadman) arm(fields []string) error {
 	return nil
 }
 
-func (d *deadman) resumeAll() error {
+// resumeAll resumes what is suspended; held says whether the outermost was.
+func (d *deadman) resumeAll() (held bool, err error) {
 	var errs []error
 	for _, name := range d.devices {
-		if err := d.resumer.resume(name); err != nil {
+		if held, err = d.resumer.resume(name); err != nil {
 			errs = append(errs, err)
 		}
 	}
-	return errors.Join(errs...)
+	return held, errors.Join(errs...)
 }
 
 // leave resumes for the last time: the agent is gone, or can't be spoken to.
 func (d *deadman) leave() error {
 	var err error
 	for range deadmanLastTries {
-		if err = d.resumeAll(); err == nil {
+		if _, err = d.resumeAll(); err == nil {
 			return nil
 		}
 		time.Sleep(deadmanRecheck)

@@ -5,133 +5,178 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
-	"os/exec"
 	"runtime/debug"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
 const (
-	// answerPatience is how long an answer of the dead-man may take beyond
-	// the stall limit before it counts as dead.
-	answerPatience = 5 * time.Second
+	// answerPatience is how long ARM's answer may take, and the end of a
+	// dead-man's process; nothing is suspended meanwhile. A service gets
+	// servicePatience: without it the cut goes on all the same.
+	answerPatience  = 5 * time.Second
+	servicePatience = time.Second
+	// resumeGrace is how long after the stall limit RESUME's answer may come.
+	// Then the agent resumes by itself.
+	resumeGrace = 100 * time.Millisecond
+	// serviceAgain is how long a service that did not answer is left alone.
+	serviceAgain = 10 * time.Second
+	// armTries: the first may find that the dead-man has ended, the second
+	// that the service there now refuses.
+	armTries = 3
 )
 
-// ErrLate says that the stall limit passed, or that the dead-man died, while
-// the volume was suspended: what was done in that time is worth nothing.
+// ErrLate says that the stall limit passed, that the dead-man died or that
+// somebody else resumed while the volume was suspended: what was done in that
+// time is worth nothing.
 var ErrLate = errors.New("the suspend did not hold until its end")
 
-// Guard is the agent's side of the dead-man, which it starts, and starts
-// again when it died. It serves one suspend at a time.
+// GuardOptions says where a guard finds its dead-man.
+type GuardOptions struct {
+	// Socket is where a dead-man's service answers (ServeDeadMan), "" for
+	// none. It is looked for before each suspend.
+	Socket string
+	// Command starts a dead-man while there is no service: its main must be
+	// RunDeadMan on its standard input and output. Its standard error is this
+	// process's.
+	Command []string
+	// ServiceExpected has it logged as a warning when there is no service.
+	ServiceExpected bool
+	// Log is told when the dead-man changes; nil for nobody.
+	Log *slog.Logger
+}
+
+// Guard is the agent's side of the dead-man: a connection to its service or to
+// a process of its own, made again when it ended. It serves one suspend at a
+// time.
 type Guard struct {
-	command []string
+	options GuardOptions
 
 	window sync.Mutex // held from arm to resume
 	mu     sync.Mutex // guards what follows
-	child  *child
+	link   *link
 	closed bool
 
-	request [64]byte // RESUME must not allocate
-	reply   [maxLineBytes]byte
+	// These belong to who holds window.
+	deadline time.Time // of the suspend
+	notYet   time.Time // the service is left alone until then
+	request  [64]byte  // RESUME must not allocate
+	reply    [maxLineBytes]byte
 }
 
-type child struct {
-	command *exec.Cmd
-	in      *os.File // to it
-	out     *os.File // from it
-}
-
-// NewGuard starts the dead-man: the command, whose main must be RunDeadMan on
-// its standard input and output. Its standard error is this process's.
-func NewGuard(command ...string) (*Guard, error) {
-	if len(command) == 0 {
+// NewGuard finds or starts a dead-man.
+func NewGuard(o GuardOptions) (*Guard, error) {
+	if len(o.Command) == 0 {
 		return nil, errors.New("the dead-man needs a command")
 	}
-	g := &Guard{command: command}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	g := &Guard{options: o}
 	return g, g.ensure()
 }
 
-// Pid is the dead-man's process id, 0 when it is not running.
+// Pid is the dead-man's process id, 0 when there is none.
 func (g *Guard) Pid() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.child == nil {
+	if g.link == nil {
 		return 0
 	}
-	return g.child.command.Process.Pid
+	return g.link.pid
 }
 
-// Close ends the dead-man, after a suspend that is under way.
+// Close lets the dead-man go, after a suspend that is under way. A process
+// of the guard's own ends.
 func (g *Guard) Close() error {
 	g.window.Lock()
 	defer g.window.Unlock()
 	g.mu.Lock()
 	g.closed = true
 	g.mu.Unlock()
-	return g.drop()
+	return g.exchange(nil)
 }
 
-// ensure starts the dead-man if it does not run.
+// ensure connects to the dead-man's service or, if it is not there, starts a
+// dead-man of its own, unless there is one already.
 func (g *Guard) ensure() error {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	switch {
-	case g.closed:
-		return errors.New("the dead-man was ended")
-	case g.child != nil:
+	now, closed := g.link, g.closed
+	g.mu.Unlock()
+	if closed {
+		return errors.New("the dead-man was let go")
+	}
+	if now != nil && now.failed {
+		_ = g.exchange(nil)
+		now = nil
+	}
+	if now != nil && now.child == nil {
 		return nil
 	}
-	// Plain pipes: the write end is in this process alone, so it closes when
-	// this process ends, however it ends.
-	theirIn, in, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("start the dead-man: %w", err)
+	var missing error
+	if g.options.Socket != "" && !time.Now().Before(g.notYet) {
+		var l *link
+		if l, missing = connect(g.options.Socket); missing == nil {
+			g.options.Log.Info("the dead-man's service looks after suspends", "socket", g.options.Socket, "pid", l.pid)
+			return g.exchange(l)
+		}
 	}
-	out, theirOut, err := os.Pipe()
-	if err != nil {
-		theirIn.Close()
-		in.Close()
-		return fmt.Errorf("start the dead-man: %w", err)
+	if now != nil {
+		return nil
 	}
-	command := exec.Command(g.command[0], g.command[1:]...)
-	command.Stdin, command.Stdout, command.Stderr = theirIn, theirOut, os.Stderr
-	command.Dir = "/"
-	// A session of its own: no terminal's signals.
-	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = command.Start()
-	theirIn.Close()
-	theirOut.Close()
+	l, err := spawn(g.options.Command)
 	if err != nil {
-		in.Close()
-		out.Close()
-		return fmt.Errorf("start the dead-man: %w", err)
+		return fmt.Errorf("start the dead-man: %w", errors.Join(err, missing))
 	}
-	g.child = &child{command, in, out}
-	return nil
+	g.tell(l, missing)
+	return g.exchange(l)
 }
 
-// drop ends the dead-man, if there is one, and waits for it.
-func (g *Guard) drop() error {
+// tell logs that a dead-man of the agent's own had to be started; missing is
+// why the service did not do, nil if it was left alone.
+func (g *Guard) tell(l *link, missing error) {
+	if g.options.Socket == "" {
+		return
+	}
+	if missing == nil {
+		missing = errors.New("it did not answer")
+	}
+	say := g.options.Log.Info
+	if g.options.ServiceExpected {
+		say = g.options.Log.Warn
+	}
+	say("the dead-man's service is not there; the agent starts a dead-man of its own: whatever kills the agent's whole control group kills both, "+
+		"and a volume may stay suspended until the next agent; start the service (systemctl enable --now blockferry-deadman), it is taken at the next cut",
+		"socket", g.options.Socket, "error", missing, "pid", l.pid)
+}
+
+// exchange puts another connection in the present one's place and ends that.
+func (g *Guard) exchange(l *link) error {
 	g.mu.Lock()
-	c := g.child
-	g.child = nil
+	old := g.link
+	g.link = l
 	g.mu.Unlock()
-	if c == nil {
+	if old == nil {
 		return nil
 	}
-	c.in.Close()
-	c.out.Close()
-	done := make(chan error, 1)
-	go func() { done <- c.command.Wait() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(answerPatience):
-		c.command.Process.Kill()
-		return fmt.Errorf("the dead-man did not end by itself: %w", errors.Join(errors.New("killed"), <-done))
+	return old.end()
+}
+
+// fail notes that the present connection is of no use any more; ensure makes
+// another. A service that hangs, or fails right after it was connected to, is
+// left alone for a while. It does not wait: devices may be suspended.
+func (g *Guard) fail(err error, fresh bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.link == nil {
+		return
+	}
+	g.link.failed = true
+	if g.link.child == nil && (fresh || errors.Is(err, os.ErrDeadlineExceeded)) {
+		g.notYet = time.Now().Add(serviceAgain)
 	}
 }
 
@@ -141,12 +186,14 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 	g.window.Lock()
 	line := fmt.Sprintf("ARM %d %s\n", limit.Milliseconds(), strings.Join(devices, " "))
 	var err error
-	for range 2 { // one that died since the last time is started again
+	for try := range armTries {
 		if err = g.ensure(); err != nil {
 			break
 		}
+		// The dead-man's limit begins later than this one.
+		g.deadline = time.Now().Add(limit)
 		var answer []byte
-		answer, err = g.ask([]byte(line), answerPatience)
+		answer, err = g.ask([]byte(line), time.Now().Add(g.patience()))
 		if err == nil && string(answer) == "ARMED" {
 			copy(g.request[:], "RESUME\n")
 			return nil
@@ -154,48 +201,63 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 		if err == nil {
 			err = fmt.Errorf("the dead-man answers '%s'", answer)
 		}
-		_ = g.drop() // the reason is in err
+		g.fail(err, try > 0)
 	}
 	g.window.Unlock()
 	return fmt.Errorf("arm the dead-man: %w", err)
 }
 
+func (g *Guard) patience() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.link != nil && g.link.child == nil {
+		return servicePatience
+	}
+	return answerPatience
+}
+
 // resume has the devices resumed. Its error is ErrLate when the dead-man was
-// faster, or is dead; in the latter case nothing may have been resumed.
-func (g *Guard) resume(limit time.Duration) (dead bool, err error) {
+// faster, or is dead; in the latter case rescue was called, which has to
+// resume them.
+func (g *Guard) resume(rescue func() error) error {
 	defer g.window.Unlock()
-	answer, err := g.ask(g.request[:len("RESUME\n")], limit+answerPatience)
-	if err != nil {
-		_ = g.drop()
-		return true, fmt.Errorf("%w: the dead-man is gone: %w", ErrLate, err)
+	limit := time.Now()
+	if limit.Before(g.deadline) {
+		limit = g.deadline
 	}
-	if why, late := bytes.CutPrefix(answer, []byte("LATE ")); late {
-		return false, fmt.Errorf("%w: %s", ErrLate, why)
+	answer, err := g.ask(g.request[:len("RESUME\n")], limit.Add(resumeGrace))
+	if why, late := bytes.CutPrefix(answer, []byte("LATE ")); err == nil && late {
+		return fmt.Errorf("%w: %s", ErrLate, why)
 	}
-	if string(answer) != "IN-TIME" {
-		_ = g.drop()
-		return true, fmt.Errorf("%w: the dead-man answers '%s'", ErrLate, answer)
+	if err == nil && string(answer) == "IN-TIME" {
+		return nil
 	}
-	return false, nil
+	rescued := rescue()
+	if err == nil {
+		err = fmt.Errorf("the dead-man answers '%s'", answer)
+	} else {
+		err = fmt.Errorf("the dead-man is gone: %w", err)
+	}
+	g.fail(err, false)
+	return errors.Join(fmt.Errorf("%w: %w", ErrLate, err), rescued)
 }
 
 // ask sends a line and reads one; what it returns is valid until the next ask.
-func (g *Guard) ask(line []byte, patience time.Duration) ([]byte, error) {
+func (g *Guard) ask(line []byte, deadline time.Time) ([]byte, error) {
 	g.mu.Lock()
-	c := g.child
+	l := g.link
 	g.mu.Unlock()
-	if c == nil {
+	if l == nil {
 		return nil, io.ErrClosedPipe
 	}
-	deadline := time.Now().Add(patience)
-	if err := errors.Join(c.in.SetWriteDeadline(deadline), c.out.SetReadDeadline(deadline)); err != nil {
+	if err := l.conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
-	if _, err := c.in.Write(line); err != nil {
+	if _, err := l.conn.Write(line); err != nil {
 		return nil, err
 	}
 	for n := 0; n < len(g.reply); {
-		m, err := c.out.Read(g.reply[n:])
+		m, err := l.conn.Read(g.reply[n:])
 		if err != nil {
 			return nil, err
 		}

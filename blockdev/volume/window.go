@@ -74,28 +74,35 @@ func (w *window) run() error {
 	if err := w.guard.arm(w.limit, w.devices...); err != nil {
 		return err
 	}
-	var dead bool
 	var late error
+	rescue := w.rescue
 	quiet(func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		start := time.Now()
 		w.inside()
-		dead, late = w.guard.resume(w.limit)
-		if dead {
-			for _, r := range w.rescuers {
-				if err := retryEINTR(r.Do); err != nil {
-					late = errors.Join(late, err)
-				}
-			}
-		}
+		late = w.guard.resume(rescue)
 		w.stalled = time.Since(start)
 	})
+	if w.at.IsZero() && w.err != nil {
+		late = nil // nothing was suspended
+	}
 	w.volume.countStats(func(s *Stats) {
 		s.StalledTotal += w.stalled
 		s.LongestStall = max(s.LongestStall, w.stalled)
 	})
 	return errors.Join(w.err, late)
+}
+
+// rescue resumes the devices without a dead-man.
+func (w *window) rescue() error {
+	var errs []error
+	for _, r := range w.rescuers {
+		if err := retryEINTR(r.Do); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // inside is the window proper; its error is left in w.err.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/agent"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -16,6 +17,7 @@ import (
 type agentOptions struct {
 	logFormat string
 	verbose   bool
+	deadMan   string
 }
 
 func newAgent(g *globalOptions) *cobra.Command {
@@ -30,11 +32,16 @@ func newAgent(g *globalOptions) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return g.agent(cmd.Context(), log)
+			return g.agent(cmd.Context(), log, volume.GuardOptions{
+				Socket: o.deadMan,
+				// A service manager that starts this starts the other, too.
+				ServiceExpected: cmd.Flags().Changed("dead-man-socket") || os.Getenv("NOTIFY_SOCKET") != "",
+			})
 		},
 	}
 	cmd.Flags().StringVar(&o.logFormat, "log-format", "text", "text or json")
 	cmd.Flags().BoolVar(&o.verbose, "verbose", false, "log every epoch")
+	cmd.Flags().StringVar(&o.deadMan, "dead-man-socket", defaultDeadManSocket, "where the service that resumes devices in the agent's place answers")
 	return cmd
 }
 
@@ -52,7 +59,7 @@ func (g *globalOptions) logger(o agentOptions) (*slog.Logger, error) {
 	return nil, exit.Errorf(exit.Usage, "--log-format '%s' is not one of text, json", o.logFormat)
 }
 
-func (g *globalOptions) agent(ctx context.Context, log *slog.Logger) error {
+func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan volume.GuardOptions) error {
 	c, err := config.Load(g.config)
 	if err != nil {
 		return err
@@ -61,8 +68,9 @@ func (g *globalOptions) agent(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	deadMan.Command = []string{self, "dead-man"}
 	return agent.Run(ctx, agent.Options{
 		Config: c, Socket: g.socket, Log: log, Version: version, System: doctor.Live(),
-		DeadMan: []string{self, "dead-man"},
+		DeadMan: deadMan,
 	})
 }

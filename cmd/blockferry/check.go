@@ -38,6 +38,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 	if !o.configOnly {
 		kernel := system.Kernel()
 		findings = append(findings, kernel...)
+		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
 		for _, v := range c.Volumes {
 			_, disks := system.Disks(v, doctor.AsFound)
 			findings = append(findings, disks...)

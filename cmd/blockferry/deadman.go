@@ -1,21 +1,54 @@
 package main
 
 import (
+	"context"
+	"log/slog"
 	"os"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/agent"
 )
 
-// newDeadMan is the process that the agent starts to resume its devices; see
-// volume.RunDeadMan. Not for people.
-func newDeadMan(*globalOptions) *cobra.Command {
-	return &cobra.Command{
+// defaultDeadManSocket is where the dead-man's unit answers.
+const defaultDeadManSocket = "/run/blockferry-deadman/dead-man.sock"
+
+// newDeadMan is the process that resumes an agent's devices; not for people.
+// Its unit starts it with --listen, an agent that finds none without.
+func newDeadMan(g *globalOptions) *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
 		Use:    "dead-man",
-		Short:  "Resume devices that the agent left suspended (started by the agent)",
+		Short:  "Resume devices that an agent left suspended (started by its unit, or by the agent)",
 		Hidden: true,
 		Args:   atMost(0),
-		RunE:   func(*cobra.Command, []string) error { return volume.RunDeadMan(os.Stdin, os.Stdout) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !cmd.Flags().Changed("listen") {
+				return volume.RunDeadMan(os.Stdin, os.Stdout)
+			}
+			log, err := g.logger(agentOptions{logFormat: "text"})
+			if err != nil {
+				return err
+			}
+			return serveDeadMan(cmd.Context(), socket, log)
+		},
 	}
+	cmd.Flags().StringVar(&socket, "listen", "", "serve agents on this Unix socket, until SIGTERM; without it: one, on standard input and output")
+	return cmd
+}
+
+func serveDeadMan(ctx context.Context, socket string, log *slog.Logger) error {
+	l, closeListener, err := agent.Listen(socket, "dead-man", "--listen")
+	if err != nil {
+		return err
+	}
+	defer closeListener()
+	return volume.ServeDeadMan(ctx, l, log, func() {
+		log.Info("dead-man serves", "socket", socket, "pid", os.Getpid())
+		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+			log.Warn("the service manager was not told", "error", err)
+		}
+	})
 }

@@ -105,6 +105,7 @@ func TestHelpAndVersion(t *testing.T) {
 
 func TestCheckPrintsFindingsAndRefuses(t *testing.T) {
 	system := &doctor.System{
+		Exists:       func(string) bool { return false },
 		Euid:         func() int { return 0 },
 		Release:      func() (string, error) { return "6.8.0-1021-aws", nil },
 		Targets:      func() ([]string, error) { return []string{"linear", "snapshot", "snapshot-origin"}, nil },

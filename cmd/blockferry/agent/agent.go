@@ -42,8 +42,8 @@ type Options struct {
 	Log     *slog.Logger
 	Version string
 	System  *doctor.System
-	// DeadMan is the command line of the process that resumes devices.
-	DeadMan []string
+	// DeadMan says who resumes devices that the agent left suspended.
+	DeadMan volume.GuardOptions
 }
 
 // Agent runs the volumes of one configuration.
@@ -66,7 +66,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	a := &Agent{options: o, log: o.Log, hub: newHub(), stopping: make(chan struct{})}
-	listener, closeListener, err := listen(o.Socket)
+	listener, closeListener, err := Listen(o.Socket, "agent", "--socket")
 	if err != nil {
 		return err
 	}

@@ -52,7 +52,7 @@ func TestSlowListenerIsCutOff(t *testing.T) {
 
 func TestSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "deep", "er", "s")
-	l, closeIt, err := listen(path)
+	l, closeIt, err := Listen(path, "agent", "--socket")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +74,7 @@ func TestSocket(t *testing.T) {
 			t.Errorf("%s has mode %o, want %o", p, info.Mode().Perm(), want)
 		}
 	}
-	if _, _, err := listen(path); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "another agent") {
+	if _, _, err := Listen(path, "agent", "--socket"); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "another agent") {
 		t.Errorf("a second agent: %v", err)
 	}
 	closeIt()
@@ -88,7 +88,7 @@ func TestSocket(t *testing.T) {
 	if _, err := os.Stat(path); err != nil {
 		t.Fatal("no stale socket was left to test with")
 	}
-	_, closeAgain, err := listen(path)
+	_, closeAgain, err := Listen(path, "agent", "--socket")
 	if err != nil {
 		t.Fatalf("a stale socket: %v", err)
 	}
@@ -99,7 +99,7 @@ func TestSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer alive.Close()
-	if _, _, err := listen(path); exit.Of(err) != exit.Refused {
+	if _, _, err := Listen(path, "agent", "--socket"); exit.Of(err) != exit.Refused {
 		t.Errorf("a foreign program's socket: %v", err)
 	}
 }

@@ -186,7 +186,9 @@ func (m *managed) bringUp(after *restored) error {
 			return m.refuse(err)
 		}
 	}
-	guard, err := volume.NewGuard(m.agent.options.DeadMan...)
+	deadMan := m.agent.options.DeadMan
+	deadMan.Log = m.log
+	guard, err := volume.NewGuard(deadMan)
 	if err != nil {
 		return m.refuse(err)
 	}

@@ -89,6 +89,7 @@ type System struct {
 	Distribution func() string
 	Inspect      func(path string) (Disk, error)
 	SameDisk     func(a, b string) (bool, error)
+	Exists       func(path string) bool
 }
 
 // Disk is what was found out about a disk, without changing it.
@@ -158,6 +159,21 @@ func (s *System) targets(f *Findings, release string) {
 	if f.Err() == nil {
 		f.good("device-mapper", "linear, era, snapshot, snapshot-origin")
 	}
+}
+
+// DeadMan says whether the dead-man's service is there, on a machine that has a
+// manager of services.
+func (s *System) DeadMan(socket string) Findings {
+	var f Findings
+	switch {
+	case !s.Exists("/run/systemd/system"):
+	case s.Exists(socket):
+		f.good("dead-man", "its service runs")
+	default:
+		f.note("dead-man", "its service does not run ("+socket+" is not there): the agent starts one of its own, and whatever kills the agent's control group kills both",
+			"run: systemctl enable --now blockferry-deadman")
+	}
+	return f
 }
 
 // moduleAdvice names the package that brings a module.

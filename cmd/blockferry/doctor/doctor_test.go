@@ -20,6 +20,7 @@ func healthy() *System {
 		Distribution: func() string { return "debian" },
 		Inspect:      func(path string) (Disk, error) { return Disk{Path: path, SizeBytes: 1 << 30}, nil },
 		SameDisk:     func(a, b string) (bool, error) { return a == b, nil },
+		Exists:       func(string) bool { return true },
 	}
 }
 
@@ -35,6 +36,29 @@ func TestHealthyMachineIsNotRefused(t *testing.T) {
 	disks, f := s.Disks(aVolume(), Empty)
 	if err := f.Err(); err != nil || len(disks) != 2 || len(f) != 2 {
 		t.Errorf("%v, %v, %v", err, disks, f)
+	}
+}
+
+func TestDeadManFindings(t *testing.T) {
+	for _, c := range []struct {
+		there []string
+		want  string
+	}{
+		{nil, ""},
+		{[]string{"/s"}, ""},
+		{[]string{"/run/systemd/system", "/s"}, "ok     dead-man: its service runs"},
+		{[]string{"/run/systemd/system"}, "systemctl enable --now blockferry-deadman"},
+	} {
+		s := healthy()
+		s.Exists = func(path string) bool { return slices.Contains(c.there, path) }
+		f := s.DeadMan("/s")
+		text := ""
+		for _, one := range f {
+			text += one.String()
+		}
+		if f.Err() != nil || !strings.Contains(text, c.want) || c.want == "" && text != "" {
+			t.Errorf("there %v: '%s'", c.there, text)
+		}
 	}
 }
 

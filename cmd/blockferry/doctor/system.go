@@ -40,6 +40,10 @@ func Live() *System {
 		},
 		Inspect:  inspect,
 		SameDisk: blockdev.SameDisk,
+		Exists: func(path string) bool {
+			_, err := os.Stat(path)
+			return err == nil
+		},
 	}
 }
 

@@ -1,0 +1,159 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/dm"
+)
+
+const (
+	// maxConnections bounds what a dead-man's service serves at once; each
+	// volume that is up has one. What comes beyond is closed, and its agent
+	// starts a dead-man of its own.
+	maxConnections = 128
+	// sayPatience is how long an answer may take to be taken off the
+	// dead-man's hands. It fits the socket's buffer, unless nobody reads.
+	sayPatience = time.Second
+	// acceptPause is the pause after an accept that failed (too many files).
+	acceptPause = 100 * time.Millisecond
+)
+
+// ServeDeadMan is the whole life of a dead-man that is a service of its own:
+// it serves any number of agents' guards until ctx ends; then it returns as
+// soon as no suspend is under way. It is the only thing its process should do,
+// which is locked in memory and ignores the signals that end others. Only
+// processes of its own user, root, are answered. ready is called when devices
+// that nobody looks after are resumed and it is about to accept. The listener
+// is closed.
+func ServeDeadMan(ctx context.Context, l *net.UnixListener, log *slog.Logger, ready func()) error {
+	defer l.Close()
+	// Caught to the end: a second signal must not end it any sooner.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT)
+	signal.Ignore(unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
+	control, err := becomeDeadMan()
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	resumeOrphans(control, log)
+	ready()
+	s := &service{resumer: dmResumer{control}, now: bootTime, log: log}
+	s.serve(l, ctx.Done())
+	return nil
+}
+
+// resumeOrphans resumes the volumes that were left suspended: the dead-man
+// before this one may have been killed, and its agent stopped. Were a window
+// under way with another dead-man, its RESUME would find the device resumed.
+func resumeOrphans(control *dm.Control, log *slog.Logger) {
+	names, err := control.List()
+	if err != nil {
+		log.Warn("devices that were left suspended are not looked for", "error", err)
+		return
+	}
+	for _, name := range names {
+		info, err := control.Info(name)
+		if err == nil && strings.HasPrefix(info.UUID, uuidPrefix) && strings.HasSuffix(info.UUID, "-"+roleTop) && info.Suspended && info.HasActive {
+			err = control.Resume(name)
+			log.Warn("a volume was left suspended; it is resumed", "volume", name, "error", err)
+			continue
+		}
+		if err != nil {
+			log.Warn("was it left suspended?", "device", name, "error", err)
+		}
+	}
+}
+
+type service struct {
+	resumer resumer
+	now     func() time.Duration
+	log     *slog.Logger
+}
+
+// serve returns when stop is closed and nothing is armed.
+func (s *service) serve(l *net.UnixListener, stop <-chan struct{}) {
+	var connections sync.WaitGroup
+	defer connections.Wait()
+	go func() {
+		<-stop
+		l.Close() // and removes the socket: agents look for the next one
+	}()
+	room := make(chan struct{}, maxConnections)
+	for {
+		conn, err := l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			s.log.Warn("a connection was not accepted", "error", err)
+			time.Sleep(acceptPause)
+			continue
+		}
+		select {
+		case room <- struct{}{}:
+		default:
+			s.log.Warn("a connection is refused: too many", "most", maxConnections)
+			conn.Close()
+			continue
+		}
+		connections.Go(func() {
+			defer func() { <-room }()
+			if err := s.one(conn, stop); err != nil {
+				s.log.Warn("a connection ended", "error", err)
+			}
+		})
+	}
+}
+
+// one serves one connection.
+func (s *service) one(conn *net.UnixConn, stop <-chan struct{}) error {
+	defer conn.Close()
+	if _, err := peer(conn); err != nil {
+		return err
+	}
+	return (&deadman{resumer: s.resumer, now: s.now, out: patient{conn}, stopping: stop}).run(conn)
+}
+
+// patient gives up on a reader that does not read: while it is waited for,
+// nobody looks after the device.
+type patient struct{ *net.UnixConn }
+
+func (p patient) Write(b []byte) (int, error) {
+	if err := p.SetWriteDeadline(time.Now().Add(sayPatience)); err != nil {
+		return 0, err
+	}
+	return p.UnixConn.Write(b)
+}
+
+var _ io.Writer = patient{}
+
+// peer is the process at a connection's other end, which has to be one of
+// this process's user.
+func peer(conn *net.UnixConn) (*unix.Ucred, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var who *unix.Ucred
+	var failed error
+	err = raw.Control(func(fd uintptr) { who, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(err, failed); err != nil {
+		return nil, fmt.Errorf("who is at the other end: %w", err)
+	}
+	if int(who.Uid) != os.Geteuid() {
+		return nil, fmt.Errorf("process %d of user %d is at the other end, want user %d", who.Pid, who.Uid, os.Geteuid())
+	}
+	return who, nil
+}
