@@ -101,8 +101,9 @@ type ReplicaStatus struct {
 	CutUnixNanos     int64   // of Committed
 	PendingEpochs    int     // committed, not yet applied
 	JournalBytes     int64
-	JournalFreeBytes int64 // room for frames right now
-	SpilledBytes     int64 // in the spill file: of the open epoch, or of the last committed one
+	JournalFreeBytes int64  // room for frames right now
+	SpilledBytes     int64  // in the spill file: of the open epoch, or of the last committed one
+	SpillProblem     string // why the spill file can't be used, while an epoch that needs none can go on
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
 }
@@ -163,6 +164,7 @@ type Replica struct {
 	applies  uint64 // ... and applied, those found pending counted in both
 	usedEnd  uint64 // how far the open epoch has got in the journal
 	spilled  int64  // bytes in the spill file
+	noSpill  string // why it can't be used
 	warnings []string
 	fail     error
 	closed   bool
@@ -347,7 +349,7 @@ func (r *Replica) Status() ReplicaStatus {
 	sb := &r.sb
 	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, State: sb.state, NeedsFull: r.needsFull(),
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
-		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled,
+		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
 		Warnings: slices.Clone(r.warnings), Err: r.fail}
 	if n := len(r.pending); n > 0 {
 		s.CutUnixNanos = r.pending[n-1].commit.cutNanos

@@ -169,6 +169,17 @@ func (r *Replica) ensureSpill() error {
 	if r.spill != nil {
 		return nil
 	}
+	err := r.openOrMakeSpill()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.noSpill = ""
+	if err != nil {
+		r.noSpill = err.Error()
+	}
+	return err
+}
+
+func (r *Replica) openOrMakeSpill() error {
 	name := r.spillFile.Name()
 	fail := func(err error) error { return fmt.Errorf("%w %s: %w", ErrSpill, name, err) }
 	if len(name) > MaxSpillName {

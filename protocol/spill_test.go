@@ -179,6 +179,12 @@ func committedSpill(t *testing.T) (*model, *blocktest.Memory, *testSpill) {
 	if s := r.Status(); s.SpilledBytes != 0 {
 		t.Fatalf("%d bytes in the spill file after the apply", s.SpilledBytes)
 	}
+	// No copy of the superblock counts on what is not there any more.
+	sb := super(t, dev)
+	must(t, dev.ZeroOut(superOffset(sb.layout, sb.sequence), superBytes))
+	if err := m.checkWith(dev, spill.options()); err != nil {
+		t.Fatalf("without the newest copy of the superblock: %v", err)
+	}
 	return m, carried, file
 }
 
@@ -198,14 +204,13 @@ func TestSpillMissingOrDamagedIsNamed(t *testing.T) {
 			return m
 		}
 	}
-	foreign := &testSpill{limit: testSpillLimit}
+	foreign, older := spill.clone(), spill.clone() // with the very segments that are wanted
 	id := super(t, dev).spillID()
 	id.replica[5]++
-	must(t, second(foreign.Create(id.encode())))
-	older := &testSpill{limit: testSpillLimit}
+	must(t, second(foreign.mem.WriteAt(id.encode(), 0)))
 	id = super(t, dev).spillID()
 	id.spill[5]++
-	must(t, second(older.Create(id.encode())))
+	must(t, second(older.mem.WriteAt(id.encode(), 0)))
 	for name, bad := range map[string]*testSpill{
 		"not given":   nil,
 		"missing":     {limit: testSpillLimit},

@@ -40,6 +40,7 @@ func Live() *System {
 		},
 		Inspect:  inspect,
 		SameDisk: blockdev.SameDisk,
+		Survives: blockdev.Survives,
 	}
 }
 
