@@ -80,7 +80,7 @@ func content(f *blockdev.File) (string, bool) {
 	if what, ours := replica(f); ours {
 		return what, true
 	}
-	found, why := volume.Inspect(f, "", "")
+	found, why := volume.Inspect(f)
 	switch found {
 	case volume.Blank:
 		return "", false
