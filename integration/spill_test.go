@@ -118,7 +118,7 @@ func copyFile(t *testing.T, from, to string, size int64) {
 // its middle and once it is committed; the disk alone is not the replica then,
 // and with the file it is, elsewhere as well as for a restore.
 func TestIdentitySpill(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 160 << 20}, {Size: 220 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 160 << 20}, {Size: 220 << 20}}, Modules: []string{"loop"}, Timeout: 5 * time.Minute}, func(t *testing.T) {
 		ssd, ebs := ubd(0), ubd(1)
 		const size = 96 << 20
 		mkfs(t, "ext4", ubd(2))
