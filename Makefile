@@ -13,7 +13,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
-RACE_SKIP := ^TestReplicaSurvivesEveryFault$$
+RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
 .PHONY: build demo test lint unit race integration bench fuzz deps proto proto-check rules clean

@@ -13,15 +13,16 @@ import (
 //
 //	 0  magic "BFJSEGM1"     8  version u32 = 1    12  crc32c of the header with this field 0
 //	16  tag of the replica  24  sequence u64       32  logical offset u64
-//	40  epoch u64           48  attempt u32        52  kind u8: 1 frames, 2 commit; 3 zeros
+//	40  epoch u64           48  attempt u32        52  kind u8: 1 frames, 2 commit, 3 spill; 3 zeros
 //	56  chain u32: header crc32c of the segment before
 //	60  body length u32     64  body crc32c        68  frames u32
 //	72  lowest round u32    76  highest round u32  80  zero to 4095
 //
-// The body of a frames segment is whole frames as they came (frame.go). The
-// body of a commit segment:
+// The body of a frames segment is whole frames as they came (frame.go). A spill
+// segment says that the epoch has more of them in the spill file (spill.go); its
+// commit is the next. The body of a commit segment:
 //
-//	 0  frames of the epoch u64     8  segments of the epoch u64, without this one
+//	 0  frames of the epoch u64     8  segments of the epoch u64, without this one, with those in the spill file
 //	16  cut, wall clock, ns u64    24  flags u32: 1 full      28  streams u16   30  lineage points u16
 //	32  per stream: frames u64, SHA-256 [32]; then per point: generation [16], last epoch u64
 //
@@ -36,6 +37,7 @@ const (
 	segVersion     = 1
 	segFrames      = 1
 	segCommit      = 2
+	segSpill       = 3
 	commitMaxBytes = 2 * 4096 // of a commit segment, header included
 	journalWriters = 4        // segments being written at once
 )
@@ -118,7 +120,7 @@ func decodeSegment(b []byte, at cursor, tag uint64) (segment, error) {
 	if t := le.Uint64(b[16:]); t != tag || s.at != at {
 		return segment{}, fmt.Errorf("segment %+v of replica %x, want %+v of %x", s.at, t, at, tag)
 	}
-	if s.kind != segFrames && s.kind != segCommit || s.bodyLen <= 0 || s.bodyLen > segMaxBody {
+	if s.kind < segFrames || s.kind > segSpill || s.bodyLen <= 0 || s.bodyLen > segMaxBody {
 		return segment{}, fmt.Errorf("kind %d with a body of %d bytes", s.kind, s.bodyLen)
 	}
 	return s, nil
@@ -187,6 +189,9 @@ type ring struct {
 	store Store
 	area  area
 	tag   uint64
+	spill bool // it is the segments of a spill file
+	// spilled opens the spill file with a UUID, for readers of whole epochs; nil when there can be none
+	spilled func(spill [16]byte) (ring, error)
 }
 
 // place is where on the device a logical offset is.
@@ -200,6 +205,9 @@ func (r ring) each(b []byte, logical uint64, do func([]byte, int64) (int, error)
 		at := r.place(logical)
 		n := min(int64(len(b)), r.area.offset+r.area.length-at)
 		if _, err := do(b[:n], at); err != nil {
+			if r.spill {
+				return fmt.Errorf("%w %s at %d: %w", ErrSpill, r.store.Name(), at, err)
+			}
 			return fmt.Errorf("%s: journal at %d: %w", r.store.Name(), at, err)
 		}
 		b = b[n:]
@@ -267,6 +275,9 @@ type segmentWriter struct {
 	buf  []byte  // header and body of seg
 	next cursor
 	done uint64 // segments handed to the writers
+	back ring   // once the epoch goes on in the spill file: the journal,
+	hole cursor // the place of the marker there,
+	from cursor // and the first segment in the spill file
 	free chan []byte
 	runs *sync.Pool // what free's memory comes from
 	wg   sync.WaitGroup
@@ -346,9 +357,9 @@ func (w *segmentWriter) seal(kind uint8) error {
 	clear(b[used:])
 	w.buf, w.next = nil, s.next()
 	w.done++
-	at := s.at.logical
+	at, to := s.at.logical, w.ring
 	w.wg.Go(func() {
-		if err := w.ring.write(b, at); err != nil {
+		if err := to.write(b, at); err != nil {
 			w.mu.Lock()
 			if w.err == nil {
 				w.err = err
@@ -358,6 +369,37 @@ func (w *segmentWriter) seal(kind uint8) error {
 		w.free <- b[:cap(b)]
 	})
 	return w.fault()
+}
+
+// divert lets the epoch go on in the spill file.
+func (w *segmentWriter) divert(to ring) error {
+	if err := w.seal(segFrames); err != nil {
+		return err
+	}
+	w.back, w.hole = w.ring, w.next
+	w.from = cursor{0, w.next.sequence, w.next.chain}
+	w.ring, w.next = to, w.from
+	return nil
+}
+
+// revert ends the part in the spill file, when it is written (not flushed).
+// What follows goes to the journal again, first the marker.
+func (w *segmentWriter) revert() (spillPart, error) {
+	err := w.seal(segFrames)
+	w.wait()
+	if err == nil {
+		err = w.fault()
+	}
+	p := spillPart{first: w.from, end: w.next}
+	w.ring, w.next = w.back, w.hole
+	return p, err
+}
+
+// mark adds the marker for the part in the spill file.
+func (w *segmentWriter) mark(p spillPart) error {
+	w.start()
+	w.buf = p.append(w.buf)
+	return w.seal(segSpill)
 }
 
 // commit seals what is left, adds the commit segment and waits until all is

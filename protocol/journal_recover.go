@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -14,6 +15,7 @@ type pendingEpoch struct {
 	commit  commitRecord
 	touched *touched
 	rounds  roundSet
+	spill   *spillPart // what lies in the spill file; nil: all is in the journal
 }
 
 // position is what the replica holds once the epoch is applied.
@@ -85,8 +87,12 @@ func (d *JournalDamage) Error() string {
 	case d.Applied.IsZero():
 		left = "there was no image before"
 	}
-	return fmt.Sprintf("%s: %s at %d: committed epochs up to %s can't be read back: %v; %s; open it dropping the damaged journal to sync again from there",
-		d.Store, ErrJournalDamaged, d.Offset, d.Lost, d.Err, left)
+	wayOut := "open it dropping the damaged journal to sync again from there"
+	if errors.Is(d.Err, ErrSpill) {
+		wayOut = "bring the spill file back; only if it is lost, " + wayOut
+	}
+	return fmt.Sprintf("%s: %s at %d: committed epochs up to %s can't be read back: %v; %s; %s",
+		d.Store, ErrJournalDamaged, d.Offset, d.Lost, d.Err, left, wayOut)
 }
 
 // Is makes errors.Is(err, ErrJournalDamaged) true.
@@ -135,6 +141,16 @@ func (r ring) readEpoch(ctx context.Context, at cursor, limit uint64, sizeBytes 
 			p.commit, p.end = *c, s.next()
 			return p, at, nil
 		}
+		if s.kind == segSpill {
+			n, m, err := r.readSpilled(ctx, p, s, body, limit, sizeBytes)
+			if err != nil {
+				return nil, at, err
+			}
+			frames += n
+			segments += m + 1
+			at = s.next()
+			continue
+		}
 		n, err := eachFrame(body, s, sizeBytes, func(f Frame) error {
 			p.touched.add(f)
 			return p.rounds.add(f.Round)
@@ -146,6 +162,103 @@ func (r ring) readEpoch(ctx context.Context, at cursor, limit uint64, sizeBytes 
 		segments++
 		at = s.next()
 	}
+}
+
+// spillFault is an epoch whose marker and commit are whole in the journal, but
+// not what they name in the spill file. That was flushed before they were written,
+// so it was committed, and is damaged or gone.
+type spillFault struct {
+	lost Position
+	err  error
+}
+
+func (f *spillFault) Error() string {
+	return fmt.Sprintf("a part of epoch %d is in the spill file: %v", f.lost.Epoch, f.err)
+}
+
+// Is makes errors.Is(err, ErrSpill) true.
+func (f *spillFault) Is(target error) bool { return target == ErrSpill }
+
+func (f *spillFault) Unwrap() error { return f.err }
+
+// readSpilled reads and checks what a marker names in the spill file, and
+// counts its frames and segments.
+func (r ring) readSpilled(ctx context.Context, p *pendingEpoch, mark segment, body []byte, limit uint64, sizeBytes int64) (frames, segments uint64, err error) {
+	fail := func(at int64, err error) error {
+		return fmt.Errorf("%s: journal segment at %d: %w", r.store.Name(), at, err)
+	}
+	part, err := decodeSpillPart(body)
+	if err == nil && (p.spill != nil || r.spilled == nil || part.first.sequence != mark.at.sequence || part.first.chain != mark.at.chain) {
+		err = fmt.Errorf("spill marker out of place")
+	}
+	if err != nil {
+		return 0, 0, fail(r.place(mark.at.logical), err)
+	}
+	// Without a commit right behind it nothing was decided.
+	at := mark.next()
+	if at.logical+2*segHeaderBytes > limit {
+		return 0, 0, fail(r.place(at.logical), fmt.Errorf("no commit behind a spill marker"))
+	}
+	s, err := r.readHeader(at)
+	if err != nil {
+		return 0, 0, err
+	}
+	b, err := r.readBody(s, nil)
+	if err != nil {
+		return 0, 0, err
+	}
+	commit, err := decodeCommit(b)
+	if s.kind != segCommit {
+		err = fmt.Errorf("kind %d behind a spill marker, want a commit", s.kind)
+	}
+	if err != nil {
+		return 0, 0, fail(r.place(at.logical), err)
+	}
+	p.spill = &part
+	from, err := r.spilled(part.spill)
+	for at := part.first; err == nil && at != part.end; segments++ {
+		if err = ctx.Err(); err != nil {
+			return 0, 0, err
+		}
+		var n uint32
+		if s, n, err = from.readSpillSegment(p, at, part.end, sizeBytes); err == nil {
+			frames += uint64(n)
+			at = s.next()
+		}
+	}
+	if err != nil {
+		return 0, 0, &spillFault{commit.lineage.Tip(), err}
+	}
+	return frames, segments, nil
+}
+
+func (r ring) readSpillSegment(p *pendingEpoch, at, end cursor, sizeBytes int64) (segment, uint32, error) {
+	fail := func(err error) (segment, uint32, error) {
+		return segment{}, 0, fmt.Errorf("%s at %d: %w", r.store.Name(), r.place(at.logical), err)
+	}
+	if at.logical >= end.logical {
+		return fail(fmt.Errorf("segments end with %+v, want %+v", at, end))
+	}
+	s, err := r.readHeader(at)
+	if err != nil {
+		return segment{}, 0, err
+	}
+	if s.kind != segFrames || s.epoch != p.start || s.attempt != p.attempt || s.next().logical > end.logical {
+		return fail(fmt.Errorf("segment of kind %d, epoch %d, attempt %d up to %d: want frames of %d, %d up to %d at most",
+			s.kind, s.epoch, s.attempt, s.next().logical, p.start, p.attempt, end.logical))
+	}
+	body, err := r.readBody(s, nil)
+	if err != nil {
+		return segment{}, 0, err
+	}
+	n, err := eachFrame(body, s, sizeBytes, func(f Frame) error {
+		p.touched.add(f)
+		return p.rounds.add(f.Round)
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return s, n, nil
 }
 
 // eachFrame walks over a frames segment's body and checks that it is what the
@@ -188,7 +301,15 @@ func checkFrame(f Frame, epoch uint64, attempt uint32, sizeBytes int64) error {
 // names: then the crash, or the loss of the newest superblock copy, came
 // between the two, and the epoch may have been acknowledged.
 // On damage before the head it returns the epochs in front of it.
-func readPending(ctx context.Context, sb *superblock, r ring) (out []*pendingEpoch, damage *JournalDamage, err error) {
+func readPending(ctx context.Context, sb *superblock, r ring) (out []*pendingEpoch, _ *JournalDamage, err error) {
+	damage := func(bad cursor, lost Position, err error) *JournalDamage {
+		applied := sb.applied
+		if len(out) > 0 {
+			applied = out[len(out)-1].position()
+		}
+		return &JournalDamage{Store: r.store.Name(), Offset: r.place(bad.logical), Lost: lost, Applied: applied,
+			ImageWhole: sb.state == DiskConsistent && (sb.applying == 0 || len(out) > 0), Err: err}
+	}
 	at := sb.tail
 	for at.logical < sb.head.logical {
 		p, bad, err := r.readEpoch(ctx, at, sb.head.logical, sb.layout.size)
@@ -201,21 +322,20 @@ func readPending(ctx context.Context, sb *superblock, r ring) (out []*pendingEpo
 			return out, nil, ctx.Err()
 		}
 		if err != nil {
-			applied := sb.applied
-			if len(out) > 0 {
-				applied = out[len(out)-1].position()
-			}
-			return out, &JournalDamage{Store: r.store.Name(), Offset: r.place(bad.logical), Lost: sb.committed, Applied: applied,
-				ImageWhole: sb.state == DiskConsistent && (sb.applying == 0 || len(out) > 0), Err: err}, nil
+			return out, damage(bad, sb.committed, err), nil
 		}
 		out = append(out, p)
 		at = p.end
 	}
 	limit := sb.tail.logical + uint64(r.area.length)
 	for len(out) < maxPendingEpochs {
-		p, _, err := r.readEpoch(ctx, at, limit, sb.layout.size)
+		p, bad, err := r.readEpoch(ctx, at, limit, sb.layout.size)
 		if ctx.Err() != nil {
 			return out, nil, ctx.Err()
+		}
+		var gone *spillFault
+		if errors.As(err, &gone) {
+			return out, damage(bad, gone.lost, err), nil
 		}
 		if err != nil {
 			return out, nil, nil // what was not committed is dropped

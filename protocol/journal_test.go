@@ -104,7 +104,7 @@ func FuzzCommitRecord(f *testing.F) {
 // A segment that was lost leaves an older one in its place, which fits but for
 // what it was chained to.
 func TestStaleSegmentBreaksTheChain(t *testing.T) {
-	rg := ring{blocktest.NewMemory(4 << 20), area{0, 4 << 20}, 7}
+	rg := ring{store: blocktest.NewMemory(4 << 20), area: area{0, 4 << 20}, tag: 7}
 	write := func(fill byte) cursor {
 		w := newSegmentWriter(rg, cursor{0, 1, 2}, 5, 1, newRunPool())
 		for i := range int64(6) {
@@ -138,7 +138,7 @@ func TestStaleSegmentBreaksTheChain(t *testing.T) {
 // checksums, and reads an epoch from it.
 func FuzzSegment(f *testing.F) {
 	mem := blocktest.NewMemory(4 << 20)
-	rg := ring{mem, area{0, 4 << 20}, 7}
+	rg := ring{store: mem, area: area{0, 4 << 20}, tag: 7}
 	at := cursor{4<<20 - 8192, 3, 9} // it runs over the end
 	w := newSegmentWriter(rg, at, 5, 1, newRunPool())
 	frames := AppendFrames(nil, FrameMeta{5, 1, 1}, 0, bytes.Repeat([]byte("text"), 2048), nil)
@@ -167,7 +167,7 @@ func FuzzSegment(f *testing.F) {
 	f.Add(seed)
 	f.Add(seed[:100])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		rg := ring{mem.Clone(), rg.area, rg.tag}
+		rg := ring{store: mem.Clone(), area: rg.area, tag: rg.tag}
 		b = append(bytes.Clone(b), make([]byte, 2*BlockSize)...)
 		b = b[:min(len(b), 1<<20)/BlockSize*BlockSize]
 		le := binary.LittleEndian

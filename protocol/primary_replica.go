@@ -241,7 +241,7 @@ func (w *replicaWorker) learn(err error) error {
 			w.update(func() { w.retryNow = true })
 			return fmt.Errorf("what is missing does not fit into the replica's journal; it catches up in place: %w", err)
 		}
-		return fmt.Errorf("what is missing does not fit into the replica's journal; enlarge the journal, or allow catch-up: in-place "+
+		return fmt.Errorf("what is missing does not fit into the replica's journal; enlarge the journal, give the replica room in a spill file, or allow catch-up: in-place "+
 			"(the replica is Inconsistent meanwhile): %w", err)
 	}
 	return err

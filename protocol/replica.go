@@ -101,7 +101,9 @@ type ReplicaStatus struct {
 	CutUnixNanos     int64   // of Committed
 	PendingEpochs    int     // committed, not yet applied
 	JournalBytes     int64
-	JournalFreeBytes int64 // room for frames right now
+	JournalFreeBytes int64  // room for frames right now
+	SpilledBytes     int64  // in the spill file: of the open epoch, or of the last committed one
+	SpillProblem     string // why the spill file can't be used, while an epoch that needs none can go on
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
 }
@@ -112,6 +114,11 @@ type OpenOptions struct {
 	// can't give back, or whose image was changed outside: the replica falls
 	// back to the image it has, or is inconsistent if it has none.
 	DropJournal bool
+	// Spill is the replica's spill file, nil for none.
+	Spill SpillFile
+	// SpillLimitBytes is how much one epoch may spill; 0: nothing new is put
+	// there, and the file is only read, if what is committed lies in it.
+	SpillLimitBytes int64
 }
 
 // Replica is a copy of a volume on a Store: it holds the image of the last
@@ -136,6 +143,10 @@ type Replica struct {
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 
+	spillFile  SpillFile
+	spillLimit int64
+	spill      SpillStore // nil: not open. Used by the open epoch, or by an apply, never by both
+
 	epochMu sync.Mutex // held by Begin, Append, Commit, Abort: guards open
 	open    *openEpoch
 
@@ -152,6 +163,8 @@ type Replica struct {
 	commits  uint64 // epochs committed since it was opened
 	applies  uint64 // ... and applied, those found pending counted in both
 	usedEnd  uint64 // how far the open epoch has got in the journal
+	spilled  int64  // bytes in the spill file
+	noSpill  string // why it can't be used
 	warnings []string
 	fail     error
 	closed   bool
@@ -162,7 +175,8 @@ type holdWaiter struct{ target uint64 }
 
 // OpenReplica opens a formatted device, applies what was committed and drops
 // what was not. Errors: ErrNoSuperblock, ErrJournalDamaged (a *JournalDamage)
-// and ErrChangedOutside, for which see OpenOptions; in these cases nothing
+// and ErrChangedOutside, for which see OpenOptions, with ErrSpill if what is
+// missing lies in the spill file; in these cases nothing
 // was written. ctx bounds only the opening.
 func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, error) {
 	sb, warnings, err := readSuperblocks(store)
@@ -174,11 +188,24 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 		return nil, err
 	}
 	r := &Replica{store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), wake: make(chan struct{}), warnings: warnings}
-	r.ring = ring{store, sb.layout.journal, sb.tag()}
+	r.ring = ring{store: store, area: sb.layout.journal, tag: sb.tag(), spilled: r.openSpilled}
+	r.spillFile, r.spillLimit = o.Spill, o.SpillLimitBytes
 	r.cmap = changeMap{store, sb.layout, sb.tag()}
 	r.pool.New = func() any { b := make([]byte, MaxDataFrameBytes); return &b }
 	if err := r.recover(ctx, o); err != nil {
+		r.closeSpill()
 		return nil, fmt.Errorf("open replica: %w", err)
+	}
+	r.closeSpill()
+	if r.mayDivert() {
+		err := r.ensureSpill()
+		if r.fail != nil {
+			r.closeSpill()
+			return nil, fmt.Errorf("open replica: %w", r.fail)
+		}
+		if err != nil { // the epochs that fit into the journal can do without
+			r.warn([]string{err.Error()})
+		}
 	}
 	applyCtx, stop := context.WithCancel(context.Background())
 	r.stop = stop
@@ -198,6 +225,7 @@ func (r *Replica) Close() error {
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	r.dropOpen()
+	r.closeSpill()
 	return nil
 }
 
@@ -321,7 +349,7 @@ func (r *Replica) Status() ReplicaStatus {
 	sb := &r.sb
 	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, State: sb.state, NeedsFull: r.needsFull(),
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
-		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(),
+		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
 		Warnings: slices.Clone(r.warnings), Err: r.fail}
 	if n := len(r.pending); n > 0 {
 		s.CutUnixNanos = r.pending[n-1].commit.cutNanos

@@ -207,40 +207,56 @@ func (r *Replica) applyNext(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("apply of epoch %d: %w", epoch, err)
 	}
+	if p.spill != nil {
+		r.emptySpill()
+	}
 	return nil
 }
 
 func (r *Replica) applyData(ctx context.Context, p *pendingEpoch) error {
 	pipe := newWritePipe(r.store, r.lay.dataOffset, r.dec, r.runs)
 	defer pipe.close()
-	var body []byte
 	for _, rounds := range p.rounds.passes() {
-		for at := p.first; at != p.end; {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			s, err := r.ring.readHeader(at)
-			if err != nil {
-				return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
-			}
-			at = s.next()
-			if s.kind != segFrames || s.maxRound < rounds[0] || s.minRound > rounds[1] {
-				continue
-			}
-			body, err = r.ring.readBody(s, body)
-			if err != nil {
-				return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
-			}
-			_, err = eachFrame(body, s, r.lay.size, func(f Frame) error {
-				if f.Round < rounds[0] || f.Round > rounds[1] {
-					return nil
-				}
-				return pipe.put(f)
-			})
-			if err != nil {
+		if err := r.applySegments(ctx, pipe, r.ring, p.first, p.end, rounds); err != nil {
+			return err
+		}
+		if s := p.spill; s != nil {
+			if err := r.applySegments(ctx, pipe, spillRing(r.spill, r.ring.tag), s.first, s.end, rounds); err != nil {
 				return err
 			}
 		}
 	}
 	return pipe.drain()
+}
+
+// applySegments puts the frames of some rounds between two cursors.
+func (r *Replica) applySegments(ctx context.Context, pipe *writePipe, from ring, at, end cursor, rounds [2]uint32) error {
+	var body []byte
+	for at != end {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		s, err := from.readHeader(at)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+		}
+		at = s.next()
+		if s.kind != segFrames || s.maxRound < rounds[0] || s.minRound > rounds[1] {
+			continue
+		}
+		body, err = from.readBody(s, body)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+		}
+		_, err = eachFrame(body, s, r.lay.size, func(f Frame) error {
+			if f.Round < rounds[0] || f.Round > rounds[1] {
+				return nil
+			}
+			return pipe.put(f)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

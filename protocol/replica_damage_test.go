@@ -87,7 +87,7 @@ func snapshot(t *testing.T, dev Store) []byte {
 func TestDamagedJournalIsNeverClean(t *testing.T) {
 	m, dev := waiting(t, 1)
 	sb := super(t, dev)
-	rg := ring{dev, sb.layout.journal, sb.tag()}
+	rg := ring{store: dev, area: sb.layout.journal, tag: sb.tag()}
 	var first Position
 	for p := range m.images {
 		if p.Epoch == m.acked.Epoch-1 {
@@ -151,7 +151,7 @@ func TestJournalDamagedInTheApplyIsInconsistent(t *testing.T) {
 	if sb.applying == 0 {
 		t.Fatal("the apply had not begun")
 	}
-	flip(t, bad, ring{bad, sb.layout.journal, 0}.place(sb.tail.logical+segHeaderBytes+100), 1)
+	flip(t, bad, ring{store: bad, area: sb.layout.journal, tag: 0}.place(sb.tail.logical+segHeaderBytes+100), 1)
 	_, err := OpenReplica(context.Background(), bad, OpenOptions{})
 	var damage *JournalDamage
 	if !errors.As(err, &damage) || damage.ImageWhole {

@@ -18,6 +18,10 @@ type openEpoch struct {
 
 	writer *segmentWriter // of a journal epoch
 	first  cursor
+	// spilled: it goes on in the spill file; decided: a commit may be found that
+	// counts on what is there, spillPart
+	spilled, decided bool
+	spillPart        *spillPart
 
 	pipe   *writePipe // of an in-place epoch
 	marked *touched   // what the durable change map names already
@@ -152,6 +156,9 @@ func (r *Replica) dropOpen() {
 	if o.pipe != nil {
 		o.pipe.close()
 	}
+	if o.spilled && !o.decided {
+		r.emptySpill()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.inPlace = false
@@ -248,16 +255,44 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, frames [
 		return r.appendInPlace(o, frames)
 	}
 	for _, f := range frames {
-		if err := r.makeRoom(ctx, o.writer.endAfter(FrameHeaderBytes+len(f.Payload))+commitMaxBytes); err != nil {
+		if err := r.roomFor(ctx, o, f); err != nil {
 			return err
 		}
 		if err := o.writer.add(f); err != nil {
-			return r.failed(err)
+			return r.writeFailed(err)
 		}
 	}
 	r.mu.Lock()
-	r.usedEnd = o.writer.endAfter(0)
+	if o.spilled {
+		r.spilled = int64(o.writer.endAfter(0))
+	} else {
+		r.usedEnd = o.writer.endAfter(0)
+	}
 	r.mu.Unlock()
+	return nil
+}
+
+// roomFor waits until there is room for a frame, in the journal or, once the
+// whole of it is not enough, in the spill file.
+func (r *Replica) roomFor(ctx context.Context, o *openEpoch, f Frame) error {
+	n := FrameHeaderBytes + len(f.Payload)
+	if !o.spilled {
+		behind := uint64(commitMaxBytes)
+		if r.mayDivert() {
+			behind += segHeaderBytes + BlockSize // the marker
+		}
+		err := r.makeRoom(ctx, o.writer.endAfter(n)+behind)
+		if !errors.Is(err, ErrJournalFull) || !r.mayDivert() {
+			return err
+		}
+		if err := r.divert(o); err != nil {
+			return r.writeFailed(err)
+		}
+	}
+	if end := o.writer.endAfter(n); end > uint64(r.spillLimit) {
+		return fmt.Errorf("%w: the epoch needs more than the journal's %d bytes and the %d that may spill: allow more there, enlarge the journal or allow an in-place catch-up",
+			ErrJournalFull, r.lay.journal.length, r.spillLimit)
+	}
 	return nil
 }
 
@@ -267,8 +302,8 @@ func (r *Replica) makeRoom(ctx context.Context, end uint64) error {
 		if end-r.sb.tail.logical <= uint64(r.lay.journal.length) {
 			return true, nil
 		}
-		if len(r.pending) == 0 {
-			return false, fmt.Errorf("%w: the epoch needs more than %d bytes: enlarge the journal or allow an in-place catch-up",
+		if len(r.pending) == 0 && !r.applying {
+			return false, fmt.Errorf("%w: the epoch needs more than %d bytes: enlarge the journal, give it a spill file or allow an in-place catch-up",
 				ErrJournalFull, r.lay.journal.length)
 		}
 		return false, nil
@@ -350,7 +385,16 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 		}
 		err = r.commitInPlace(o, record)
 	} else {
-		err = r.commitJournal(o, record)
+		if o.spilled {
+			err = r.finishSpill(o)
+		}
+		if err != nil && !o.decided {
+			o.broken = fmt.Errorf("%s: epoch %d: %w", r.store.Name(), c.Epoch, r.writeFailed(err))
+			return o.broken
+		}
+		if err == nil {
+			err = r.commitJournal(o, record)
+		}
 	}
 	if err != nil {
 		return r.failed(err)
@@ -389,7 +433,7 @@ func (r *Replica) commitJournal(o *openEpoch, c commitRecord) error {
 		return fmt.Errorf("%s: flush of the journal: %w", r.store.Name(), err)
 	}
 	p := &pendingEpoch{first: o.first, end: o.writer.next, start: o.start.Epoch, attempt: o.start.Attempt,
-		commit: c, touched: o.touched, rounds: o.rounds}
+		commit: c, touched: o.touched, rounds: o.rounds, spill: o.spillPart}
 	return r.writeSuper(1, func(sb *superblock) {
 		sb.committed, sb.head = p.position(), p.end
 	}, func() {
@@ -428,7 +472,11 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 	if err != nil {
 		return err
 	}
-	return r.writeSuper(1, func(sb *superblock) {
+	copies := 1
+	if p != nil && p.spill != nil {
+		copies = 2 // the spill file is emptied next: no copy may still count on it
+	}
+	return r.writeSuper(copies, func(sb *superblock) {
 		sb.applied, sb.lineage, sb.cutNanos, sb.watched = c.lineage.Tip(), c.lineage, c.cutNanos, watched
 		sb.applying = 0
 		if p != nil {

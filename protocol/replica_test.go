@@ -137,8 +137,10 @@ func (m *model) send(r *Replica, p epochPlan) error {
 			return err
 		}
 		sums[i] = d.Sum()
-		if err := r.Append(ctx, i, frames); err != nil {
-			return err
+		for _, piece := range wholeFrames(frames, MaxAppendBytes/4) {
+			if err := r.Append(ctx, i, piece); err != nil {
+				return err
+			}
 		}
 	}
 	if p.abort {
@@ -153,11 +155,29 @@ func (m *model) send(r *Replica, p epochPlan) error {
 	return nil
 }
 
+// wholeFrames cuts frames into pieces of about n bytes.
+func wholeFrames(frames []byte, n int) (out [][]byte) {
+	begun, at := 0, 0
+	for fr := NewFrameReader(frames); fr.More(); {
+		f, err := fr.Next()
+		if err != nil {
+			return append(out, frames[begun:])
+		}
+		if at += len(f.Header) + len(f.Payload); at-begun >= n {
+			out = append(out, frames[begun:at:at])
+			begun = at
+		}
+	}
+	return append(out, frames[begun:])
+}
+
 // check opens what is left of a device and compares it with the model: the
 // image of exactly one epoch whose commit was asked for, no older than the last
 // acknowledged one, and a change map that names at least what differs.
-func (m *model) check(dev Store) error {
-	r, err := OpenReplica(context.Background(), dev, OpenOptions{})
+func (m *model) check(dev Store) error { return m.checkWith(dev, OpenOptions{}) }
+
+func (m *model) checkWith(dev Store, o OpenOptions) error {
+	r, err := OpenReplica(context.Background(), dev, o)
 	if err != nil {
 		if m.acked.IsZero() && errors.Is(err, ErrNoSuperblock) && !m.inPlace {
 			return nil // cut off while it was being formatted
@@ -275,11 +295,13 @@ var scenario = []epochPlan{
 }
 
 // play formats a device and plays the scenario to its end or first error.
-func (m *model) play(dev Store) error {
+func (m *model) play(dev Store) error { return m.playSteps(dev, scenario, OpenOptions{}) }
+
+func (m *model) playSteps(dev Store, steps []epochPlan, o OpenOptions) error {
 	if err := FormatReplica(dev, testOptions(m.size)); err != nil {
 		return err
 	}
-	r, err := OpenReplica(context.Background(), dev, OpenOptions{})
+	r, err := OpenReplica(context.Background(), dev, o)
 	if err != nil {
 		return err
 	}
@@ -288,7 +310,7 @@ func (m *model) play(dev Store) error {
 			r.Close()
 		}
 	}()
-	for i, p := range scenario {
+	for i, p := range steps {
 		if p.mode != 0 {
 			if err := m.send(r, p); err != nil {
 				return fmt.Errorf("step %d: %w", i, err)
@@ -298,7 +320,7 @@ func (m *model) play(dev Store) error {
 		if err := r.Close(); err != nil {
 			return err
 		}
-		if r, err = OpenReplica(context.Background(), dev, OpenOptions{}); err != nil {
+		if r, err = OpenReplica(context.Background(), dev, o); err != nil {
 			return fmt.Errorf("step %d: %w", i, err)
 		}
 	}

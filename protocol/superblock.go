@@ -10,7 +10,7 @@ import (
 // A superblock is one block of 4 KiB; two copies are written in turn, the
 // higher sequence counts. Numbers are little-endian, sizes and offsets bytes.
 //
-//	   0  magic "BFSUPER1"          8  version u32 = 1      12  crc32c of the block with this field 0
+//	   0  magic "BFSUPER1"          8  version u32           12  crc32c of the block with this field 0
 //	  16  sequence u64             24  volume UUID [16]     40  replica UUID [16]
 //	  56  volume size u64          64  data offset u64      72  device end u64
 //	  80  reserve offset, length   96  map offset, length  112  journal offset, length
@@ -26,13 +26,18 @@ import (
 //	 224  cut of the applied epoch, wall clock, ns u64
 //	 232  journal tail: logical offset u64, segment sequence u64, chain u32, 0 u32
 //	 256  journal head: the same, after the last committed segment
+//	 280  spill file: UUID [16], zero when none was ever named; 296 length u16 and 298 text of its path
 //	 512  lineage of the applied position: up to 128 points (generation [16], last epoch u64)
 //	3584  watched places, up to 8: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
 //	3968  zero to 4095
+//
+// The version is 1 until a spill file is named, 2 from then on: a program that
+// knows of none must not take what the journal holds for all there is.
 const (
 	superBytes      = 4096
 	superMagic      = 0x3152455055534642 // "BFSUPER1" read as a little-endian u64
-	superVersion    = 1
+	superVersion    = 2
+	superSpillAt    = 280
 	superLineageAt  = 512
 	superWatchAt    = superLineageAt + 24*MaxGenerations
 	superWatchBytes = 48
@@ -109,6 +114,8 @@ type superblock struct {
 	head      cursor
 	lineage   Lineage
 	watched   []watchedPlace
+	spill     [16]byte // zero: none was ever named
+	spillName string
 }
 
 // tag marks this replica's map pages and journal segments, so that those of
@@ -141,7 +148,11 @@ func (s *superblock) encode() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, 0, superBytes)
 	b = le.AppendUint64(b, superMagic)
-	b = le.AppendUint32(b, superVersion)
+	version := uint32(1)
+	if s.spill != [16]byte{} {
+		version = superVersion
+	}
+	b = le.AppendUint32(b, version)
 	b = le.AppendUint32(b, 0)
 	b = le.AppendUint64(b, s.sequence)
 	b = append(b, s.volume[:]...)
@@ -167,6 +178,9 @@ func (s *superblock) encode() []byte {
 	b = le.AppendUint64(b, uint64(s.cutNanos))
 	b = appendCursor(b, s.tail)
 	b = appendCursor(b, s.head)
+	b = append(b, s.spill[:]...)
+	b = le.AppendUint16(b, uint16(len(s.spillName)))
+	b = append(b, s.spillName...)
 	b = b[:superLineageAt]
 	for _, p := range s.lineage {
 		b = appendPosition(b, p)
@@ -197,8 +211,9 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if got, want := le.Uint32(b[12:]), crc32c(plain); got != want {
 		return nil, fmt.Errorf("checksum %#x, computed %#x", got, want)
 	}
-	if v := le.Uint32(b[8:]); v != superVersion {
-		return nil, fmt.Errorf("%w: version %d, this program reads version %d: upgrade it", ErrNewerFormat, v, superVersion)
+	version := le.Uint32(b[8:])
+	if version < 1 || version > superVersion {
+		return nil, fmt.Errorf("%w: version %d, this program reads versions up to %d: upgrade it", ErrNewerFormat, version, superVersion)
 	}
 	s := &superblock{sequence: le.Uint64(b[16:])}
 	copy(s.volume[:], b[24:])
@@ -219,6 +234,12 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	s.applied, s.committed, s.inPlace = readPosition(b[136:]), readPosition(b[160:]), readPosition(b[184:])
 	s.applying, s.mapBase, s.cutNanos = le.Uint64(b[208:]), le.Uint64(b[216:]), int64(le.Uint64(b[224:]))
 	s.tail, s.head = readCursor(b[232:]), readCursor(b[256:])
+	copy(s.spill[:], b[superSpillAt:])
+	spillName := int(le.Uint16(b[superSpillAt+16:]))
+	if named := s.spill != [16]byte{}; named != (version > 1) || spillName > MaxSpillName || !named && spillName > 0 {
+		return nil, fmt.Errorf("spill file %x with a path of %d bytes in version %d", s.spill, spillName, version)
+	}
+	s.spillName = string(b[superSpillAt+18:][:spillName])
 	if err := s.layout.check(s.layout.deviceBytes); err != nil {
 		return nil, err
 	}

@@ -35,10 +35,9 @@ const (
 )
 
 // Inspect says what a device holds, with the evidence in words. It reads the
-// label's place, both ends and 1,000 sampled places. identity and expected
-// are the disk's identity and the one recorded for it, "" when not known;
-// they only add to the evidence: another disk with content is not blank.
-func Inspect(d blockdev.Device, identity, expected string) (Content, string) {
+// label's place, both ends and 1,000 sampled places. Only what was found to be
+// zero is blank, whichever disk it is: one with another serial and content is not.
+func Inspect(d blockdev.Device) (Content, string) {
 	label, err := ReadLabel(d)
 	switch {
 	case err == nil:
@@ -82,15 +81,7 @@ func Inspect(d blockdev.Device, identity, expected string) (Content, string) {
 			return c, why
 		}
 	}
-	why := fmt.Sprintf("%s: the label's place, both ends and %d sampled places are zero", d.Name(), blankSamples)
-	if expected != "" && identity != "" {
-		if identity == expected {
-			why += "; it is the disk that held the volume (" + identity + ")"
-		} else {
-			why += "; it is another disk (" + identity + ") than the one recorded (" + expected + ")"
-		}
-	}
-	return Blank, why
+	return Blank, fmt.Sprintf("%s: the label's place, both ends and %d sampled places are zero", d.Name(), blankSamples)
 }
 
 func firstNonzero(b []byte) int {

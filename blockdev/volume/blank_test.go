@@ -41,7 +41,7 @@ func TestInspectFindsBlankOnlyWhatIs(t *testing.T) {
 	} {
 		d := blocktest.NewMemory(size)
 		c.do(d)
-		got, why := Inspect(d, "", "")
+		got, why := Inspect(d)
 		if got != c.want || !strings.Contains(why, c.why) {
 			t.Errorf("%s: got %s, '%s'; want %s, '%s'", c.name, got, why, c.want, c.why)
 		}
@@ -59,12 +59,8 @@ func TestInspectSamplesTheWhole(t *testing.T) {
 			block[i] = 1
 		}
 		d.WriteAt(block, at)
-		if got, why := Inspect(d, "", ""); got != Foreign {
+		if got, why := Inspect(d); got != Foreign {
 			t.Errorf("content at %d: %s, %s", at, got, why)
 		}
-	}
-	d := blocktest.NewMemory(size)
-	if _, why := Inspect(d, "new", "old"); !strings.Contains(why, "another disk (new) than the one recorded (old)") {
-		t.Error(why)
 	}
 }

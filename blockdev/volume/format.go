@@ -44,7 +44,7 @@ func Format(o FormatOptions) (*Label, error) {
 			return nil, err
 		}
 		opened = append(opened, f)
-		if content, why := Inspect(f, identityOf(f), ""); content != Blank && !o.Overwrite {
+		if content, why := Inspect(f); content != Blank && !o.Overwrite {
 			return nil, fmt.Errorf("will not format %s: %s", path, why)
 		}
 		return f, nil

@@ -3,6 +3,7 @@ package volume
 import (
 	"bytes"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -28,12 +29,16 @@ import (
 //	    4 the kernel has formatted the metadata
 //	124 length of identity u32      128 the disk's identity [256]
 //	384 number of cuts u32          388 length of state u32
-//	392 zeros
+//	392 number of watched places u32
+//	400 cut u64 that the watched places are of, then zeros
 //	512 cuts {number u64, era u32, zero u32}, ascending in both
+//	 then the watched places {offset in the volume u64, SHA-256 [32]}, ascending (watch.go)
 //	 then the state's bytes, then zeros
+//
+// The version is 1 without watched places, else 2.
 const (
 	labelMagic   = "BFVOLUME"
-	labelVersion = 1
+	labelVersion = 2
 	slotStride   = 512 << 10
 	slotBytes    = 256 << 10
 	labelHead    = 512
@@ -94,18 +99,25 @@ type Label struct {
 	// its place are a loss.
 	MetaFormatted bool
 	Cuts          Cuts
+	Watch         Watch
 	State         []byte // the caller's, at most MaxStateBytes
 }
 
 // encode returns the label as it stands in a slot.
 func (l *Label) encode() ([]byte, error) {
-	if len(l.State) > MaxStateBytes || len(l.Cuts) > maxCuts || len(l.Identity) > maxIdentity {
+	if len(l.State) > MaxStateBytes || len(l.Cuts) > maxCuts || len(l.Watch.Places) > maxWatched || len(l.Identity) > maxIdentity {
 		return nil, fmt.Errorf("label: %d bytes of state, %d cuts, %d bytes of identity do not fit", len(l.State), len(l.Cuts), len(l.Identity))
 	}
-	used := labelHead + len(l.Cuts)*cutBytes + len(l.State)
+	watchAt := labelHead + len(l.Cuts)*cutBytes
+	stateAt := watchAt + len(l.Watch.Places)*watchedBytes
+	used := stateAt + len(l.State)
 	b := blockdev.AlignedBuffer((used + blockdev.BlockSize - 1) &^ (blockdev.BlockSize - 1))
 	copy(b, labelMagic)
-	le.PutUint32(b[8:], labelVersion)
+	version := uint32(1)
+	if len(l.Watch.Places) > 0 {
+		version = labelVersion
+	}
+	le.PutUint32(b[8:], version)
 	le.PutUint32(b[12:], uint32(len(b)))
 	le.PutUint32(b[20:], uint32(l.EraBlockBytes))
 	le.PutUint64(b[24:], l.Sequence)
@@ -134,7 +146,14 @@ func (l *Label) encode() ([]byte, error) {
 		le.PutUint64(b[labelHead+i*cutBytes:], c.Number)
 		le.PutUint32(b[labelHead+i*cutBytes+8:], c.Era)
 	}
-	copy(b[labelHead+len(l.Cuts)*cutBytes:], l.State)
+	le.PutUint32(b[392:], uint32(len(l.Watch.Places)))
+	le.PutUint64(b[400:], l.Watch.Cut)
+	for i, w := range l.Watch.Places {
+		at := b[watchAt+i*watchedBytes:]
+		le.PutUint64(at, uint64(w.Offset))
+		copy(at[8:], w.Digest[:])
+	}
+	copy(b[stateAt:], l.State)
 	le.PutUint32(b[16:], crc32.Checksum(b, castagnoli))
 	return b, nil
 }
@@ -157,12 +176,18 @@ func decodeLabel(slot []byte) (*Label, error) {
 	if want := le.Uint32(b[16:]); sum != want {
 		return bad("checksum %#x, want %#x", sum, want)
 	}
-	if v := le.Uint32(b[8:]); v != labelVersion {
-		return bad("version %d, this program knows %d", v, labelVersion)
+	version := le.Uint32(b[8:])
+	if version < 1 || version > labelVersion {
+		return bad("version %d, this program knows versions up to %d", version, labelVersion)
 	}
 	cuts, state, identity := int64(le.Uint32(b[384:])), int64(le.Uint32(b[388:])), le.Uint32(b[124:])
-	if cuts > maxCuts || state > MaxStateBytes || identity > maxIdentity || labelHead+cuts*cutBytes+state > length {
-		return bad("%d cuts, %d bytes of state and %d of identity do not fit into %d", cuts, state, identity, length)
+	watched := int64(le.Uint32(b[392:]))
+	stateAt := labelHead + cuts*cutBytes + watched*watchedBytes
+	if (watched > 0) != (version > 1) {
+		return bad("%d watched places in version %d", watched, version)
+	}
+	if cuts > maxCuts || watched > maxWatched || state > MaxStateBytes || identity > maxIdentity || stateAt+state > length {
+		return bad("%d cuts, %d watched places, %d bytes of state and %d of identity do not fit into %d", cuts, watched, state, identity, length)
 	}
 	flags := le.Uint32(b[120:])
 	number := func(at int) int64 { return int64(le.Uint64(b[at:])) }
@@ -181,7 +206,7 @@ func decodeLabel(slot []byte) (*Label, error) {
 		CowElsewhere:  flags&flagCowElsewhere != 0,
 		MetaElsewhere: flags&flagMetaElsewhere != 0,
 		MetaFormatted: flags&flagMetaFormatted != 0,
-		State:         bytes.Clone(b[labelHead+cuts*cutBytes:][:state]),
+		State:         bytes.Clone(b[stateAt:][:state]),
 	}
 	for i := range cuts {
 		at := b[labelHead+i*cutBytes:]
@@ -190,6 +215,13 @@ func decodeLabel(slot []byte) (*Label, error) {
 			return bad("its cuts are not in order")
 		}
 		l.Cuts = append(l.Cuts, c)
+	}
+	if watched > 0 {
+		l.Watch.Cut = le.Uint64(b[400:])
+	}
+	for i := range watched {
+		at := b[labelHead+cuts*cutBytes+i*watchedBytes:]
+		l.Watch.Places = append(l.Watch.Places, WatchedPlace{number(int(labelHead + cuts*cutBytes + i*watchedBytes)), [sha256.Size]byte(at[8:])})
 	}
 	if err := l.check(); err != nil {
 		return bad("%v", err)
@@ -216,7 +248,7 @@ func (l *Label) check() error {
 		!l.MetaElsewhere && !l.CowElsewhere && a.Cow.Offset < a.Meta.End() && a.Meta.Offset < a.Cow.End() {
 		return errors.New("its areas overlap")
 	}
-	return nil
+	return l.Watch.check(a.Data.Length)
 }
 
 // endBytes is how large the disk must be.

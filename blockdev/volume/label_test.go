@@ -28,6 +28,12 @@ func TestLabelSurvivesTheDisk(t *testing.T) {
 	want := sampleLabel(t)
 	for i := range 5 {
 		want.State = []byte(fmt.Sprint("state", i))
+		if i == 2 { // from then on of version 2
+			want.Watch = Watch{Cut: 6, Places: []WatchedPlace{{Offset: 0, Digest: [32]byte{1}}, {Offset: 64 << 10, Digest: [32]byte{31: 2}}}}
+		}
+		if b, err := want.encode(); err != nil || (b[8] == 1) != (i < 2) {
+			t.Fatalf("version %d of label %d, %v", b[8], i, err)
+		}
 		if err := writeLabel(d, want); err != nil {
 			t.Fatal(err)
 		}
@@ -81,6 +87,9 @@ func TestLabelKeepsToItsPlace(t *testing.T) {
 		l.Cuts = l.Cuts.With(CutEra{uint64(100 + i), uint32(100 + i)})
 	}
 	l.Identity = string(make([]byte, maxIdentity))
+	for i := range int64(maxWatched) {
+		l.Watch.Places = append(l.Watch.Places, WatchedPlace{Offset: i * watchBytes})
+	}
 	b, err := l.encode()
 	if err != nil || len(b) > slotBytes {
 		t.Fatalf("the largest label has %d bytes, %v", len(b), err)
@@ -165,11 +174,16 @@ func FuzzDecodeLabel(f *testing.F) {
 	}
 	f.Add(b, true)
 	f.Add([]byte(labelMagic), false)
+	l.Watch = Watch{Cut: 6, Places: []WatchedPlace{{Offset: 64 << 10}, {Offset: 1 << 20}}}
+	if b, err = l.encode(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b, true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix && len(b) >= 4096 { // past the checksum
 			b = b[:len(b)&^4095]
 			copy(b, labelMagic)
-			le.PutUint32(b[8:], labelVersion)
+			le.PutUint32(b[8:], min(max(1, le.Uint32(b[8:])), labelVersion))
 			le.PutUint32(b[12:], uint32(len(b)))
 			le.PutUint32(b[16:], 0)
 			le.PutUint32(b[16:], crc32.Checksum(b, castagnoli))

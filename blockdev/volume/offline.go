@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"blockferry/blockdev"
-	"blockferry/blockdev/era"
 )
 
 // Offline is a labelled disk whose volume is not up, held exclusively: what a
@@ -58,24 +57,7 @@ func (o *Offline) UnwrittenSince(cut uint64, metaDevice string) (bool, string) {
 	if from == 0 {
 		return false, fmt.Sprintf("the label does not know in which era cut %d was", cut)
 	}
-	meta := o.disk
-	if o.label.MetaElsewhere {
-		f, err := blockdev.OpenFile(metaDevice, blockdev.OpenOptions{Exclusive: true})
-		if err != nil {
-			return false, err.Error()
-		}
-		defer f.Close()
-		meta = f
-	}
-	at := o.label.Areas.Meta.Offset
-	id, err := readAux(meta, at)
-	if err == nil && (id.volume != o.label.UUID || id.era != o.label.EraID) {
-		err = errNoAux
-	}
-	if err != nil {
-		return false, err.Error()
-	}
-	written, err := era.ChangedInactive(section{meta, at + auxIDBytes}, from)
+	written, err := o.markedSince(from, metaDevice)
 	if err != nil {
 		return false, err.Error()
 	}

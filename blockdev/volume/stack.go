@@ -109,7 +109,7 @@ func (v *Volume) openDisk() error {
 	v.disk = disk
 	label, err := ReadLabel(disk)
 	if errors.Is(err, ErrNoLabel) {
-		_, why := Inspect(disk, identityOf(disk), "")
+		_, why := Inspect(disk)
 		return fmt.Errorf("%w; %s", err, why)
 	}
 	if err != nil {
@@ -213,7 +213,7 @@ func (v *Volume) openAreas() error {
 	case err == nil:
 		return fmt.Errorf("%w: the COW area of %s belongs to volume %s", ErrOtherVolume, v.cow.Name(), id.volume)
 	case l.CowElsewhere:
-		if content, why := Inspect(v.cow, identityOf(v.cow), ""); content != Blank {
+		if content, why := Inspect(v.cow); content != Blank {
 			return fmt.Errorf("%w: the COW device is not this volume's and not blank: %s", ErrOtherVolume, why)
 		}
 	}

@@ -69,7 +69,7 @@ func (v *Volume) judgeMetadata(live bool) (owner UUID, lost string, err error) {
 	switch {
 	case errors.Is(err, errNoAux):
 		if l.MetaElsewhere && !live {
-			if content, why := Inspect(v.meta, identityOf(v.meta), ""); content != Blank {
+			if content, why := Inspect(v.meta); content != Blank {
 				return UUID{}, "", fmt.Errorf("%w: the metadata device is not this volume's and not blank: %s", ErrOtherVolume, why)
 			}
 		}

@@ -42,6 +42,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		for _, v := range c.Volumes {
 			_, disks := system.Disks(v, doctor.AsFound)
 			findings = append(findings, disks...)
+			findings = append(findings, system.Spills(v)...)
 			findings = append(findings, doctor.Discards(v))
 		}
 		findings = append(findings, system.Distinct(c.DiskUses())...)

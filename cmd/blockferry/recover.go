@@ -13,12 +13,14 @@ import (
 	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/spill"
 	"blockferry/protocol"
 )
 
 type recoverOptions struct {
 	dropJournal   bool
 	acceptChanges bool
+	spill         string
 }
 
 func newRecover(g *globalOptions) *cobra.Command {
@@ -34,6 +36,7 @@ func newRecover(g *globalOptions) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&o.dropJournal, "drop-journal", false, "go back to the image before acknowledged changes that can't be applied any more")
 	cmd.Flags().BoolVar(&o.acceptChanges, "accept-changes", false, "what was written to it meanwhile, by a mount for one, is its content from now on")
+	cmd.Flags().StringVar(&o.spill, "spill", "", "the replica's spill file, if what was acknowledged lies partly in it")
 	return cmd
 }
 
@@ -43,10 +46,16 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 		return exit.Mark(exit.Refused, err)
 	}
 	defer disk.Close()
-	replica, err := protocol.OpenReplica(ctx, disk, protocol.OpenOptions{DropJournal: o.dropJournal})
+	options := protocol.OpenOptions{DropJournal: o.dropJournal}
+	if o.spill != "" {
+		options.Spill = &spill.File{Path: o.spill}
+	}
+	replica, err := protocol.OpenReplica(ctx, disk, options)
 	switch {
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return exit.Errorf(exit.Refused, "%s is no replica of blockferry: %w", path, err)
+	case errors.Is(err, protocol.ErrSpill):
+		return exit.Errorf(exit.Refused, "%w; name it with --spill FILE; only if it is lost for good, to go back to the image before that, repeat with --drop-journal", err)
 	case errors.Is(err, protocol.ErrJournalDamaged):
 		return exit.Errorf(exit.Refused, "%w; to go back to the image before that, repeat with --drop-journal", err)
 	case errors.Is(err, protocol.ErrChangedOutside):

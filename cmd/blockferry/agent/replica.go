@@ -18,7 +18,7 @@ import (
 // disk is there.
 type localReplica struct {
 	agent  *Agent
-	volume string
+	volume *config.Volume
 	config *config.Replica
 	log    *slog.Logger
 
@@ -26,11 +26,12 @@ type localReplica struct {
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
 	advice  string
+	noSpill string        // why the configured spill file is not used
 	ready   chan struct{} // closed and replaced when the state changes
 }
 
 func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplica {
-	return &localReplica{agent: a, volume: v.Name, config: r, ready: make(chan struct{}),
+	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}),
 		log: a.log.With("volume", v.Name, "replica", r.Name), reason: "not opened yet"}
 }
 
@@ -55,7 +56,11 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
-	replica, err := protocol.OpenReplica(ctx, disk, protocol.OpenOptions{})
+	options, err := l.openOptions(disk)
+	if err != nil {
+		return err
+	}
+	replica, err := protocol.OpenReplica(ctx, disk, options)
 	if err != nil {
 		return err
 	}
@@ -70,7 +75,7 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	for _, w := range s.Warnings {
 		l.log.Warn("replica", "warning", w)
 	}
-	l.agent.hub.publish(l.volume, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
+	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -93,12 +98,14 @@ func (l *localReplica) closed(err error) {
 	case errors.Is(err, fs.ErrNotExist):
 		advice = "attach the disk; " + advice
 	case errors.Is(err, protocol.ErrNoSuperblock):
-		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume
+		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume.Name
 	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
 		advice = "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
 		advice = "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
 			"; if the volume is lost, leave the disk as it is and look at another replica first: after that this one can't be restored from"
+	case errors.Is(err, protocol.ErrSpill):
+		advice = "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, protocol.ErrJournalDamaged):
 		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
 	}
@@ -108,7 +115,7 @@ func (l *localReplica) closed(err error) {
 	l.set(nil, err.Error(), advice)
 	if !known {
 		l.log.Warn("replica not served", "error", err)
-		l.agent.hub.publish(l.volume, l.config.Name, "replica-closed", err.Error())
+		l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-closed", err.Error())
 	}
 }
 

@@ -75,7 +75,7 @@ func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, error) {
 		return nil, exit.Mark(exit.Refused, err)
 	}
 	defer disk.Close()
-	content, why := volume.Inspect(disk, "", "")
+	content, why := volume.Inspect(disk)
 	if content == volume.Labelled {
 		label, err := volume.ReadLabel(disk)
 		if err != nil {

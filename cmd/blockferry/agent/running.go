@@ -139,6 +139,8 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 		unwritten, why := disk.UnwrittenSince(r.source.last(), m.config.MetadataDevice)
 		if !unwritten {
 			m.log.Info("not a clean end", "reason", why)
+		} else if err := disk.Remember(r.source.last()); err != nil {
+			return err
 		}
 		r.source.seal(!unwritten)
 		return nil

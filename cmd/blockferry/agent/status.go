@@ -102,6 +102,17 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			s.Mode, _, _ = strings.Cut(r.Plan, ":")
 		}
 	}
+	if open {
+		if words, todo := l.spillWords(own); words != "" && s.Reason == "" {
+			s.Reason, s.Advice = words, todo
+		} else if words != "" {
+			s.Reason += "; " + words
+		}
+		if own.SpilledBytes > 0 {
+			n := uint64(own.SpilledBytes)
+			s.SpilledBytes = &n
+		}
+	}
 	return s
 }
 

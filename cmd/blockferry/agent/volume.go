@@ -276,7 +276,7 @@ func (m *managed) inspect() error {
 		return m.refuse(err)
 	}
 	defer disk.Close()
-	content, why := volume.Inspect(disk, "", "")
+	content, why := volume.Inspect(disk)
 	switch content {
 	case volume.Labelled:
 		return nil
@@ -324,6 +324,18 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 	}
 	if err := m.overtaken(disk.Label().UUID, old.Effective()); err != nil {
 		return state, err
+	}
+	changed, err := disk.ChangedOutside(m.config.MetadataDevice)
+	if err != nil {
+		return state, err
+	}
+	if changed != "" {
+		// Which places were written nobody knows; replicas are compared in full.
+		m.log.Warn("changed outside", "reason", changed)
+		m.agent.hub.publish(m.config.Name, "", "changed-outside", changed)
+		if err := disk.ForgetCuts(); err != nil {
+			return state, err
+		}
 	}
 	return m.begin(offlineState{disk})
 }

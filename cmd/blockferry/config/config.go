@@ -35,6 +35,9 @@ const (
 	MaxStallLimit     = time.Minute
 	DefaultStallLimit = time.Second
 
+	// MaxSpillPath is the longest path of a spill file: the replica's disk keeps it.
+	MaxSpillPath = 212
+
 	// MaxNameLength leaves room for the suffixes of the inner devices in the
 	// kernel's 127 bytes.
 	MaxNameLength = 63
@@ -83,6 +86,12 @@ type Replica struct {
 	// JournalBytes is the room for epochs that are not complete yet; 0 means
 	// chosen by the volume's size.
 	JournalBytes int64
+	// Spill, when not empty, is the file that takes what an epoch has beyond the
+	// journal; it becomes a part of the replica.
+	Spill string
+	// SpillLimitBytes is how much of one epoch it takes; 0 means as much as the
+	// volume has.
+	SpillLimitBytes int64
 	// InPlace allows a catch-up that is larger than the journal to write
 	// straight over the old image.
 	InPlace bool

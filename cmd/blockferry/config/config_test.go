@@ -72,7 +72,8 @@ func TestFullSampleIsReadWhole(t *testing.T) {
 		EraBlockBytes: 64 * KiB, CowBytes: 8 * GiB, MetadataDevice: "/dev/nvme3n1"}
 	got := *v
 	got.Replicas = nil
-	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: "s2", JournalBytes: 4 * GiB}) {
+	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: "s2", JournalBytes: 4 * GiB,
+		Spill: "/srv/spill/data-ebs", SpillLimitBytes: 50 * GiB}) {
 		t.Errorf("replicas: %+v", v.Replicas[0])
 	}
 	if got.Name != want.Name || got.Device != want.Device || got.SizeBytes != want.SizeBytes || got.Interval != want.Interval || got.StallLimit != want.StallLimit ||

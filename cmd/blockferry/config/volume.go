@@ -85,14 +85,22 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 		r.disk("device", &p.Device, what),
 		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
+		r.disk("spill", &p.Spill, what),
+		r.size("spill-limit", &p.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.choice("catch-up", func(s string) { p.InPlace = s == "in-place" }, "journal", "in-place"),
 	})
 	if present["device"] == nil {
 		r.fail(pair.Key, "%s needs 'device:', the disk that holds the copy", what)
 	}
+	if present["spill-limit"] != nil && present["spill"] == nil {
+		r.fail(present["spill-limit"], "%s has 'spill-limit', but no 'spill', the file it is for", what)
+	}
+	if len(p.Spill) > MaxSpillPath {
+		r.fail(present["spill"], "the path of %s's spill file has %d bytes, at most %d are allowed", what, len(p.Spill), MaxSpillPath)
+	}
 }
 
-// disk reads a device's path and refuses one that is used twice. Two paths of
+// disk reads the path of a device, or of a spill file, and refuses one that is used twice. Two paths of
 // one disk are found later, when devices are opened.
 func (r *reader) disk(key string, into *string, what string) field {
 	return r.text(key, func(s string) error {

@@ -90,6 +90,8 @@ type System struct {
 	Inspect      func(path string) (Disk, error)
 	SameDisk     func(a, b string) (bool, error)
 	Exists       func(path string) bool
+	// Survives is nil if a file at a path outlives the machine and a disk.
+	Survives func(path, disk string) error
 }
 
 // Disk is what was found out about a disk, without changing it.
@@ -312,6 +314,23 @@ func contentWords(content string) string {
 		return "blank"
 	}
 	return "holds " + content
+}
+
+// Spills looks at where the spill files of a volume's replicas are.
+func (s *System) Spills(v *config.Volume) Findings {
+	var f Findings
+	for _, r := range v.Replicas {
+		if r.Spill == "" {
+			continue
+		}
+		if err := s.Survives(r.Spill, v.Device); err != nil {
+			f.refuse(exit.Refused, r.Spill, "the spill file of replica '"+r.Name+"' can't be there: "+err.Error(),
+				"name a place that stays with the replica: another disk, attached as the replica's is")
+			continue
+		}
+		f.good(r.Spill, "the spill file of replica '%s'", r.Name)
+	}
+	return f
 }
 
 // Discards says what becomes of them: dm-era marks only the first block of

@@ -21,11 +21,27 @@ func healthy() *System {
 		Inspect:      func(path string) (Disk, error) { return Disk{Path: path, SizeBytes: 1 << 30}, nil },
 		SameDisk:     func(a, b string) (bool, error) { return a == b, nil },
 		Exists:       func(string) bool { return true },
+		Survives:     func(string, string) error { return nil },
 	}
 }
 
 func aVolume() *config.Volume {
 	return &config.Volume{Name: "data", Device: "/dev/a", Replicas: []*config.Replica{{Name: "ebs", Device: "/dev/b"}}}
+}
+
+func TestSpillFileInABadPlaceIsRefused(t *testing.T) {
+	s, v := healthy(), aVolume()
+	if f := s.Spills(v); len(f) != 0 {
+		t.Errorf("without one: %v", f)
+	}
+	v.Replicas[0].Spill = "/srv/spill"
+	if f := s.Spills(v); f.Err() != nil || len(f) != 1 {
+		t.Errorf("in a good place: %v", f)
+	}
+	s.Survives = func(path, disk string) error { return errors.New(path + " is on " + disk) }
+	if err := s.Spills(v).Err(); err == nil || !strings.Contains(err.Error(), "/srv/spill is on /dev/a") {
+		t.Errorf("on the volume's disk: %v", err)
+	}
 }
 
 func TestHealthyMachineIsNotRefused(t *testing.T) {

@@ -44,6 +44,7 @@ func Live() *System {
 			_, err := os.Stat(path)
 			return err == nil
 		},
+		Survives: blockdev.Survives,
 	}
 }
 
@@ -83,7 +84,7 @@ func content(f *blockdev.File) (string, bool) {
 	if what, ours := replica(f); ours {
 		return what, true
 	}
-	found, why := volume.Inspect(f, "", "")
+	found, why := volume.Inspect(f)
 	switch found {
 	case volume.Blank:
 		return "", false

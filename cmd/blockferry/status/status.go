@@ -73,6 +73,7 @@ type Replica struct {
 	TotalBytes       *uint64  `json:"total-bytes,omitempty"`
 	EtaSeconds       *float64 `json:"eta-seconds,omitempty"`
 	JournalFreeBytes *uint64  `json:"journal-free-bytes,omitempty"`
+	SpilledBytes     *uint64  `json:"spilled-bytes,omitempty"`
 	Reason           string   `json:"reason,omitempty"`
 	Advice           string   `json:"advice,omitempty"`
 }

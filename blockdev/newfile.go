@@ -1,0 +1,57 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// CreateFile puts a regular file at path that begins with head and is a hole
+// from there to size bytes. One that stands there is replaced in one step. The
+// file, and its name, are durable when it returns.
+func CreateFile(path string, head []byte, size int64) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("create file: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("create file %s: %w", path, errors.Join(err, os.Remove(f.Name())))
+		}
+	}()
+	_, err = f.Write(head)
+	if err == nil {
+		err = f.Truncate(size)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncFolder(filepath.Dir(path))
+}
+
+func syncFolder(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// Empty gives back the room of all that a regular file holds from an offset
+// on; from there to the new size it is a hole. No other method runs meanwhile.
+func (d *File) Empty(from, size int64) error {
+	for _, n := range []int64{from, size} {
+		if err := d.file.Truncate(n); err != nil {
+			return d.failed("truncation", n, 0, err)
+		}
+	}
+	d.size = size &^ (BlockSize - 1)
+	return nil
+}

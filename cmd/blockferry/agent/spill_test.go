@@ -1,0 +1,30 @@
+package agent
+
+import (
+	"strings"
+	"testing"
+
+	"blockferry/cmd/blockferry/config"
+	"blockferry/protocol"
+)
+
+// A spill file is spoken of while it is in use and when it can't be used,
+// with what to do, and not otherwise.
+func TestSpillWords(t *testing.T) {
+	l := &localReplica{config: &config.Replica{Name: "ebs", Spill: "/srv/spill"}}
+	if words, _ := l.spillWords(protocol.ReplicaStatus{}); words != "" {
+		t.Errorf("at rest: %q", words)
+	}
+	words, _ := l.spillWords(protocol.ReplicaStatus{SpilledBytes: 3 << 30})
+	if !strings.Contains(words, "larger than the journal") || !strings.Contains(words, "3GiB") || !strings.Contains(words, "/srv/spill") {
+		t.Errorf("in use: %q", words)
+	}
+	words, advice := l.spillWords(protocol.ReplicaStatus{SpillProblem: "no space"})
+	if words != "no space" || !strings.Contains(advice, "'spill'") {
+		t.Errorf("not usable: %q, %q", words, advice)
+	}
+	l.noSpill = "on tmpfs"
+	if words, _ = l.spillWords(protocol.ReplicaStatus{SpilledBytes: 1}); words != "on tmpfs" {
+		t.Errorf("in a bad place: %q", words)
+	}
+}
