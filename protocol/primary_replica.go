@@ -65,6 +65,8 @@ func (w *replicaWorker) whyBehind() string {
 	switch {
 	case w.paused:
 		return "paused"
+	case w.stuck() != "":
+		return w.stuck()
 	case w.reason != "":
 		return w.reason
 	case !w.connected:
@@ -180,7 +182,8 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			if disk != DiskConsistent {
 				w.holds = 0
 			}
-			if first && plan.Action != Refuse {
+			// An epoch that did not fit the last time is behind until one does.
+			if first && plan.Action != Refuse && !w.journalTooSmall {
 				w.reason = ""
 			}
 		})

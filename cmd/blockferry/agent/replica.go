@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/protocol"
@@ -86,22 +88,33 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	}
 }
 
-// closed notes why the replica is not served, once.
-func (l *localReplica) closed(err error) {
-	advice := fmt.Sprintf("it is tried again every %s", retryEvery)
+// advise says what to do about a replica that can't be served.
+func (l *localReplica) advise(err error) string {
+	again := fmt.Sprintf("it is tried again every %s", retryEvery)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		advice = "attach the disk; " + advice
+		return "attach the disk; " + again
 	case errors.Is(err, protocol.ErrNoSuperblock):
-		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume
+		return "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume
 	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
-		advice = "do not format it: it is a replica"
+		return "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
-		advice = "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
+		return "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
 			"; if the volume is lost, leave the disk as it is and look at another replica first: after that this one can't be restored from"
 	case errors.Is(err, protocol.ErrJournalDamaged):
-		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
+		return "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
+	case errors.Is(err, unix.ENOSPC):
+		return "make room below " + l.config.Device + "; " + again
+	case errors.Is(err, unix.EIO):
+		return "see what the kernel's log says of the disk; if it is lost, attach a new one and format it: blockferry create --replica " +
+			l.config.Name + " " + l.volume + "; until then " + again
 	}
+	return again
+}
+
+// closed notes why the replica is not served, once.
+func (l *localReplica) closed(err error) {
+	advice := l.advise(err)
 	l.mu.Lock()
 	known := l.reason == err.Error()
 	l.mu.Unlock()

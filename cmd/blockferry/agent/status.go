@@ -73,7 +73,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			s.Position = position(fmt.Sprintf("%x", own.Committed.Generation), own.Committed.Epoch)
 		}
 		if own.Err != nil {
-			s.Reason, s.Advice = own.Err.Error(), "the disk is opened again by itself; look at it if this goes on"
+			s.Reason, s.Advice = own.Err.Error(), l.advise(own.Err)
 		}
 	}
 	for i := range primary.Replicas {

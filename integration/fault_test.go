@@ -1,0 +1,204 @@
+package integration
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/dm"
+	"blockferry/cmd/blockferry/status"
+)
+
+// Helpers of the tests that break things under the built binary.
+
+// faultConfig is a volume of size bytes with one replica. extra are more lines
+// of the volume, replica more lines of the replica, each with its indent.
+func faultConfig(ssd, ebs string, size int64, extra, replica string) string {
+	return fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: %d\n    interval: 500ms\n%s    replicas:\n      ebs:\n        device: %s\n%s",
+		ssd, size, extra, ebs, replica)
+}
+
+// noise fills a part of a device with what does not compress.
+func noise(t *testing.T, device string, offset, length int64, seed byte) {
+	t.Helper()
+	file, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	buffer := alignedBuffer(1 << 20)
+	defer unix.Munmap(buffer)
+	source := rand.NewChaCha8([32]byte{seed})
+	for end := offset + length; offset < end; offset += int64(len(buffer)) {
+		source.Read(buffer)
+		if _, err := file.WriteAt(buffer[:min(int64(len(buffer)), end-offset)], offset); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// suspendWatch looks at devices over and over and measures how long they are
+// seen suspended. A span ends with the first look that finds the device
+// running again, so it is never measured too short by more than the look before
+// it; spans that fall between two looks are not seen.
+type suspendWatch struct {
+	stop, done chan struct{}
+	looks      int
+	spans      []time.Duration
+	longest    time.Duration
+	blind      time.Duration // the longest time without a look
+	err        error
+}
+
+func watchSuspends(t *testing.T, devices ...string) *suspendWatch {
+	t.Helper()
+	ctl, err := dm.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &suspendWatch{stop: make(chan struct{}), done: make(chan struct{})}
+	go func() {
+		defer close(w.done)
+		defer ctl.Close()
+		w.run(ctl, devices)
+	}()
+	return w
+}
+
+func (w *suspendWatch) run(ctl *dm.Control, devices []string) {
+	running := make([]time.Time, len(devices)) // when it was last seen so
+	held := make([]bool, len(devices))
+	last := time.Now()
+	for i := range running {
+		running[i] = last
+	}
+	for {
+		select {
+		case <-w.stop:
+			return
+		case <-time.After(2 * time.Millisecond):
+		}
+		for i, name := range devices {
+			info, err := ctl.Info(name)
+			if err != nil {
+				w.err = err
+				return
+			}
+			now := time.Now()
+			if info.Suspended {
+				held[i] = true
+				w.longest = max(w.longest, now.Sub(running[i]))
+				continue
+			}
+			if held[i] {
+				w.spans = append(w.spans, now.Sub(running[i]))
+				w.longest = max(w.longest, now.Sub(running[i]))
+			}
+			held[i], running[i] = false, now
+		}
+		w.looks++
+		w.blind = max(w.blind, time.Since(last))
+		last = time.Now()
+	}
+}
+
+// end stops the watch and fails the test if a device was suspended for longer
+// than the limit.
+func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
+	t.Helper()
+	close(w.stop)
+	<-w.done
+	if w.err != nil {
+		t.Fatal(w.err)
+	}
+	t.Logf("MEASURED %d looks, at most %v apart: suspended %d times, at most %v", w.looks, w.blind.Round(time.Millisecond), len(w.spans), w.longest.Round(time.Millisecond))
+	if w.longest > limit {
+		t.Errorf("a device stayed suspended for %v, want at most %v", w.longest, limit)
+	}
+}
+
+// logText is all that the agents of this test have said.
+func (c *cli) logText(t *testing.T) string {
+	t.Helper()
+	content, err := os.ReadFile(c.log.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// epochBytes sums up a counter of the committed epochs in an agent's log.
+func epochBytes(t *testing.T, log, counter string) (sum uint64) {
+	t.Helper()
+	for _, match := range regexp.MustCompile(`epoch committed.*\b`+counter+`:(\d+)`).FindAllStringSubmatch(log, -1) {
+		n, err := strconv.ParseUint(match[1], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum += n
+	}
+	return sum
+}
+
+// incremental checks that in a stretch of an agent's log nothing was copied in
+// full nor compared in full, and something was replicated.
+func incremental(t *testing.T, what, log string) {
+	t.Helper()
+	full, compared, others := plans([]byte(log), "full"), plans([]byte(log), "compare"), plans([]byte(log), "incremental")
+	if full != 0 || compared != 0 || others == 0 {
+		t.Errorf("%s: %d full copies, %d comparisons, %d incremental epochs", what, full, compared, others)
+	}
+}
+
+// writtenBytes is what was written to a mapped device since it was made.
+func writtenBytes(t *testing.T, name string) uint64 {
+	t.Helper()
+	ctl := mapper(t)
+	info, err := ctl.Info(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%s/stat", info.Dev()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.ParseUint(strings.Fields(string(content))[6], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n * sector
+}
+
+// says awaits a status in which the first replica's reason and advice, or the
+// volume's, hold all the words.
+func (c *cli) says(t *testing.T, limit time.Duration, words ...string) status.Volume {
+	t.Helper()
+	v := c.await(t, "saying "+strings.Join(words, ", "), limit, func(v status.Volume) bool {
+		text := v.Reason + "\n" + v.Advice
+		for _, r := range v.Replicas {
+			text += "\n" + r.Name + " " + r.Reason + "\n" + r.Advice
+		}
+		for _, w := range words {
+			if !strings.Contains(text, w) {
+				return false
+			}
+		}
+		return true
+	})
+	for _, r := range v.Replicas {
+		if r.Reason != "" {
+			t.Logf("SAID %s: %s | to do: %s", r.Name, r.Reason, r.Advice)
+		}
+	}
+	if v.Reason != "" {
+		t.Logf("SAID %s: %s | to do: %s", v.Name, v.Reason, v.Advice)
+	}
+	return v
+}
