@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"time"
 
 	"blockferry/proto"
@@ -42,9 +43,11 @@ type replicaWorker struct {
 	liveFirst       bool // the last frozen view did not last: shrink the work first
 }
 
+const notConnectedYet = "not connected yet"
+
 func newReplicaWorker(p *Primary, rc ReplicaConfig) *replicaWorker {
 	rc.Link.Volume, rc.Link.VolumeUUID, rc.Link.SizeBytes, rc.Link.Replica = p.cfg.Volume, p.cfg.VolumeUUID, p.size, rc.Name
-	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: "not connected yet"}
+	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: notConnectedYet}
 }
 
 // update changes the worker's state under the lock and wakes who waits for it.
@@ -129,6 +132,19 @@ func (w *replicaWorker) run(ctx context.Context) {
 	}
 }
 
+// afterConnect is the reason to be behind of a replica that is connected again:
+// it stands until an epoch is committed, if one is needed. mu is held.
+func (w *replicaWorker) afterConnect() string {
+	const again = "it catches up; before that: "
+	switch {
+	case w.reason == "" || w.reason == notConnectedYet:
+		return ""
+	case w.p.unchangedLocked() && w.holds >= w.p.lastCut.epoch:
+		return ""
+	}
+	return again + strings.TrimPrefix(w.reason, again)
+}
+
 // session runs from the handshake to the end of the stream. progressed says
 // whether an epoch was committed.
 func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error) {
@@ -182,9 +198,8 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			if disk != DiskConsistent {
 				w.holds = 0
 			}
-			// An epoch that did not fit the last time is behind until one does.
-			if first && plan.Action != Refuse && !w.journalTooSmall {
-				w.reason = ""
+			if first && plan.Action != Refuse {
+				w.reason = w.afterConnect()
 			}
 		})
 		if ev := w.p.cfg.Events.Connected; ev != nil && first {

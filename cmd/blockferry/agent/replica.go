@@ -23,11 +23,13 @@ type localReplica struct {
 	volume string
 	config *config.Replica
 	log    *slog.Logger
+	opened func() // called when it is served (again); may be nil
 
 	mu      sync.Mutex
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
 	advice  string
+	fault   error         // why it could not be served the last time
 	ready   chan struct{} // closed and replaced when the state changes
 }
 
@@ -73,6 +75,9 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		l.log.Warn("replica", "warning", w)
 	}
 	l.agent.hub.publish(l.volume, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
+	if l.opened != nil {
+		l.opened()
+	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -117,6 +122,7 @@ func (l *localReplica) closed(err error) {
 	advice := l.advise(err)
 	l.mu.Lock()
 	known := l.reason == err.Error()
+	l.fault = err
 	l.mu.Unlock()
 	l.set(nil, err.Error(), advice)
 	if !known {
@@ -131,6 +137,18 @@ func (l *localReplica) set(r *protocol.Replica, reason, advice string) {
 	l.replica, l.reason, l.advice = r, reason, advice
 	close(l.ready)
 	l.ready = make(chan struct{})
+}
+
+// adviseOpen says what to do about a replica whose disk is open and that is
+// behind all the same.
+func (l *localReplica) adviseOpen(connected bool) string {
+	l.mu.Lock()
+	fault := l.fault
+	l.mu.Unlock()
+	if fault == nil || connected {
+		return "if this goes on, see what the kernel's log says of " + l.config.Device + "; writes go on and are marked"
+	}
+	return l.advise(fault)
 }
 
 // status is the replica's own; false while its disk is not open.

@@ -94,6 +94,9 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
+			if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
+				s.Advice = l.adviseOpen(r.Connection == "Connected")
+			}
 		}
 		s.JournalFreeBytes = r.JournalFree
 		if r.Sync != nil {
