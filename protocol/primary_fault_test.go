@@ -353,6 +353,38 @@ func TestTrackingLost(t *testing.T) {
 	}
 }
 
+// A tracker that never answers again costs comparisons; the replica is kept up
+// to date all the same.
+func TestTrackingLostForGood(t *testing.T) {
+	src := newMemSource(testVolumeSize, 64<<10)
+	wroteSome(src, 0, 2000)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	r := startRig(t, src, &memState{}, []*node{n}, nil)
+	r.sync()
+	src.mu.Lock()
+	src.lostBefore = 1 << 60
+	src.mu.Unlock()
+	for i := range int64(3) {
+		wroteSome(src, 300*i, 10)
+		r.sync()
+		if e := r.last("ebs"); e.Action != "compare" {
+			t.Fatalf("%+v", e)
+		}
+		n.check(src)
+	}
+	src.mu.Lock()
+	src.lostBefore = src.cut + 1
+	src.mu.Unlock()
+	wroteSome(src, 300, 10)
+	r.sync()
+	wroteSome(src, 300, 5)
+	r.sync()
+	if e := r.last("ebs"); e.Action != "incremental" {
+		t.Fatalf("the tracker answers again: %+v", e)
+	}
+	n.check(src)
+}
+
 // Coarse marks are narrowed: what is sent is what was written.
 func TestMarksAreNarrowed(t *testing.T) {
 	src := newMemSource(testVolumeSize, 1<<20)

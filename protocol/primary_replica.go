@@ -40,6 +40,7 @@ type replicaWorker struct {
 	journalTooSmall bool
 	needsFull       bool
 	untracked       bool
+	blind           bool // the tracker failed a comparison, too: it is done in one frozen view
 	liveFirst       bool // the last frozen view did not last: shrink the work first
 }
 
@@ -214,6 +215,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
+			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):
 			// The same session goes on; an in-place attempt that was dropped
 			// left the data torn.

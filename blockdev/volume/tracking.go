@@ -103,6 +103,14 @@ func (v *Volume) judgeMetadata(live bool) (owner UUID, lost string, err error) {
 	case len(l.Cuts) > 0 && super.CurrentEra < l.Cuts[len(l.Cuts)-1].Era:
 		return id.volume, fmt.Sprintf("the era metadata went back in time: it is in era %d, the last cut began era %d", super.CurrentEra, l.Cuts[len(l.Cuts)-1].Era), nil
 	}
+	if live {
+		return id.volume, "", nil // it is being written to
+	}
+	// All of it: the kernel goes on with a tree that is damaged somewhere, and
+	// then no question is ever answered again.
+	if _, err := era.ChangedInactive(section{v.meta, at + auxIDBytes}, 1); err != nil {
+		return id.volume, "the era metadata is damaged: " + err.Error(), nil
+	}
 	return id.volume, "", nil
 }
 

@@ -71,9 +71,7 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
-	for _, w := range s.Warnings {
-		l.log.Warn("replica", "warning", w)
-	}
+	warned := l.warn(s.Warnings, 0)
 	l.agent.hub.publish(l.volume, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
 	if l.opened != nil {
 		l.opened()
@@ -86,11 +84,23 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 			l.set(nil, "the agent is stopping", "")
 			return nil
 		case <-tick.C:
-			if err := replica.Status().Err; err != nil {
-				return err
+			now := replica.Status()
+			warned = l.warn(now.Warnings, warned)
+			if now.Err != nil {
+				return now.Err
 			}
 		}
 	}
+}
+
+// warn logs and publishes what is wrong and did not keep the replica from
+// going on, from the n-th warning on, and returns how many there are.
+func (l *localReplica) warn(warnings []string, n int) int {
+	for _, w := range warnings[min(n, len(warnings)):] {
+		l.log.Warn("replica", "warning", w)
+		l.agent.hub.publish(l.volume, l.config.Name, "replica-damaged", w)
+	}
+	return len(warnings)
 }
 
 // advise says what to do about a replica that can't be served.

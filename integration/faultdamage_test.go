@@ -1,0 +1,244 @@
+package integration
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/status"
+)
+
+// damage is one way in which what blockferry wrote for itself goes bad while
+// no agent looks.
+type damage struct {
+	name string
+	// pending: the replica has acknowledged an epoch that it could not apply.
+	// down: the stack is down, not just without an agent.
+	pending, down bool
+	do            func()
+	says          []string // of status; nil: replication goes on by itself
+	logs          []string // of the agent's log
+	wayOut        func()   // what the advice says
+	plan          string   // how the replica gets there: incremental, compare or full
+}
+
+// damaged is the volume that all of it is done to.
+type damaged struct {
+	t         *testing.T
+	c         *cli
+	ssd, disk string // the volume's disk and the replica's
+}
+
+// edit changes one block of 4 KiB on a disk.
+func (d *damaged) edit(device string, at int64, change func(block []byte)) {
+	d.t.Helper()
+	file, err := os.OpenFile(device, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer file.Close()
+	block := alignedBuffer(4096)
+	defer unix.Munmap(block)
+	if _, err := file.ReadAt(block, at); err != nil {
+		d.t.Fatal(err)
+	}
+	change(block)
+	if _, err := file.WriteAt(block, at); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+func (d *damaged) flip(device string, at int64) {
+	d.t.Helper()
+	d.edit(device, at&^4095, func(b []byte) { b[at&4095] ^= 0x10 })
+}
+
+func (d *damaged) zero(device string, from, to int64) {
+	d.t.Helper()
+	for ; from < to; from += 4096 {
+		d.edit(device, from, func(b []byte) { clear(b) })
+	}
+}
+
+// superblock is the newest of the replica's, by the drawing of the format.
+type superblock struct {
+	at, other               int64 // places of the newest and of the other copy
+	sequence                uint64
+	mapAt, journalAt, bytes int64
+	tail, head              int64 // places on the disk
+}
+
+func (d *damaged) superblock() (s superblock) {
+	d.t.Helper()
+	end := sectors(d.t, d.disk) * sector &^ (1<<20 - 1)
+	le := binary.LittleEndian
+	for _, at := range []int64{end - 1<<20, end - 512<<10} {
+		d.edit(d.disk, at, func(b []byte) {
+			if string(b[:8]) != "BFSUPER1" || le.Uint64(b[16:]) < s.sequence {
+				s.other = at
+				return
+			}
+			s = superblock{at: at, other: s.at, sequence: le.Uint64(b[16:]), mapAt: int64(le.Uint64(b[96:])),
+				journalAt: int64(le.Uint64(b[112:])), bytes: int64(le.Uint64(b[120:]))}
+			s.tail = s.journalAt + int64(le.Uint64(b[232:])%uint64(s.bytes))
+			s.head = s.journalAt + int64(le.Uint64(b[256:])%uint64(s.bytes))
+		})
+	}
+	return s
+}
+
+// label is the volume's, with the place of the newest slot.
+func (d *damaged) label() (l *volume.Label, newest int64) {
+	d.t.Helper()
+	disk, err := blockdev.OpenFile(d.ssd, blockdev.OpenOptions{})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer disk.Close()
+	if l, err = volume.ReadLabel(disk); err != nil {
+		d.t.Fatal(err)
+	}
+	return l, int64(l.Sequence%2) * 512 << 10
+}
+
+// eraBlock is the place on the disk of the block of era metadata that a field of
+// its superblock names; 0 names the superblock itself.
+func (d *damaged) eraBlock(field int) int64 {
+	d.t.Helper()
+	l, _ := d.label()
+	at := l.Areas.Meta.Offset + 4096
+	block := uint64(0)
+	if field > 0 {
+		d.edit(d.ssd, at, func(b []byte) { block = binary.LittleEndian.Uint64(b[field:]) })
+		if block == 0 {
+			d.t.Fatalf("the era metadata names no block in field %d", field)
+		}
+	}
+	return at + int64(block)*4096
+}
+
+const (
+	eraWritesetTree = 200
+	eraArray        = 208
+)
+
+// Promise 1 and 2: what is damaged while no agent looks is noticed, named, and
+// never taken for clean: the replica is compared or copied, or refused with the
+// way out; after that it holds what the volume holds.
+func TestFaultDamage(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 160 << 20}, {Size: 120 << 20}}, Modules: []string{"dm-delay"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
+		const size, span = 24 << 20, 8 << 20
+		total := sectors(t, ubd(1))
+		d := &damaged{t: t, ssd: ubd(0), disk: ubd(1)}
+		sane := fmt.Sprintf("0 %d linear %s 0", total, ubd(1))
+		dmCreate(t, "bad", fmt.Sprintf("0 %d error", total))
+		late := dmCreate(t, "late", sane)
+		c := newCLI(t, faultConfig(d.ssd, late, size, "    cow: 24MiB\n", "        journal: 32MiB\n"))
+		d.c = c
+		ctl := mapper(t)
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		noise(t, v.Path, span, size-span, 1)
+		c.must(t, "sync", "--timeout", "60s")
+		h := history{Seed: 51, Size: span, MaxBytes: 64 << 10}
+		last := uint64(0)
+		write := func() {
+			w := startWriter(t, v.Path, h, last+1)
+			w.awaitWrites(t, 50)
+			last = w.stop(t)
+		}
+		at := func(place int64) string { return fmt.Sprint(place) }
+		format := func() {
+			c.refused(t, 3, []string{"is not zero", "nothing was written", "--force"}, "create", "--replica", "ebs")
+			c.must(t, "create", "--replica", "ebs", "--force")
+		}
+		drop := func() { c.must(t, "recover", "--drop-journal", late) }
+		_, _, _ = at, format, drop
+		for _, f := range []damage{
+			{name: "superblock, the newest copy flipped", do: func() { d.flip(d.disk, d.superblock().at+1000) }, plan: "incremental"},
+			{name: "superblock, both copies flipped", do: func() {
+				s := d.superblock()
+				d.flip(d.disk, s.at+1000)
+				d.flip(d.disk, s.other+1000)
+			}, says: []string{"no valid superblock"}, wayOut: format, plan: "full"},
+			{name: "change map, a page flipped", do: func() { d.flip(d.disk, d.superblock().mapAt+200) }, plan: "incremental"},
+			{name: "journal, a header flipped", pending: true, do: func() { d.flip(d.disk, d.superblock().tail+40) }, says: []string{"journal damaged"}, wayOut: drop, plan: "incremental"},
+			{name: "journal, a body flipped", pending: true, do: func() { d.flip(d.disk, d.superblock().tail+4096+77) }, says: []string{"journal damaged"}, wayOut: drop, plan: "incremental"},
+			{name: "journal, truncated", pending: true, do: func() { s := d.superblock(); d.zero(d.disk, s.tail+8192, s.head) }, says: []string{"journal damaged"}, wayOut: drop, plan: "incremental"},
+			{name: "era metadata, superblock flipped", down: true, do: func() { d.flip(d.ssd, d.eraBlock(0)+100) }, plan: "compare"},
+			{name: "era metadata, array flipped", down: true, do: func() { d.flip(d.ssd, d.eraBlock(eraArray)+100) }, plan: "compare"},
+			{name: "era metadata, writesets flipped", down: true, do: func() { d.flip(d.ssd, d.eraBlock(eraWritesetTree)+100) }, plan: "compare"},
+			{name: "era metadata, truncated", down: true, do: func() { at := d.eraBlock(0); d.zero(d.ssd, at+4096, at+400*4096) }, plan: "compare"},
+			{name: "era metadata, superblock flipped under the stack", do: func() { d.flip(d.ssd, d.eraBlock(0)+100) }, plan: ""},
+			{name: "era metadata, array flipped under the stack", do: func() { d.flip(d.ssd, d.eraBlock(eraArray)+100) }, plan: ""},
+			{name: "label, the newest slot flipped", down: true, do: func() { _, at := d.label(); d.flip(d.ssd, at+200) }, plan: ""},
+			{name: "label, both slots flipped", down: true, do: func() { d.flip(d.ssd, 200); d.flip(d.ssd, 512<<10+200) }, says: []string{"label is damaged"},
+				wayOut: func() { c.must(t, "restore", "--force") }, plan: ""},
+		} {
+			began := time.Now()
+			if f.pending {
+				// The change map can't be written, so no apply can begin.
+				m := d.superblock().mapAt / sector
+				dmSwap(t, "late", fmt.Sprintf("0 %d linear %s 0\n%d 2048 delay %s %d 0 /dev/mapper/bad 0 0 %s %d 0\n%d %d linear %s %d",
+					m, ubd(1), m, ubd(1), m, ubd(1), m, m+2048, total-m-2048, ubd(1), m+2048))
+				from := len(c.logText(t))
+				write()
+				for deadline := time.Now().Add(30 * time.Second); !strings.Contains(c.logText(t)[from:], "replica not served"); time.Sleep(20 * time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Fatalf("%s: the replica applied what it should not be able to", f.name)
+					}
+				}
+			} else {
+				write()
+				c.must(t, "sync", "--timeout", "60s")
+			}
+			c.kill(t)
+			if f.pending {
+				dmSwap(t, "late", sane)
+			} else {
+				write() // marked, and nowhere else
+			}
+			if f.down {
+				if err := volume.Down(ctl, "data"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f.do()
+			from := len(c.logText(t))
+			c.start(t)
+			if f.says != nil {
+				c.says(t, 30*time.Second, f.says...)
+				f.wayOut()
+			}
+			c.await(t, "up to date after "+f.name, time.Minute, upToDate)
+			log := c.logText(t)[from:]
+			for _, w := range f.logs {
+				if !strings.Contains(log, w) {
+					t.Errorf("%s: the agent does not say '%s'", f.name, w)
+				}
+			}
+			c.must(t, "sync", "--timeout", "60s")
+			c.must(t, "verify")
+			log = c.logText(t)[from:]
+			t.Logf("MEASURED %s: %d full, %d compare, %d incremental, %.1f s", f.name, plans([]byte(log), "full"), plans([]byte(log), "compare"), plans([]byte(log), "incremental"), time.Since(began).Seconds())
+			for _, line := range strings.Split(log, "\n") {
+				if strings.Contains(line, "WARN") || strings.Contains(line, "ERROR") {
+					t.Log("WARNED ", line)
+				}
+			}
+		}
+		c.must(t, "down")
+		c.kill(t)
+		c.must(t, "recover", late)
+		judgeDevice(t, late, h, last, last)
+		_ = status.Volume{}
+	})
+}
