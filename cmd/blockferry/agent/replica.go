@@ -150,13 +150,13 @@ func (l *localReplica) set(r *protocol.Replica, reason, advice string) {
 }
 
 // adviseOpen says what to do about a replica whose disk is open and that is
-// behind all the same.
-func (l *localReplica) adviseOpen(connected bool) string {
+// behind all the same; source is the volume's disk.
+func (l *localReplica) adviseOpen(source string, connected bool) string {
 	l.mu.Lock()
 	fault := l.fault
 	l.mu.Unlock()
 	if fault == nil || connected {
-		return "if this goes on, see what the kernel's log says of " + l.config.Device + "; writes go on and are marked"
+		return "if this goes on, see what the kernel's log says of " + source + " and " + l.config.Device + "; writes go on and are marked"
 	}
 	return l.advise(fault)
 }

@@ -95,7 +95,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
 			if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
-				s.Advice = l.adviseOpen(r.Connection == "Connected")
+				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
 		}
 		s.JournalFreeBytes = r.JournalFree

@@ -326,6 +326,9 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 		return state, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	if damage := disk.Label().Damage; damage != "" {
+		m.log.Warn("one slot of the label is damaged; the other counts", "damage", damage)
+	}
 	old, err := protocol.DecodeSourceState(disk.Label().State)
 	if err != nil {
 		return state, err
