@@ -353,6 +353,31 @@ func TestTrackingLost(t *testing.T) {
 	}
 }
 
+// A replica that is done with a cut before the next one is told of it ends
+// neither the cut nor the process.
+func TestCutSharedWithAQuickReplica(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	cut, err := src.Cut(t.Context(), 1, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Primary{changed: make(chan struct{})}
+	quick, slow := newReplicaWorker(p, ReplicaConfig{Name: "quick"}), newReplicaWorker(p, ReplicaConfig{Name: "slow"})
+	for range 20000 {
+		quick.wish, slow.wish = wishBarrier, wishBarrier
+		go func() { (<-quick.cuts).done() }()
+		s := p.share(cut, []*replicaWorker{quick, slow})
+		h := <-slow.cuts
+		select {
+		case <-s.idle:
+			t.Fatal("the cut was given up though a replica uses it")
+		default:
+		}
+		h.done()
+		<-s.idle
+	}
+}
+
 // A tracker that never answers again costs comparisons; the replica is kept up
 // to date all the same.
 func TestTrackingLostForGood(t *testing.T) {
