@@ -270,54 +270,6 @@ func (c *cli) kill(t *testing.T) {
 	c.agent = nil
 }
 
-// An agent that is killed at any moment never stops the application, loses
-// track of nothing, and its replica stays whole.
-func TestAgentKilledUnderLoad(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
-		ssd, ebs := ubd(0), ubd(1)
-		c := newCLI(t, oneReplica(ssd, ebs))
-		c.must(t, "create")
-		c.start(t)
-		v := c.await(t, "up to date", time.Minute, upToDate)
-		h := history{Seed: 12, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 24 << 20}
-		w := startWriter(t, v.Path, h, 1)
-		epoch := v.Position.Epoch
-		for i := range 6 {
-			w.awaitWrites(t, 100)
-			time.Sleep(time.Duration(170*i) * time.Millisecond) // at other places of its cycle
-			c.kill(t)
-			before := w.acked()
-			for deadline := time.Now().Add(10 * time.Second); w.acked() < before+20; time.Sleep(time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatalf("round %d: the application is stopped by a dead agent, at write %d", i, w.acked())
-				}
-			}
-			c.start(t)
-			up := c.await(t, "up and further than before", time.Minute, func(v status.Volume) bool {
-				return v.Up && v.Replicas[0].Position != nil && v.Replicas[0].Position.Epoch > epoch
-			})
-			epoch = up.Replicas[0].Position.Epoch
-		}
-		last := w.stop(t)
-		c.must(t, "sync", "--timeout", "60s")
-		c.must(t, "verify")
-		c.kill(t)
-		c.must(t, "recover", ebs)
-		judgeDevice(t, ebs, h, last, last)
-		content, _ := os.ReadFile(c.log.Name())
-		if full, compared := plans(content, "full"), plans(content, "compare"); full != 1 || compared != 0 {
-			t.Errorf("a killed agent lost track: %d full copies, %d comparisons", full, compared)
-		}
-		// Nobody has it open any more; the next agent takes it over and down.
-		c.start(t)
-		c.await(t, "up to date", time.Minute, upToDate)
-		c.must(t, "down")
-		if left := run(t, "dmsetup", "ls"); strings.Contains(left, "data") {
-			t.Errorf("after down: %s", left)
-		}
-	})
-}
-
 // killInRestore begins a restore, kills the agent once it has made progress and
 // returns the command's exit code.
 func (c *cli) killInRestore(t *testing.T) int {

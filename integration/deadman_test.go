@@ -6,7 +6,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -72,7 +71,7 @@ func deadManGuest(t *testing.T, stallLimit time.Duration, withService bool, fn f
 			}
 		})
 		d.writer.awaitWrites(t, 50)
-		d.spans = watchSuspends(t, d.ctl, "data")
+		d.spans = watchSuspends(t, "data")
 		fn(d)
 		d.slow(0)
 		d.finish()
@@ -204,65 +203,6 @@ func (d *deadManTest) finish() {
 	d.must(t, "recover", ubd(1))
 	judgeDevice(t, ubd(1), d.history, last, last)
 	t.Logf("suspended %d times, %s in the longest, p50 %s; %d cuts, %d void", d.spans.count(), d.spans.longest(), d.spans.median(), d.count(" msg=cut "), len(void))
-}
-
-// suspendWatch records how long a device was suspended, each time.
-type suspendWatch struct {
-	mu    sync.Mutex
-	spans []time.Duration
-}
-
-func watchSuspends(t *testing.T, ctl *dm.Control, name string) *suspendWatch {
-	t.Helper()
-	s := &suspendWatch{}
-	stop, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		var since time.Time
-		for {
-			info, err := ctl.Info(name)
-			switch now := time.Now(); {
-			case err != nil:
-				return
-			case info.Suspended && since.IsZero():
-				since = now
-			case !info.Suspended && !since.IsZero():
-				s.mu.Lock()
-				s.spans = append(s.spans, now.Sub(since))
-				s.mu.Unlock()
-				since = time.Time{}
-			}
-			select {
-			case <-stop:
-				return
-			case <-time.After(time.Millisecond):
-			}
-		}
-	}()
-	t.Cleanup(func() { close(stop); <-done })
-	return s
-}
-
-func (s *suspendWatch) sorted() []time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Sorted(slices.Values(s.spans))
-}
-
-func (s *suspendWatch) count() int { return len(s.sorted()) }
-
-func (s *suspendWatch) longest() time.Duration {
-	if list := s.sorted(); len(list) > 0 {
-		return list[len(list)-1]
-	}
-	return 0
-}
-
-func (s *suspendWatch) median() time.Duration {
-	if list := s.sorted(); len(list) > 0 {
-		return list[len(list)/2]
-	}
-	return 0
 }
 
 // mustHold fails if the device was ever suspended for longer than promised.

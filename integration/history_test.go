@@ -123,6 +123,7 @@ func (h history) sectorNumber(content []byte, index int64, scratch []byte) (uint
 // writer writes a history, each write acknowledged before the next is issued.
 type writer struct {
 	issuedK, ackedK atomic.Uint64
+	slowest         atomic.Int64 // the longest that a write took, in nanoseconds
 	stopping        atomic.Bool
 	done            chan struct{}
 	err             error // valid after done
@@ -153,10 +154,12 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 		op := h.op(k)
 		h.fill(buffer, k, op)
 		w.issuedK.Store(k)
+		begun := time.Now()
 		if _, err := file.WriteAt(buffer[:op.Length], op.Offset); err != nil {
 			return fmt.Errorf("write %d: %w", k, err)
 		}
 		w.ackedK.Store(k)
+		w.slowest.Store(max(w.slowest.Load(), int64(time.Since(begun))))
 		if h.Pause > 0 {
 			time.Sleep(h.Pause)
 		}
@@ -182,6 +185,9 @@ func (w *writer) awaitWrites(t *testing.T, n uint64) {
 		}
 	}
 }
+
+// takeSlowest is the longest that a write took since it was last asked.
+func (w *writer) takeSlowest() time.Duration { return time.Duration(w.slowest.Swap(0)) }
 
 // stop ends the writer after the write in progress and returns the last one's
 // number. A failed write fails the test.

@@ -300,6 +300,19 @@ func (p *Primary) Pause(replica string) error { return p.setPaused(replica, true
 // refused or is waited with.
 func (p *Primary) Resume(replica string) error { return p.setPaused(replica, false) }
 
+// Retry connects at once to a replica that is waited with after a failure: what
+// was in its way may be gone. An unknown name, or one that is paused, is no error.
+func (p *Primary) Retry(replica string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, w := range p.workers {
+		if w.cfg.Name == replica && !w.connected {
+			w.retryNow = true
+		}
+	}
+	p.notify()
+}
+
 func (p *Primary) setPaused(replica string, paused bool) error {
 	ws := p.workers
 	if replica != "" {

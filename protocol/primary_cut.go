@@ -221,20 +221,25 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 		cut: cut, rec: p.lastCut, lineage: p.state.Lineage.Clone(), unixNanos: time.Now().UnixNano(),
 		stop: make(chan struct{}), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
 	}
+	var takers []*replicaWorker
 	for _, w := range joiners {
 		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil) {
 			continue
 		}
-		s.users++
+		takers = append(takers, w)
 		s.patience = max(s.patience, w.patience)
 		if w.verify != nil {
 			s.patience = max(s.patience, 2*verifySliceTime)
 		}
-		w.wish, w.urgent = wishNone, false
-		w.cuts <- &cutHandle{sharedCut: s} // has room for one
 	}
+	// Counted before the first has it: one may be done before the next is told.
+	s.users = len(takers)
 	if s.users == 0 {
 		close(s.idle)
+	}
+	for _, w := range takers {
+		w.wish, w.urgent = wishNone, false
+		w.cuts <- &cutHandle{sharedCut: s} // has room for one
 	}
 	return s
 }

@@ -77,8 +77,9 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 	}
 	a.full = a.whole
 	// What takes long is read live first: a frozen view can't be held that long.
-	a.liveNext = a.whole || plan.InPlace || w.liveFirst
-	urgent = urgent || a.liveNext
+	// Unless the tracker can't tell what changes meanwhile.
+	a.liveNext = (a.whole || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
+	urgent = urgent || a.liveNext || a.whole
 	for {
 		wish := wishView
 		if a.liveNext {
@@ -313,6 +314,7 @@ func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
 	switch {
 	case errors.Is(err, ErrTrackingLost):
 		a.w.untracked = true
+		a.w.blind = a.w.blind || a.full
 		return again
 	case errors.As(err, &void), errors.As(err, &flush):
 		return again

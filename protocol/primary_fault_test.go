@@ -353,6 +353,63 @@ func TestTrackingLost(t *testing.T) {
 	}
 }
 
+// A replica that is done with a cut before the next one is told of it ends
+// neither the cut nor the process.
+func TestCutSharedWithAQuickReplica(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	cut, err := src.Cut(t.Context(), 1, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Primary{changed: make(chan struct{})}
+	quick, slow := newReplicaWorker(p, ReplicaConfig{Name: "quick"}), newReplicaWorker(p, ReplicaConfig{Name: "slow"})
+	for range 20000 {
+		quick.wish, slow.wish = wishBarrier, wishBarrier
+		go func() { (<-quick.cuts).done() }()
+		s := p.share(cut, []*replicaWorker{quick, slow})
+		h := <-slow.cuts
+		select {
+		case <-s.idle:
+			t.Fatal("the cut was given up though a replica uses it")
+		default:
+		}
+		h.done()
+		<-s.idle
+	}
+}
+
+// A tracker that never answers again costs comparisons; the replica is kept up
+// to date all the same.
+func TestTrackingLostForGood(t *testing.T) {
+	src := newMemSource(testVolumeSize, 64<<10)
+	wroteSome(src, 0, 2000)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	r := startRig(t, src, &memState{}, []*node{n}, nil)
+	r.sync()
+	src.mu.Lock()
+	src.lostBefore = 1 << 60
+	src.mu.Unlock()
+	for i := range int64(3) {
+		wroteSome(src, 300*i, 10)
+		r.sync()
+		if e := r.last("ebs"); e.Action != "compare" {
+			t.Fatalf("%+v", e)
+		}
+		n.check(src)
+	}
+	src.mu.Lock()
+	src.lostBefore = src.cut + 1
+	src.mu.Unlock()
+	wroteSome(src, 300, 10)
+	r.sync()
+	wroteSome(src, 300, 5)
+	r.sync()
+	if e := r.last("ebs"); e.Action != "incremental" {
+		t.Fatalf("the tracker answers again: %+v", e)
+	}
+	n.check(src)
+}
+
 // Coarse marks are narrowed: what is sent is what was written.
 func TestMarksAreNarrowed(t *testing.T) {
 	src := newMemSource(testVolumeSize, 1<<20)

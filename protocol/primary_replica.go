@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"time"
 
 	"blockferry/proto"
@@ -39,12 +40,15 @@ type replicaWorker struct {
 	journalTooSmall bool
 	needsFull       bool
 	untracked       bool
+	blind           bool // the tracker failed a comparison, too: it is done in one frozen view
 	liveFirst       bool // the last frozen view did not last: shrink the work first
 }
 
+const notConnectedYet = "not connected yet"
+
 func newReplicaWorker(p *Primary, rc ReplicaConfig) *replicaWorker {
 	rc.Link.Volume, rc.Link.VolumeUUID, rc.Link.SizeBytes, rc.Link.Replica = p.cfg.Volume, p.cfg.VolumeUUID, p.size, rc.Name
-	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: "not connected yet"}
+	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: notConnectedYet}
 }
 
 // update changes the worker's state under the lock and wakes who waits for it.
@@ -65,6 +69,8 @@ func (w *replicaWorker) whyBehind() string {
 	switch {
 	case w.paused:
 		return "paused"
+	case w.stuck() != "":
+		return w.stuck()
 	case w.reason != "":
 		return w.reason
 	case !w.connected:
@@ -127,6 +133,19 @@ func (w *replicaWorker) run(ctx context.Context) {
 	}
 }
 
+// afterConnect is the reason to be behind of a replica that is connected again:
+// it stands until an epoch is committed, if one is needed. mu is held.
+func (w *replicaWorker) afterConnect() string {
+	const again = "it catches up; before that: "
+	switch {
+	case w.reason == "" || w.reason == notConnectedYet:
+		return ""
+	case w.p.unchangedLocked() && w.holds >= w.p.lastCut.epoch:
+		return ""
+	}
+	return again + strings.TrimPrefix(w.reason, again)
+}
+
 // session runs from the handshake to the end of the stream. progressed says
 // whether an epoch was committed.
 func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error) {
@@ -181,7 +200,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 				w.holds = 0
 			}
 			if first && plan.Action != Refuse {
-				w.reason = ""
+				w.reason = w.afterConnect()
 			}
 		})
 		if ev := w.p.cfg.Events.Connected; ev != nil && first {
@@ -196,6 +215,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
+			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):
 			// The same session goes on; an in-place attempt that was dropped
 			// left the data torn.

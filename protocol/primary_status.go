@@ -109,7 +109,7 @@ func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 		default:
 			r.Replication = "Established"
 		}
-		if r.Reason == "" && late {
+		if late && (r.Reason == "" || w.stuck() != "") {
 			r.Reason = w.slowReason()
 		}
 		if w.disk == DiskConsistent && p.lastCut != nil && w.holds == p.lastCut.epoch {
@@ -123,9 +123,27 @@ func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 	return r
 }
 
-// slowReason guesses from the last epoch what takes long; mu is held.
+// stuckAfter is how long a replica may be silent while it is waited for before
+// status says so.
+const stuckAfter = 2 * time.Second
+
+// stuck says in words that the replica does not answer, "" if it does; mu is held.
+func (w *replicaWorker) stuck() string {
+	if w.link == nil {
+		return ""
+	}
+	if s := w.link.Silent(); s > stuckAfter {
+		return fmt.Sprintf("it has not answered for %.0f s: its disk is stuck, or the way to it", s.Seconds())
+	}
+	return ""
+}
+
+// slowReason guesses what takes long, from the last epoch if nothing is known
+// of this one; mu is held.
 func (w *replicaWorker) slowReason() string {
 	switch e := w.last; {
+	case w.stuck() != "":
+		return w.stuck()
 	case w.sync != nil:
 		return "being synced"
 	case w.p.stateErr != nil || w.p.cutErr != nil:

@@ -208,6 +208,19 @@ func TestLostSuperblockCopies(t *testing.T) {
 	}
 }
 
+// A superblock that can't be read is no sign that the disk is no replica.
+func TestUnreadableSuperblockIsNoBlank(t *testing.T) {
+	_, dev := waiting(t, 3)
+	l := super(t, dev).layout
+	flip(t, dev, l.superA+superCopyOffset+1000, 3)
+	no := errors.New("no such luck")
+	dev.FailAt(blocktest.OpRead, 0, no)
+	_, err := OpenReplica(context.Background(), dev, OpenOptions{})
+	if !errors.Is(err, no) || errors.Is(err, ErrNoSuperblock) || !strings.Contains(err.Error(), fmt.Sprint(l.superA)) {
+		t.Fatalf("one copy unreadable, the other damaged: %v", err)
+	}
+}
+
 // That the data area is not whole must not be forgotten with one copy.
 func TestInPlaceLabelStandsInBothCopies(t *testing.T) {
 	m, dev, r := synced(t, 4)

@@ -93,6 +93,7 @@ type Link struct {
 
 	answers chan *proto.FromReplica // Begun, Committed, Aborted
 	heard   atomic.Int64            // messages received: the sign of life
+	silence silence
 
 	mu       sync.Mutex
 	credit   uint64
@@ -265,6 +266,7 @@ func (l *Link) receive() {
 			return
 		}
 		l.heard.Add(1)
+		l.silence.heard()
 		if err := l.dispatch(m); err != nil {
 			l.fail(err)
 			return
@@ -338,6 +340,8 @@ func (l *Link) sendLocked(m *proto.FromPrimary) error {
 // has said nothing at all for the answer timeout.
 func wait[T any](ctx context.Context, l *Link, c <-chan T) (T, error) {
 	var none T
+	l.silence.wait(1)
+	defer l.silence.wait(-1)
 	heard := l.heard.Load()
 	t := time.NewTicker(l.cfg.AnswerTimeout)
 	defer t.Stop()
@@ -359,6 +363,41 @@ func wait[T any](ctx context.Context, l *Link, c <-chan T) (T, error) {
 			heard = now
 		}
 	}
+}
+
+// Silent is for how long the replica has been waited for without any word from
+// it, 0 while nothing is wanted of it.
+func (l *Link) Silent() time.Duration { return l.silence.lasts() }
+
+// silence measures how long nothing was heard while somebody waited.
+type silence struct {
+	mu      sync.Mutex
+	waiting int
+	since   time.Time
+}
+
+func (s *silence) wait(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting == 0 {
+		s.since = time.Now()
+	}
+	s.waiting += n
+}
+
+func (s *silence) heard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.since = time.Now()
+}
+
+func (s *silence) lasts() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting == 0 {
+		return 0
+	}
+	return time.Since(s.since)
 }
 
 // Begin opens an epoch at the replica. The attempt is counted here.

@@ -310,16 +310,19 @@ func checkOwn(store Store, s superblock) error {
 }
 
 // readSuperblocks returns the newest valid copy; warnings tell of a damaged
-// other one. Without any the error is ErrNoSuperblock.
+// other one. Without any the error is ErrNoSuperblock, unless a copy could not
+// be read: such a disk may well be a replica.
 func readSuperblocks(store Store) (best *superblock, warnings []string, err error) {
 	end := store.Size() / layoutAlign * layoutAlign
 	if end < superAreaBytes {
 		return nil, nil, fmt.Errorf("%s: %w: only %d bytes", store.Name(), ErrNoSuperblock, store.Size())
 	}
+	var unread error
 	for i := range uint64(2) {
 		at := superOffset(layout{superA: end - superAreaBytes}, i)
 		b := make([]byte, superBytes)
 		if _, err := store.ReadAt(b, at); err != nil {
+			unread = fmt.Errorf("%s: superblock at %d: %w", store.Name(), at, err)
 			warnings = append(warnings, fmt.Sprintf("superblock at %d: %s", at, err))
 			continue
 		}
@@ -341,6 +344,9 @@ func readSuperblocks(store Store) (best *superblock, warnings []string, err erro
 		if best == nil || s.sequence > best.sequence {
 			best = s
 		}
+	}
+	if best == nil && unread != nil {
+		return nil, nil, unread
 	}
 	if best == nil {
 		if was := formerSize(store); was != nil {

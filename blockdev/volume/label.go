@@ -101,6 +101,9 @@ type Label struct {
 	Cuts          Cuts
 	Watch         Watch
 	State         []byte // the caller's, at most MaxStateBytes
+	// Damage is what is wrong with the other slot, as ReadLabel found it: an
+	// interrupted write, or a newer version that was lost. "": nothing.
+	Damage string
 }
 
 // encode returns the label as it stands in a slot.
@@ -287,7 +290,12 @@ func ReadLabel(d blockdev.Device) (*Label, error) {
 	}
 	switch {
 	case best != nil:
-		return best, nil // a bad slot beside it is a write that never ended
+		// Whatever the other slot held, this one names too much changed, and
+		// a replica that has got further than it knows is noticed.
+		if bad != nil {
+			best.Damage = bad.Error()
+		}
+		return best, nil
 	case bad != nil:
 		return nil, bad
 	}
@@ -309,7 +317,7 @@ func writeLabel(d blockdev.Device, l *Label) error {
 	if err := d.Flush(); err != nil {
 		return fmt.Errorf("%s: flush label: %w", d.Name(), err)
 	}
-	l.Sequence = next.Sequence
+	l.Sequence, l.Damage = next.Sequence, ""
 	return nil
 }
 

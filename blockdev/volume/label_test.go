@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"blockferry/blockdev/blocktest"
@@ -124,6 +125,16 @@ func TestReadLabelTellsAbsentFromDamaged(t *testing.T) {
 	// The older slot must not be believed when the newer can't be read.
 	if err := writeLabel(d, l); err != nil {
 		t.Fatal(err)
+	}
+	if got, err := ReadLabel(d); err != nil || got.Damage != "" {
+		t.Fatalf("whole: %+v, %v", got, err)
+	}
+	// It is believed when the newer is damaged, and the damage is named.
+	newest := d.Clone()
+	damage(newest, l.Sequence)
+	got, err := ReadLabel(newest)
+	if want := fmt.Sprintf("slot %d: %v", l.Sequence%2, ErrBadLabel); err != nil || got.Sequence != l.Sequence-1 || !strings.Contains(got.Damage, want) {
+		t.Fatalf("the newest slot damaged: %+v, %v; want '%s'", got, err, want)
 	}
 	for k := range 2 {
 		d.FailAt(blocktest.OpRead, k, errors.New("no"))

@@ -116,6 +116,9 @@ func (v *Volume) openDisk() error {
 		return err
 	}
 	v.label = *label
+	if label.Damage != "" {
+		v.log.Warn("one slot of the label is damaged; the other counts", "damage", label.Damage)
+	}
 	switch identity := identityOf(disk); {
 	case !o.UUID.IsZero() && o.UUID != label.UUID:
 		return fmt.Errorf("%w: %s holds volume %s, want %s", ErrOtherVolume, o.Device, label.UUID, o.UUID)

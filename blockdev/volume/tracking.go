@@ -92,16 +92,31 @@ func (v *Volume) judgeMetadata(live bool) (owner UUID, lost string, err error) {
 		return id.volume, "the era metadata was emptied", nil
 	}
 	super, err := era.ReadSuperblock(section{v.meta, at + auxIDBytes}, 0)
+	if err != nil && live {
+		// The kernel has its own in memory, and each status ends in a commit.
+		if _, err = v.eraStatus(); err == nil {
+			super, err = era.ReadSuperblock(section{v.meta, at + auxIDBytes}, 0)
+		}
+	}
+	damaged := func(err error) (UUID, string, error) {
+		return id.volume, fmt.Sprintf("the era metadata on %s, from byte %d, is damaged: %s", v.meta.Name(), at+auxIDBytes, err), nil
+	}
 	blocks := (l.Areas.Data.Length + l.EraBlockBytes - 1) / l.EraBlockBytes
 	switch {
-	case err != nil && !live:
-		return id.volume, "the era metadata is damaged: " + err.Error(), nil
 	case err != nil:
-		return id.volume, "", err
+		return damaged(err)
 	case super.DataBlockSize != l.EraBlockBytes || int64(super.Blocks) != blocks:
 		return id.volume, fmt.Sprintf("the era metadata tracks %d blocks of %d bytes, want %d of %d", super.Blocks, super.DataBlockSize, blocks, l.EraBlockBytes), nil
 	case len(l.Cuts) > 0 && super.CurrentEra < l.Cuts[len(l.Cuts)-1].Era:
 		return id.volume, fmt.Sprintf("the era metadata went back in time: it is in era %d, the last cut began era %d", super.CurrentEra, l.Cuts[len(l.Cuts)-1].Era), nil
+	}
+	if live {
+		return id.volume, "", nil // it is being written to
+	}
+	// All of it: the kernel goes on with a tree that is damaged somewhere, and
+	// then no question is ever answered again.
+	if _, err := era.ChangedInactive(section{v.meta, at + auxIDBytes}, 1); err != nil {
+		return damaged(err)
 	}
 	return id.volume, "", nil
 }

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/protocol"
@@ -21,12 +23,14 @@ type localReplica struct {
 	volume *config.Volume
 	config *config.Replica
 	log    *slog.Logger
+	opened func() // called when it is served (again); may be nil
 
 	mu      sync.Mutex
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
 	advice  string
-	noSpill string        // why the configured spill file is not used
+	noSpill string        //  why the configured spill file is not used
+	fault   error         // why it could not be served the last time
 	ready   chan struct{} // closed and replaced when the state changes
 }
 
@@ -72,10 +76,11 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
-	for _, w := range s.Warnings {
-		l.log.Warn("replica", "warning", w)
-	}
+	warned := l.warn(s.Warnings, 0)
 	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
+	if l.opened != nil {
+		l.opened()
+	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -84,33 +89,57 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 			l.set(nil, "the agent is stopping", "")
 			return nil
 		case <-tick.C:
-			if err := replica.Status().Err; err != nil {
-				return err
+			now := replica.Status()
+			warned = l.warn(now.Warnings, warned)
+			if now.Err != nil {
+				return now.Err
 			}
 		}
 	}
 }
 
-// closed notes why the replica is not served, once.
-func (l *localReplica) closed(err error) {
-	advice := fmt.Sprintf("it is tried again every %s", retryEvery)
+// warn logs and publishes what is wrong and did not keep the replica from
+// going on, from the n-th warning on, and returns how many there are.
+func (l *localReplica) warn(warnings []string, n int) int {
+	for _, w := range warnings[min(n, len(warnings)):] {
+		l.log.Warn("replica", "warning", w)
+		l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-damaged", w)
+	}
+	return len(warnings)
+}
+
+// advise says what to do about a replica that can't be served.
+func (l *localReplica) advise(err error) string {
+	again := fmt.Sprintf("it is tried again every %s", retryEvery)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		advice = "attach the disk; " + advice
+		return "attach the disk; " + again
 	case errors.Is(err, protocol.ErrNoSuperblock):
-		advice = "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume.Name
+		return "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume.Name
 	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
-		advice = "do not format it: it is a replica"
+		return "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
-		advice = "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
+		return "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
 			"; if the volume is lost, leave the disk as it is and look at another replica first: after that this one can't be restored from"
 	case errors.Is(err, protocol.ErrSpill):
-		advice = "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
+		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, protocol.ErrJournalDamaged):
-		advice = "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
+		return "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
+	case errors.Is(err, unix.ENOSPC):
+		return "make room below " + l.config.Device + "; " + again
+	case errors.Is(err, unix.EIO):
+		return "see what the kernel's log says of the disk; if it is lost, attach a new one and format it: blockferry create --replica " +
+			l.config.Name + " " + l.volume.Name + "; until then " + again
 	}
+	return again
+}
+
+// closed notes why the replica is not served, once.
+func (l *localReplica) closed(err error) {
+	advice := l.advise(err)
 	l.mu.Lock()
 	known := l.reason == err.Error()
+	l.fault = err
 	l.mu.Unlock()
 	l.set(nil, err.Error(), advice)
 	if !known {
@@ -125,6 +154,18 @@ func (l *localReplica) set(r *protocol.Replica, reason, advice string) {
 	l.replica, l.reason, l.advice = r, reason, advice
 	close(l.ready)
 	l.ready = make(chan struct{})
+}
+
+// adviseOpen says what to do about a replica whose disk is open and that is
+// behind all the same; source is the volume's disk.
+func (l *localReplica) adviseOpen(source string, connected bool) string {
+	l.mu.Lock()
+	fault := l.fault
+	l.mu.Unlock()
+	if fault == nil || connected {
+		return "if this goes on, see what the kernel's log says of " + source + " and " + l.config.Device + "; writes go on and are marked"
+	}
+	return l.advise(fault)
 }
 
 // status is the replica's own; false while its disk is not open.

@@ -73,7 +73,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			s.Position = position(fmt.Sprintf("%x", own.Committed.Generation), own.Committed.Epoch)
 		}
 		if own.Err != nil {
-			s.Reason, s.Advice = own.Err.Error(), "the disk is opened again by itself; look at it if this goes on"
+			s.Reason, s.Advice = own.Err.Error(), l.advise(own.Err)
 		}
 	}
 	for i := range primary.Replicas {
@@ -94,6 +94,9 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
+			if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
+				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
+			}
 		}
 		s.JournalFreeBytes = r.JournalFree
 		if r.Sync != nil {

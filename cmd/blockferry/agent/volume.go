@@ -59,9 +59,22 @@ type managed struct {
 func newManaged(a *Agent, v *config.Volume) *managed {
 	m := &managed{agent: a, config: v, log: a.log.With("volume", v.Name), poke: make(chan struct{}, 1), reason: "the agent is starting"}
 	for _, r := range v.Replicas {
-		m.replicas = append(m.replicas, newLocalReplica(a, v, r))
+		l := newLocalReplica(a, v, r)
+		l.opened = func() { m.replicaOpened(r.Name) }
+		m.replicas = append(m.replicas, l)
 	}
 	return m
+}
+
+// replicaOpened spares a replica whose disk is there again the pause that the
+// failures before it have earned.
+func (m *managed) replicaOpened(name string) {
+	m.mu.Lock()
+	r := m.running
+	m.mu.Unlock()
+	if r != nil {
+		r.primary.Retry(name)
+	}
 }
 
 // run keeps the volume up until ctx ends; the stack stays.
@@ -315,6 +328,9 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 		return state, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	if damage := disk.Label().Damage; damage != "" {
+		m.log.Warn("one slot of the label is damaged; the other counts", "damage", damage)
+	}
 	old, err := protocol.DecodeSourceState(disk.Label().State)
 	if err != nil {
 		return state, err
