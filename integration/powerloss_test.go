@@ -1,0 +1,171 @@
+package integration
+
+import (
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"blockferry/cmd/blockferry/status"
+)
+
+var powerGuest = guest{Modules: []string{"nbd"}, Timeout: 6 * time.Minute}
+
+// Power goes for both disks at one instant, wherever the agent is at work.
+// Nothing that was flushed is lost, the replica is one committed epoch and no
+// older than what was acknowledged, the volume is no older than the replica,
+// and replication goes on incrementally.
+func TestFaultPowerLossOfBoth(t *testing.T) {
+	inGuest(t, powerGuest, func(t *testing.T) {
+		p := newPowerRig(t, powerDiskBytes, "20MiB")
+		p.create(t)
+		p.start(t)
+		points := []powerPoint{
+			{"ebs", "journal", 12}, // in mid-epoch
+			{"ebs", "flush after superblock", 6},
+			{"ebs", "apply", 20}, // in mid-apply
+			{"ssd", "label", 3},
+			{"ebs", "commit", 2},
+			{"ssd", "flush after write", 3},
+			{"ebs", "flush after apply", 2},
+			{"ssd", "mark", 30},
+			{"ebs", "flush after commit", 2},
+			{"ebs", "superblock", 6},
+			{"ssd", "write", 200}, // between cuts, mostly
+			{"ebs", "map", 2},
+		}
+		for i := range powerNumber(t, powerLossesVar, len(points)) {
+			p.loseBoth(t, points[i%len(points)])
+		}
+		p.finish(t)
+	})
+}
+
+// write has the writer go on until its disk holds a point of the history
+// again, and the replica too. It returns the last write that is synced.
+func (p *powerRig) write(t *testing.T) (w *writer, synced uint64) {
+	t.Helper()
+	v := p.await(t, "up to date", time.Minute, upToDate)
+	w = startWriter(t, v.Path, p.h, p.flushed+1)
+	w.awaitWrites(t, max(p.issued, p.flushed)-p.flushed+50)
+	synced = w.acked()
+	p.must(t, "sync", "--timeout", "60s")
+	return w, synced
+}
+
+func (p *powerRig) loseBoth(t *testing.T, at powerPoint) {
+	t.Helper()
+	t.Logf("power of both goes at a %s on %s", at.what, at.on)
+	w, synced := p.write(t)
+	epoch := p.awaitLoss(t, at, p.lose(at, p.ssd, p.ebs))
+	<-w.done
+	if w.err == nil {
+		t.Fatal("the writer saw no error")
+	}
+	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
+	p.takeDown(t)
+	p.judge(t, synced, epoch)
+	p.flushed = max(p.flushed, synced)
+	p.ssd.powerOn(t)
+	p.ebs.powerOn(t)
+	p.start(t)
+	p.caughtUp(t)
+}
+
+// finish takes the volume down cleanly and loses power right after: the end
+// is remembered, and both disks hold the last write.
+func (p *powerRig) finish(t *testing.T) {
+	t.Helper()
+	w, _ := p.write(t)
+	last := w.stop(t)
+	p.caughtUp(t)
+	if out := p.must(t, "down"); !strings.Contains(out, "cleanly") {
+		t.Errorf("not a clean end: %s", out)
+	}
+	p.mains.cut(p.ssd, p.ebs)
+	p.takeDown(t)
+	p.ssd.powerOn(t)
+	p.ebs.powerOn(t)
+	p.must(t, "recover", p.ebs.path)
+	judgeDevice(t, p.ebs.path, p.h, last, last)
+	p.start(t)
+	v := p.await(t, "up to date", time.Minute, upToDate)
+	judgeDevice(t, v.Path, p.h, last, last)
+	content, _ := os.ReadFile(p.log.Name())
+	if n := strings.Count(string(content), "new generation after a clean end"); n != 1 {
+		t.Errorf("%d starts after a clean end, should be one, the last", n)
+	}
+	p.must(t, "down")
+	if err := p.stop(t, syscall.SIGTERM); err != nil {
+		t.Errorf("the agent ended with %v", err)
+	}
+}
+
+// Power goes for one of the disks only. Without its replica the volume goes
+// on as if nothing were; without its SSD the machine is started anew. Neither
+// is ever ahead of what the other can explain.
+func TestFaultPowerLossOfOne(t *testing.T) {
+	inGuest(t, powerGuest, func(t *testing.T) {
+		p := newPowerRig(t, powerDiskBytes, "20MiB")
+		p.create(t)
+		p.start(t)
+		points := []powerPoint{
+			{"ssd", "write", 200},
+			{"ebs", "apply", 20},
+			{"ssd", "flush after label", 3},
+			{"ebs", "flush after superblock", 6},
+			{"ssd", "flush after write", 3},
+			{"ebs", "journal", 12},
+			{"ssd", "label", 3},
+			{"ebs", "flush after apply", 2},
+		}
+		for i := range powerNumber(t, powerLossesVar, len(points)) {
+			if at := points[i%len(points)]; at.on == "ssd" {
+				p.loseSSD(t, at)
+			} else {
+				p.loseReplica(t, at)
+			}
+		}
+		p.finish(t)
+	})
+}
+
+func (p *powerRig) loseSSD(t *testing.T, at powerPoint) {
+	t.Helper()
+	t.Logf("power of the SSD goes at a %s", at.what)
+	w, synced := p.write(t)
+	epoch := p.awaitLoss(t, at, p.lose(at, p.ssd))
+	<-w.done
+	time.Sleep(300 * time.Millisecond) // an agent that is not stopped at once does no harm either
+	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
+	p.takeDown(t)
+	p.judge(t, synced, epoch)
+	p.flushed = max(p.flushed, synced)
+	p.ssd.powerOn(t)
+	p.start(t)
+	p.caughtUp(t)
+}
+
+func (p *powerRig) loseReplica(t *testing.T, at powerPoint) {
+	t.Helper()
+	t.Logf("power of the replica goes at a %s", at.what)
+	w, synced := p.write(t)
+	epoch := p.awaitLoss(t, at, p.lose(at, p.ebs))
+	p.cli.await(t, "without its replica", 30*time.Second, func(v status.Volume) bool {
+		return v.Up && v.Replicas[0].Connection != "Connected" && v.Replicas[0].Position == nil
+	})
+	before := w.acked()
+	w.awaitWrites(t, 100)
+	p.issued = max(p.issued, w.issued())
+	p.judgeReplica(t, survivor(p.ebs), synced, epoch)
+	p.ebs.powerOn(t)
+	p.cli.await(t, "with its replica again", 30*time.Second, func(v status.Volume) bool {
+		return v.Replicas[0].Connection == "Connected" && v.Replicas[0].Position != nil
+	})
+	if w.stop(t) <= before {
+		t.Error("the application stood still without the replica")
+	}
+	p.flushed, p.issued = w.acked(), w.issued()
+	p.caughtUp(t)
+}
