@@ -23,7 +23,7 @@ const (
 	powerLossesVar = "BLOCKFERRY_POWER_LOSSES"
 	powerSeedVar   = "BLOCKFERRY_POWER_SEED"
 
-	powerDiskBytes = 96 << 20
+	powerDiskBytes = 128 << 20
 )
 
 func powerNumber(t *testing.T, variable string, otherwise int) int {
@@ -45,7 +45,8 @@ type powerRig struct {
 	*cli
 	mains    *mains
 	ssd, ebs *volatileDisk
-	areas    volume.Areas // of the SSD, from its label
+	marks    *volatileDisk // nil: on the SSD
+	areas    volume.Areas  // of the SSD, from its label
 
 	h history
 	// flushed writes of the history are on the SSD whatever happened; of those
@@ -54,16 +55,31 @@ type powerRig struct {
 	fulls           int // full copies that were called for
 }
 
-func newPowerRig(t *testing.T, diskBytes int64, size string) *powerRig {
+// newPowerRig makes the disks. With marks the era metadata has a third one:
+// then its flushes do nothing for the SSD.
+func newPowerRig(t *testing.T, marks bool, size string) *powerRig {
 	t.Helper()
 	debug.SetGCPercent(25)
 	seed := uint64(powerNumber(t, powerSeedVar, 1))
 	t.Logf("seed %d (%s chooses another)", seed, powerSeedVar)
 	p := &powerRig{mains: newMains(seed), fulls: 1}
-	p.ssd, p.ebs = p.mains.disk(t, 0, diskBytes), p.mains.disk(t, 1, diskBytes)
-	p.cli = newCLI(t, fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: %s\n    cow: 16MiB\n    interval: 300ms\n"+
-		"    replicas:\n      ebs:\n        device: %s\n        journal: 16MiB\n", p.ssd.path, size, p.ebs.path))
+	p.ssd, p.ebs = p.mains.disk(t, 0, powerDiskBytes), p.mains.disk(t, 1, powerDiskBytes)
+	elsewhere := ""
+	if marks {
+		p.marks = p.mains.disk(t, 2, 8<<20)
+		elsewhere = "    metadata-device: " + p.marks.path + "\n"
+	}
+	p.cli = newCLI(t, fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: %s\n    cow: 16MiB\n    interval: 300ms\n%s"+
+		"    replicas:\n      ebs:\n        device: %s\n        journal: 16MiB\n", p.ssd.path, size, elsewhere, p.ebs.path))
 	return p
+}
+
+// all are the disks there are.
+func (p *powerRig) all() []*volatileDisk {
+	if p.marks == nil {
+		return []*volatileDisk{p.ssd, p.ebs}
+	}
+	return []*volatileDisk{p.ssd, p.ebs, p.marks}
 }
 
 // create makes the volume.
@@ -75,7 +91,7 @@ func (p *powerRig) create(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.areas = label.Areas
-	p.h = history{Seed: 21, Size: label.Areas.Data.Length, MaxBytes: 64 << 10, Span: 12 << 20, Pause: 500 * time.Microsecond, FlushEvery: 100}
+	p.h = history{Seed: 21, Size: label.Areas.Data.Length, MaxBytes: 64 << 10, Span: 12 << 20, FlushEvery: 100}
 }
 
 // diskCopy is a copy of what a disk holds.
@@ -134,6 +150,8 @@ func (p *powerRig) what(d *volatileDisk, r diskRequest) string {
 		return "flush"
 	case r.flush:
 		return "flush after " + p.what(d, d.last)
+	case d == p.marks:
+		return "mark"
 	case d == p.ssd && r.offset < p.areas.Data.Offset:
 		return "label"
 	case d == p.ssd && at(p.areas.Meta):
@@ -157,9 +175,36 @@ func (p *powerRig) what(d *volatileDisk, r diskRequest) string {
 // powerPoint is where in the work of disks and agent the power goes: at one
 // of the first few requests of a kind to one of the disks.
 type powerPoint struct {
-	on   string // ssd or ebs
+	on   string // ssd, ebs or marks
 	what string // "" any request
 	few  int
+	// state, if set, is what the SSD's label has to say: see labelState.
+	state string
+}
+
+func (p *powerRig) named(name string) *volatileDisk {
+	return map[string]*volatileDisk{"ssd": p.ssd, "ebs": p.ebs, "marks": p.marks}[name]
+}
+
+// labelState is what the SSD's label, as it can be read now, says of the
+// volume: restoring, verifying, clean, open or none. The disks are locked.
+func (p *powerRig) labelState() string {
+	label, err := volume.ReadLabel(&diskCopy{p.ssd.path, p.ssd.size, p.ssd.view})
+	if err != nil {
+		return "none"
+	}
+	state, err := protocol.DecodeSourceState(label.State)
+	switch {
+	case err != nil:
+		return "none"
+	case state.Restore != nil && state.Restore.Verifying:
+		return "verifying"
+	case state.Restore != nil:
+		return "restoring"
+	case state.Clean:
+		return "clean"
+	}
+	return "open"
 }
 
 // lose takes the power of some disks away at a point. The channel is closed
@@ -168,7 +213,7 @@ func (p *powerRig) lose(at powerPoint, victims ...*volatileDisk) <-chan struct{}
 	gone := make(chan struct{})
 	left := 0
 	p.mains.arm(func(d *volatileDisk, r diskRequest) []*volatileDisk {
-		if (d == p.ssd) != (at.on == "ssd") || at.what != "" && p.what(d, r) != at.what {
+		if d != p.named(at.on) || at.what != "" && p.what(d, r) != at.what || at.state != "" && p.labelState() != at.state {
 			return nil
 		}
 		if left == 0 {
@@ -224,6 +269,13 @@ func (p *powerRig) takeDown(t *testing.T) {
 	}
 }
 
+func (p *powerRig) powerOn(t *testing.T) {
+	t.Helper()
+	for _, d := range p.all() {
+		d.powerOn(t)
+	}
+}
+
 // judge looks at what both disks hold, before anything starts on them. The
 // replica, recovered, must be one point of the history that lies at or after
 // synced, its epoch no older than the one given. The SSD must hold what was
@@ -254,9 +306,24 @@ func (p *powerRig) judge(t *testing.T, synced, epoch uint64) {
 	}
 }
 
-// judgeReplica opens a copy of a replica as the agent does, and says which
-// write it holds.
+// judgeReplica says which write a copy of a replica holds.
 func (p *powerRig) judgeReplica(t *testing.T, replica *diskCopy, synced, epoch uint64) (protocol.ReplicaStatus, uint64) {
+	t.Helper()
+	s := openCopy(t, replica, epoch)
+	v, err := judgeImage(replica, p.h)
+	if err != nil {
+		t.Fatalf("the replica at %v: %v", s.Committed, err)
+	}
+	if v.Latest < synced || v.K > p.issued {
+		t.Fatalf("the replica at %v holds the writes up to %d; %d were synced, %d issued", s.Committed, v.K, synced, p.issued)
+	}
+	t.Logf("the replica came back at %v: write %d of %d; %d synced, %d flushed", s.Committed, v.K, p.issued, synced, p.flushed)
+	return s, v.K
+}
+
+// openCopy opens a copy of a replica as the agent does, which applies what is
+// pending. It must hold the epoch or a later one.
+func openCopy(t *testing.T, replica *diskCopy, epoch uint64) protocol.ReplicaStatus {
 	t.Helper()
 	r, err := protocol.OpenReplica(t.Context(), replica, protocol.OpenOptions{})
 	if err != nil {
@@ -269,15 +336,7 @@ func (p *powerRig) judgeReplica(t *testing.T, replica *diskCopy, synced, epoch u
 	if s.State != protocol.DiskConsistent || s.Committed.Epoch < epoch {
 		t.Fatalf("the replica is %v (%s) at %v; status had said that it holds epoch %d", s.State, s.Reason, s.Committed, epoch)
 	}
-	v, err := judgeImage(replica, p.h)
-	if err != nil {
-		t.Fatalf("the replica at %v: %v", s.Committed, err)
-	}
-	if v.Latest < synced || v.K > p.issued {
-		t.Fatalf("the replica at %v holds the writes up to %d; %d were synced, %d issued", s.Committed, v.K, synced, p.issued)
-	}
-	t.Logf("the replica came back at %v: write %d of %d; %d synced, %d flushed", s.Committed, v.K, p.issued, synced, p.flushed)
-	return s, v.K
+	return s
 }
 
 // caughtUp checks that replication goes on from where it stood.
