@@ -269,6 +269,17 @@ func (p *powerRig) takeDown(t *testing.T) {
 	}
 }
 
+// nothingToLose checks that no disk holds anything in its cache: what a command
+// said to be done is done for good.
+func (p *powerRig) nothingToLose(t *testing.T) {
+	t.Helper()
+	for _, d := range p.all() {
+		if n := d.pendingBytes(); n > 0 {
+			t.Errorf("%s would lose %d bytes in a power cut now", d.path, n)
+		}
+	}
+}
+
 func (p *powerRig) powerOn(t *testing.T) {
 	t.Helper()
 	for _, d := range p.all() {

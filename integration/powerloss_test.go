@@ -82,6 +82,7 @@ func (p *powerRig) finish(t *testing.T) {
 	if out := p.must(t, "down"); !strings.Contains(out, "cleanly") {
 		t.Errorf("not a clean end: %s", out)
 	}
+	p.nothingToLose(t)
 	p.mains.cut(p.all()...)
 	p.takeDown(t)
 	p.powerOn(t)

@@ -150,6 +150,7 @@ func TestFaultPowerLossInCreate(t *testing.T) {
 			if code != 0 {
 				t.Fatalf("create again: exit code %d: %s", code, errs)
 			}
+			p.nothingToLose(t)
 			p.mains.cut(p.all()...) // it said that the volume is made
 			p.powerOn(t)
 			p.start(t)
