@@ -102,8 +102,8 @@ func (p *powerRig) finish(t *testing.T) {
 }
 
 // Power goes for one of the disks only. Without its replica the volume goes
-// on as if nothing were; without its SSD the machine is started anew. Neither
-// is ever ahead of what the other can explain.
+// on as if nothing were; without its SSD, or the disk with its marks, the
+// machine is started anew. No disk is ever ahead of what the others can explain.
 func TestFaultPowerLossOfOne(t *testing.T) {
 	inGuest(t, powerGuest, func(t *testing.T) {
 		p := newPowerRig(t, true, "20MiB")
@@ -119,30 +119,33 @@ func TestFaultPowerLossOfOne(t *testing.T) {
 			{on: "ebs", what: "journal", few: 12},
 			{on: "ssd", what: "label", few: 3},
 			{on: "ebs", what: "flush after apply", few: 2},
+			{on: "marks", what: "mark", few: 30},
 		}
 		for i := range powerNumber(t, powerLossesVar, len(points)) {
-			if at := points[i%len(points)]; at.on == "ssd" {
-				p.loseSSD(t, at)
-			} else {
+			if at := points[i%len(points)]; at.on == "ebs" {
 				p.loseReplica(t, at)
+			} else {
+				p.loseOwn(t, at)
 			}
 		}
 		p.finish(t)
 	})
 }
 
-func (p *powerRig) loseSSD(t *testing.T, at powerPoint) {
+// loseOwn takes the power of the SSD, or of the disk that its marks are on.
+func (p *powerRig) loseOwn(t *testing.T, at powerPoint) {
 	t.Helper()
-	t.Logf("power of the SSD goes at a %s", at.what)
+	victim := p.named(at.on)
+	t.Logf("power of %s goes at a %s", at.on, at.what)
 	w, synced := p.write(t)
-	epoch := p.awaitLoss(t, at, p.lose(at, p.ssd))
+	epoch := p.awaitLoss(t, at, p.lose(at, victim))
 	<-w.done
 	time.Sleep(300 * time.Millisecond) // an agent that is not stopped at once does no harm either
 	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
 	p.takeDown(t)
 	p.judge(t, synced, epoch)
 	p.flushed = max(p.flushed, synced)
-	p.ssd.powerOn(t)
+	victim.powerOn(t)
 	p.start(t)
 	p.caughtUp(t)
 }
