@@ -128,6 +128,10 @@ type writer struct {
 	stopping                  atomic.Bool
 	done                      chan struct{}
 	err                       error // valid after done
+	// first is the number of its first write, begun when each was begun; valid
+	// after done.
+	first uint64
+	begun []time.Time
 }
 
 // startWriter begins to write a history at number from (1 for a fresh device)
@@ -138,7 +142,7 @@ func startWriter(t *testing.T, device string, h history, from uint64) *writer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &writer{done: make(chan struct{})}
+	w := &writer{done: make(chan struct{}), first: from}
 	w.issuedK.Store(from - 1)
 	w.ackedK.Store(from - 1)
 	w.flushedK.Store(from - 1)
@@ -155,6 +159,7 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 	for k := from; !w.stopping.Load(); k++ {
 		op := h.op(k)
 		h.fill(buffer, k, op)
+		w.begun = append(w.begun, time.Now())
 		w.issuedK.Store(k)
 		if _, err := file.WriteAt(buffer[:op.Length], op.Offset); err != nil {
 			return fmt.Errorf("write %d: %w", k, err)

@@ -53,6 +53,8 @@ type powerRig struct {
 	// up to issued any part may be.
 	flushed, issued uint64
 	fulls           int // full copies that were called for
+
+	lostAt time.Time // the last loss
 }
 
 // newPowerRig makes the disks. With marks the era metadata has a third one:
@@ -223,6 +225,7 @@ func (p *powerRig) lose(at powerPoint, victims ...*volatileDisk) <-chan struct{}
 			return nil
 		}
 		p.mains.watch = nil
+		p.lostAt = time.Now()
 		close(gone)
 		return victims
 	})
@@ -291,10 +294,17 @@ func (p *powerRig) powerOn(t *testing.T) {
 // replica, recovered, must be one point of the history that lies at or after
 // synced, its epoch no older than the one given. The SSD must hold what was
 // flushed, and be no older than the replica.
-func (p *powerRig) judge(t *testing.T, synced, epoch uint64) {
+func (p *powerRig) judge(t *testing.T, w *writer, synced, epoch uint64) {
 	t.Helper()
 	replica := survivor(p.ebs)
 	s, k := p.judgeReplica(t, replica, synced, epoch)
+	if i := int(k + 1 - w.first); i >= 0 && i < len(w.begun) {
+		var n int64
+		for next := k + 1; next <= w.issued(); next++ {
+			n += p.h.op(next).Length
+		}
+		t.Logf("were the SSD gone for good: %d writes lost, %d bytes, of the last %.2f s", w.issued()-k, n, p.lostAt.Sub(w.begun[i]).Seconds())
+	}
 	disk := survivor(p.ssd)
 	label, err := volume.ReadLabel(disk)
 	if err != nil {

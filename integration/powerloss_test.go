@@ -65,7 +65,7 @@ func (p *powerRig) loseBoth(t *testing.T, at powerPoint) {
 	}
 	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
 	p.takeDown(t)
-	p.judge(t, synced, epoch)
+	p.judge(t, w, synced, epoch)
 	p.flushed = max(p.flushed, synced)
 	p.powerOn(t)
 	p.start(t)
@@ -143,7 +143,7 @@ func (p *powerRig) loseOwn(t *testing.T, at powerPoint) {
 	time.Sleep(300 * time.Millisecond) // an agent that is not stopped at once does no harm either
 	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
 	p.takeDown(t)
-	p.judge(t, synced, epoch)
+	p.judge(t, w, synced, epoch)
 	p.flushed = max(p.flushed, synced)
 	victim.powerOn(t)
 	p.start(t)
