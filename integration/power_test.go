@@ -165,13 +165,31 @@ func (p *powerRig) what(d *volatileDisk, r diskRequest) string {
 	case r.offset < p.areas.Data.Length:
 		return "apply"
 	case magic("BFSUPER1"):
-		return "superblock"
+		// What it is for shows against the copy before, in the other place.
+		other := make([]byte, len(r.data))
+		d.view.read(other, p.otherSuperblock(r.offset))
+		const applied, applying = 152, 208 // epochs
+		switch {
+		case !bytes.Equal(r.data[applied:applied+8], other[applied:applied+8]):
+			return "applied superblock"
+		case !allZero(r.data[applying : applying+8]):
+			return "apply superblock"
+		}
+		return "commit superblock"
 	case magic("BFCM"):
 		return "map"
 	case magic("BFJSEGM1") && r.data[52] == 2:
 		return "commit"
 	}
 	return "journal"
+}
+
+// otherSuperblock is where the copy is that stands beside the one at an offset.
+func (p *powerRig) otherSuperblock(offset int64) int64 {
+	if first := p.ebs.size - 1<<20; offset > first {
+		return first
+	}
+	return offset + 512<<10
 }
 
 // powerPoint is where in the work of disks and agent the power goes: at one

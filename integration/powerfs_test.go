@@ -24,7 +24,7 @@ func TestFaultPowerLossUnderFilesystem(t *testing.T) {
 		p.start(t)
 		v := p.await(t, "up to date", time.Minute, upToDate)
 		mkfs(t, "ext4", v.Path)
-		points := []powerPoint{{on: "ebs", what: "apply", few: 60}, {on: "ssd", what: "flush after write", few: 30}, {on: "ebs", what: "flush after superblock", few: 6}}
+		points := []powerPoint{{on: "ebs", what: "apply", few: 60}, {on: "ssd", what: "flush after write", few: 30}, {on: "ebs", what: "flush after applied superblock", few: 3}}
 		for i := range powerNumber(t, powerLossesVar, len(points)) {
 			p.loseFilesystem(t, v.Path, points[i%len(points)])
 		}

@@ -23,17 +23,17 @@ func TestFaultPowerLossOfBoth(t *testing.T) {
 		p.start(t)
 		points := []powerPoint{
 			{on: "ebs", what: "journal", few: 12}, // in mid-epoch
-			{on: "ebs", what: "flush after superblock", few: 6},
+			{on: "ebs", what: "flush after applied superblock", few: 3},
 			{on: "ebs", what: "apply", few: 20}, // in mid-apply
 			{on: "ssd", what: "label", few: 3},
 			{on: "ebs", what: "commit", few: 2},
-			{on: "ssd", what: "flush after write", few: 3},
-			{on: "ebs", what: "flush after apply", few: 2},
+			{on: "ebs", what: "flush after commit superblock", few: 3},
+			{on: "ebs", what: "map", few: 2},
 			{on: "ssd", what: "mark", few: 30},
 			{on: "ebs", what: "flush after commit", few: 2},
-			{on: "ebs", what: "superblock", few: 6},
+			{on: "ebs", what: "apply superblock", few: 2},
 			{on: "ssd", what: "write", few: 200}, // between cuts, mostly
-			{on: "ebs", what: "map", few: 2},
+			{on: "ebs", what: "flush after applied superblock", few: 2},
 		}
 		for i := range powerNumber(t, powerLossesVar, len(points)) {
 			p.loseBoth(t, points[i%len(points)])
@@ -114,11 +114,11 @@ func TestFaultPowerLossOfOne(t *testing.T) {
 			{on: "ssd", what: "write", few: 200},
 			{on: "ebs", what: "apply", few: 20},
 			{on: "ssd", what: "flush after label", few: 3},
-			{on: "ebs", what: "flush after superblock", few: 6},
+			{on: "ebs", what: "flush after applied superblock", few: 3},
 			{on: "ssd", what: "flush after write", few: 3},
 			{on: "ebs", what: "journal", few: 12},
 			{on: "ssd", what: "label", few: 3},
-			{on: "ebs", what: "flush after apply", few: 2},
+			{on: "ebs", what: "flush after commit superblock", few: 2},
 			{on: "marks", what: "mark", few: 30},
 		}
 		for i := range powerNumber(t, powerLossesVar, len(points)) {

@@ -175,8 +175,8 @@ func TestFaultPowerLossInFirstSync(t *testing.T) {
 		for i, at := range []powerPoint{
 			{on: "ebs", what: "map", few: 1},
 			{on: "ebs", what: "apply", few: 16},
-			{on: "ebs", what: "flush after superblock", few: 2}, // before the first frame
-			{on: "ebs", what: "flush after superblock", few: 3},
+			{on: "ebs", what: "flush after commit superblock", few: 2}, // before the first frame
+			{on: "ebs", what: "flush after applied superblock", few: 1},
 			{on: "ebs", what: "flush after apply", few: 1},
 		} {
 			p.ebs.wipe(t)
