@@ -173,11 +173,10 @@ func TestFaultPowerLossInFirstSync(t *testing.T) {
 		p.must(t, "sync", "--timeout", "60s")
 		p.takeDown(t)
 		for i, at := range []powerPoint{
-			{on: "ebs", what: "map", few: 1},
 			{on: "ebs", what: "apply", few: 16},
 			{on: "ebs", what: "flush after commit superblock", few: 2}, // before the first frame
 			{on: "ebs", what: "flush after applied superblock", few: 1},
-			{on: "ebs", what: "flush after apply", few: 1},
+			{on: "ebs", what: "flush after map", few: 2},
 		} {
 			p.ebs.wipe(t)
 			p.must(t, "create", "--replica", "ebs")
@@ -197,7 +196,7 @@ func TestFaultPowerLossInFirstSync(t *testing.T) {
 				}
 			}
 			p.powerOn(t)
-			if i == 1 {
+			if i == 0 {
 				// Not even a lost SSD is filled from it.
 				kept := p.ssd.durable
 				p.ssd.wipe(t)
