@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/status"
 )
 
@@ -171,4 +172,29 @@ func (p *powerRig) loseReplica(t *testing.T, at powerPoint) {
 	}
 	p.flushed, p.issued = w.acked(), w.issued()
 	p.caughtUp(t)
+}
+
+// What was written before a cut is on the SSD for good once its source is
+// flushed, also where neither label nor marks are written beside it.
+func TestFaultSourceFlush(t *testing.T) {
+	inGuest(t, powerGuest, func(t *testing.T) {
+		m := newMains(1)
+		ssd, marks := m.disk(t, 0, powerDiskBytes), m.disk(t, 1, 8<<20)
+		format(t, volume.FormatOptions{Device: ssd.path, MetaDevice: marks.path, SizeBytes: 20 << 20, CowBytes: 16 << 20})
+		v := up(t, mapper(t), volume.Options{Device: ssd.path, MetaDevice: marks.path})
+		c := mustCut(t, v, 1, true)
+		for i := range int64(50) {
+			mustWriteBlock(t, v.Path(), i*4096, byte(i+1))
+		}
+		if ssd.pendingBytes() < 50*4096 {
+			t.Fatalf("only %d bytes are at risk: the writes were flushed by something else", ssd.pendingBytes())
+		}
+		if err := c.FlushSource(); err != nil {
+			t.Fatal(err)
+		}
+		if n := ssd.pendingBytes(); n > 0 {
+			t.Errorf("a power cut after the source was flushed would lose %d bytes", n)
+		}
+		mustRelease(t, c)
+	})
 }
