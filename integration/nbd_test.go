@@ -55,6 +55,9 @@ type volatileDisk struct {
 	pending []pendingWrite
 	view    diskPages
 	dead    bool
+	// before and atRisk are what was durable, and what was not, at the last cut.
+	before diskPages
+	atRisk []pendingWrite
 	// last is the newest write or flush.
 	last diskRequest
 
@@ -230,31 +233,36 @@ func (m *mains) arm(watch func(*volatileDisk, diskRequest) []*volatileDisk) {
 	m.watch = watch
 }
 
-// cutLocked decides for each write since the last flush, by chance, whether it
-// is kept, lost or torn at sectors. A cut that loses all but one of many
-// writes, or none but one, finds other faults than an even mix: the chances
-// are drawn too, and one cut in three keeps the newest write and no other.
 func (m *mains) cutLocked(disks []*volatileDisk) {
 	for _, d := range disks {
 		if d.dead {
 			continue
 		}
-		d.dead = true
-		keep, tear := m.random.Float64()*1.5-0.25, m.random.Float64()*1.5-0.25
-		if m.random.IntN(3) == 0 {
-			d.pending, keep = d.pending[max(0, len(d.pending)-1):], 1
-		}
-		for _, w := range d.pending {
-			kept := m.random.Float64() < keep
-			torn := !kept && m.random.Float64() < tear
-			for at := int64(0); at < int64(len(w.data)); at += sector {
-				if kept || torn && m.random.IntN(2) == 0 {
-					d.durable.write(w.data[at:at+sector], w.offset+at)
-				}
+		d.dead, d.before, d.atRisk, d.pending = true, maps.Clone(d.durable), d.pending, nil
+		d.durable = m.afterCut(d.before, d.atRisk, m.random.IntN(3) == 0)
+	}
+}
+
+// afterCut decides for each write since the last flush, by chance, whether it
+// is kept, lost or torn at sectors. A cut that loses all but one of many
+// writes, or none but one, finds other faults than an even mix: the chances
+// are drawn too, and with newest that write is kept and no other.
+func (m *mains) afterCut(durable diskPages, atRisk []pendingWrite, newest bool) diskPages {
+	after := maps.Clone(durable)
+	keep, tear := m.random.Float64()*1.5-0.25, m.random.Float64()*1.5-0.25
+	if newest {
+		atRisk, keep = atRisk[max(0, len(atRisk)-1):], 1
+	}
+	for _, w := range atRisk {
+		kept := m.random.Float64() < keep
+		torn := !kept && m.random.Float64() < tear
+		for at := int64(0); at < int64(len(w.data)); at += sector {
+			if kept || torn && m.random.IntN(2) == 0 {
+				after.write(w.data[at:at+sector], w.offset+at)
 			}
 		}
-		d.pending = nil
 	}
+	return after
 }
 
 // powerOn connects the disk again with what survived. All users of the old
@@ -263,7 +271,7 @@ func (d *volatileDisk) powerOn(t *testing.T) {
 	t.Helper()
 	d.disconnect()
 	d.mains.mu.Lock()
-	d.dead, d.last = false, diskRequest{}
+	d.dead, d.last, d.before, d.atRisk = false, diskRequest{}, nil, nil
 	d.view = maps.Clone(d.durable)
 	d.mains.mu.Unlock()
 	d.connect(t)

@@ -308,14 +308,18 @@ func (p *powerRig) powerOn(t *testing.T) {
 	}
 }
 
-// judge looks at what both disks hold, before anything starts on them. The
-// replica, recovered, must be one point of the history that lies at or after
-// synced, its epoch no older than the one given. The SSD must hold what was
-// flushed, and be no older than the replica.
+// otherFates is how many more ways in which the same cut could have ended are
+// judged. In the first each disk kept its newest write alone.
+const otherFates = 3
+
+// judge looks at what the disks hold, before anything starts on them, and at
+// what they would hold had chance decided otherwise. The replica, recovered,
+// must be one point of the history that lies at or after synced, its epoch no
+// older than the one given. The SSD must hold what was flushed, and be no
+// older than the replica.
 func (p *powerRig) judge(t *testing.T, w *writer, synced, epoch uint64) {
 	t.Helper()
-	replica := survivor(p.ebs)
-	s, k := p.judgeReplica(t, replica, synced, epoch)
+	k := p.judgeFate(t, survivor(p.ssd), survivor(p.ebs), synced, epoch)
 	if i := int(k + 1 - w.first); i >= 0 && i < len(w.begun) {
 		var n int64
 		for next := k + 1; next <= w.issued(); next++ {
@@ -323,7 +327,21 @@ func (p *powerRig) judge(t *testing.T, w *writer, synced, epoch uint64) {
 		}
 		t.Logf("were the SSD gone for good: %d writes lost, %d bytes, of the last %.2f s", w.issued()-k, n, p.lostAt.Sub(w.begun[i]).Seconds())
 	}
-	disk := survivor(p.ssd)
+	other := func(d *volatileDisk, newest bool) *diskCopy {
+		if !d.dead {
+			return survivor(d)
+		}
+		return &diskCopy{"another fate of " + d.path, d.size, p.mains.afterCut(d.before, d.atRisk, newest)}
+	}
+	for i := range otherFates {
+		p.judgeFate(t, other(p.ssd, i == 0), other(p.ebs, i == 0), synced, epoch)
+	}
+}
+
+func (p *powerRig) judgeFate(t *testing.T, disk, replica *diskCopy, synced, epoch uint64) (k uint64) {
+	t.Helper()
+	defer debug.FreeOSMemory()
+	s, k := p.judgeReplica(t, replica, synced, epoch)
 	label, err := volume.ReadLabel(disk)
 	if err != nil {
 		t.Fatal(err)
@@ -336,13 +354,13 @@ func (p *powerRig) judge(t *testing.T, w *writer, synced, epoch uint64) {
 		t.Errorf("the SSD's history [%v] is %v the replica's [%v]: should be ahead", state.Effective(), relation, s.Lineage)
 	}
 	data := io.NewSectionReader(disk, label.Areas.Data.Offset, label.Areas.Data.Length)
-	defer debug.FreeOSMemory()
 	if err := judgeSurvivor(data, p.h, max(p.flushed, synced), p.issued); err != nil {
 		t.Errorf("the SSD: %v", err)
 	}
 	if err := judgeSurvivor(data, p.h, k, p.issued); err != nil {
 		t.Errorf("the SSD is older than its replica, which holds the writes up to %d: %v", k, err)
 	}
+	return k
 }
 
 // judgeReplica says which write a copy of a replica holds.
@@ -356,7 +374,7 @@ func (p *powerRig) judgeReplica(t *testing.T, replica *diskCopy, synced, epoch u
 	if v.Latest < synced || v.K > p.issued {
 		t.Fatalf("the replica at %v holds the writes up to %d; %d were synced, %d issued", s.Committed, v.K, synced, p.issued)
 	}
-	t.Logf("the replica came back at %v: write %d of %d; %d synced, %d flushed", s.Committed, v.K, p.issued, synced, p.flushed)
+	t.Logf("%s comes back at %v: write %d of %d; %d synced, %d flushed", replica.name, s.Committed, v.K, p.issued, synced, p.flushed)
 	return s, v.K
 }
 
