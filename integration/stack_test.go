@@ -57,7 +57,7 @@ func newGuard() (*volume.Guard, error) {
 	if err != nil {
 		return nil, err
 	}
-	return volume.NewGuard("/bin/busybox", "env", "-u", cutterVar, deadmanVar+"=1", self)
+	return volume.NewGuard("/usr/bin/env", "-u", cutterVar, deadmanVar+"=1", self)
 }
 
 // guard starts a dead-man for the length of a test.
