@@ -20,6 +20,8 @@ import (
 // instant, between two requests or in the midst of one.
 type mains struct {
 	random *rand.Rand
+	// grain is what a torn write is torn at, in bytes: a multiple of 512.
+	grain int64
 
 	mu sync.Mutex
 	// watch, if set, sees every write and flush, a write when it is in the
@@ -35,7 +37,7 @@ type diskRequest struct {
 	data   []byte
 }
 
-func newMains(seed uint64) *mains { return &mains{random: rand.New(rand.NewPCG(seed, 0))} }
+func newMains(seed uint64) *mains { return &mains{random: rand.New(rand.NewPCG(seed, 0)), grain: sector} }
 
 // volatileDisk is a disk whose cache loses what was not flushed. The guest's
 // kernel reaches it as an NBD device; the server is this process.
@@ -256,9 +258,9 @@ func (m *mains) afterCut(durable diskPages, atRisk []pendingWrite, newest bool) 
 	for _, w := range atRisk {
 		kept := m.random.Float64() < keep
 		torn := !kept && m.random.Float64() < tear
-		for at := int64(0); at < int64(len(w.data)); at += sector {
+		for at := int64(0); at < int64(len(w.data)); at += m.grain {
 			if kept || torn && m.random.IntN(2) == 0 {
-				after.write(w.data[at:at+sector], w.offset+at)
+				after.write(w.data[at:min(at+m.grain, int64(len(w.data)))], w.offset+at)
 			}
 		}
 	}
