@@ -37,7 +37,9 @@ type diskRequest struct {
 	data   []byte
 }
 
-func newMains(seed uint64) *mains { return &mains{random: rand.New(rand.NewPCG(seed, 0)), grain: sector} }
+func newMains(seed uint64) *mains {
+	return &mains{random: rand.New(rand.NewPCG(seed, 0)), grain: sector}
+}
 
 // volatileDisk is a disk whose cache loses what was not flushed. The guest's
 // kernel reaches it as an NBD device; the server is this process.
