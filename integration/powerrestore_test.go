@@ -15,7 +15,10 @@ import (
 func (p *powerRig) settled(t *testing.T) status.Volume {
 	t.Helper()
 	return p.await(t, "looked at", time.Minute, func(v status.Volume) bool {
-		return v.Up || v.Disk == "Diskless" && v.Reason != "" || strings.Contains(v.Reason, "holds")
+		if strings.Contains(v.Reason, "not the device that was expected") {
+			t.Fatalf("a label and areas that are not of one volume: %s", v.Reason)
+		}
+		return v.Up || v.Reason != "" && !strings.Contains(v.Reason, "the agent is starting")
 	})
 }
 
