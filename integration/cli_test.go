@@ -122,12 +122,11 @@ func (c *cli) await(t *testing.T, what string, limit time.Duration, ok func(stat
 	t.Helper()
 	last := ""
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-		out, errs, code := c.try(t, "status", "--json")
-		last = out + errs
-		var d status.Document
-		if code == 0 && json.Unmarshal([]byte(out), &d) == nil && len(d.Volumes) == 1 && ok(d.Volumes[0]) {
-			return d.Volumes[0]
+		v, said, known := c.look(t)
+		if known && ok(v) {
+			return v
 		}
+		last = said
 		select {
 		case err := <-c.ended:
 			c.ended <- err
@@ -137,6 +136,17 @@ func (c *cli) await(t *testing.T, what string, limit time.Duration, ok func(stat
 	}
 	t.Fatalf("not %s within %v:\n%s", what, limit, last)
 	return status.Volume{}
+}
+
+// look asks for the status once; false when there is none.
+func (c *cli) look(t *testing.T) (v status.Volume, said string, known bool) {
+	t.Helper()
+	out, errs, code := c.try(t, "status", "--json")
+	var d status.Document
+	if code != 0 || json.Unmarshal([]byte(out), &d) != nil || len(d.Volumes) != 1 {
+		return v, out + errs, false
+	}
+	return d.Volumes[0], out + errs, true
 }
 
 // plans counts in an agent's log the epochs that were brought over in a way.

@@ -159,6 +159,11 @@ func guestSpec(name string, g guest) uml.Spec {
 	} else {
 		spec.Env = append(spec.Env, binaryVar+"="+uml.GuestPath(binary))
 	}
+	for _, name := range []string{powerLossesVar, powerSeedVar} {
+		if value := os.Getenv(name); value != "" {
+			spec.Env = append(spec.Env, name+"="+value)
+		}
+	}
 	if os.Getenv(consoleVar) != "" {
 		spec.Console = &prefixed{prefix: name + ": ", out: os.Stderr}
 	}

@@ -26,6 +26,8 @@ type history struct {
 	Span int64
 	// Pause is how long the writer waits after each write.
 	Pause time.Duration
+	// FlushEvery, if set, has the writer flush after every so many writes.
+	FlushEvery uint64
 }
 
 const (
@@ -122,11 +124,15 @@ func (h history) sectorNumber(content []byte, index int64, scratch []byte) (uint
 
 // writer writes a history, each write acknowledged before the next is issued.
 type writer struct {
-	issuedK, ackedK atomic.Uint64
-	slowest         atomic.Int64 // the longest that a write took, in nanoseconds
-	stopping        atomic.Bool
-	done            chan struct{}
-	err             error // valid after done
+	issuedK, ackedK, flushedK atomic.Uint64
+	slowest                   atomic.Int64 // the longest that a write took, in nanoseconds
+	stopping                  atomic.Bool
+	done                      chan struct{}
+	err                       error // valid after done
+	// first is the number of its first write, begun when each was begun; valid
+	// after done.
+	first uint64
+	begun []time.Time
 }
 
 // startWriter begins to write a history at number from (1 for a fresh device)
@@ -137,9 +143,10 @@ func startWriter(t *testing.T, device string, h history, from uint64) *writer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &writer{done: make(chan struct{})}
+	w := &writer{done: make(chan struct{}), first: from}
 	w.issuedK.Store(from - 1)
 	w.ackedK.Store(from - 1)
+	w.flushedK.Store(from - 1)
 	go func() {
 		defer close(w.done)
 		w.err = errors.Join(w.writeAll(file, h, from), file.Close())
@@ -153,13 +160,19 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 	for k := from; !w.stopping.Load(); k++ {
 		op := h.op(k)
 		h.fill(buffer, k, op)
+		w.begun = append(w.begun, time.Now())
 		w.issuedK.Store(k)
-		begun := time.Now()
 		if _, err := file.WriteAt(buffer[:op.Length], op.Offset); err != nil {
 			return fmt.Errorf("write %d: %w", k, err)
 		}
 		w.ackedK.Store(k)
-		w.slowest.Store(max(w.slowest.Load(), int64(time.Since(begun))))
+		w.slowest.Store(max(w.slowest.Load(), int64(time.Since(w.begun[len(w.begun)-1]))))
+		if h.FlushEvery > 0 && k%h.FlushEvery == 0 {
+			if err := file.Sync(); err != nil {
+				return fmt.Errorf("flush after write %d: %w", k, err)
+			}
+			w.flushedK.Store(k)
+		}
 		if h.Pause > 0 {
 			time.Sleep(h.Pause)
 		}
@@ -172,6 +185,10 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 // after it.
 func (w *writer) acked() uint64  { return w.ackedK.Load() }
 func (w *writer) issued() uint64 { return w.issuedK.Load() }
+
+// flushed is the last write that survives a power cut in any case, if all
+// before the writer's first did.
+func (w *writer) flushed() uint64 { return w.flushedK.Load() }
 
 // awaitWrites waits until n more writes are acknowledged.
 func (w *writer) awaitWrites(t *testing.T, n uint64) {

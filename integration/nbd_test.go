@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -14,32 +16,54 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// mains is what disks get their power from: it goes for any of them at one
+// instant, between two requests or in the midst of one.
+type mains struct {
+	random *rand.Rand
+	// grain is what a torn write is torn at, in bytes: a multiple of 512.
+	grain int64
+
+	mu sync.Mutex
+	// watch, if set, sees every write and flush, a write when it is in the
+	// disk's cache and not answered yet, a flush before it. It answers which
+	// disks lose their power now.
+	watch func(d *volatileDisk, r diskRequest) []*volatileDisk
+}
+
+// diskRequest is a write, or a flush.
+type diskRequest struct {
+	flush  bool
+	offset int64
+	data   []byte
+}
+
+func newMains(seed uint64) *mains {
+	return &mains{random: rand.New(rand.NewPCG(seed, 0)), grain: sector}
+}
+
 // volatileDisk is a disk whose cache loses what was not flushed. The guest's
 // kernel reaches it as an NBD device; the server is this process.
 //
 //	write -> pending -> Flush -> durable
-//	                 -> powerCut: each sector of each pending write is kept or lost
+//	                 -> power cut: each sector of each pending write is kept or lost
 //
 // It announces no FUA, so the kernel turns a FUA write into a write and a flush.
 type volatileDisk struct {
-	path string
-	size int64
+	path  string
+	size  int64
+	mains *mains // its lock guards all that follows
 
-	mu      sync.Mutex
-	durable []byte
+	durable diskPages
 	// pending are the writes since the last flush, in order; view is what a
 	// reader sees: durable with all of them applied.
 	pending []pendingWrite
-	view    []byte
+	view    diskPages
 	dead    bool
-	// ignoreFlush makes the disk lie: it answers flushes and keeps nothing.
-	ignoreFlush bool
-	flushes     int
-	// onRequest, if set, is called with every write (false) and flush
-	// (true) before it is carried out; when it answers true, power is cut there
-	// with the chances of cutRand.
-	onRequest func(flush bool) (cut bool)
-	cutRand   *rand.Rand
+	// before and atRisk are what was durable, and what was not, at the last cut.
+	before diskPages
+	atRisk []pendingWrite
+	// last is the newest write or flush.
+	last diskRequest
 
 	device *os.File
 	server *os.File
@@ -50,6 +74,46 @@ type volatileDisk struct {
 type pendingWrite struct {
 	offset int64
 	data   []byte
+}
+
+// diskPages is a disk's content in pages of 4 KiB, by number; what is not
+// there is zeros. A page never changes, so copies share them: a guest's
+// process can't have more than some 200 MiB, for want of mappings.
+type diskPages map[int64][]byte
+
+const diskPage = 4096
+
+func (c diskPages) read(into []byte, offset int64) {
+	for len(into) > 0 {
+		n, at := offset/diskPage, offset%diskPage
+		some := min(int64(len(into)), diskPage-at)
+		if page := c[n]; page != nil {
+			copy(into[:some], page[at:])
+		} else {
+			clear(into[:some])
+		}
+		into, offset = into[some:], offset+some
+	}
+}
+
+// write keeps data, which must not change any more.
+func (c diskPages) write(data []byte, offset int64) {
+	for len(data) > 0 {
+		n, at := offset/diskPage, offset%diskPage
+		some := min(int64(len(data)), diskPage-at)
+		page := data[:some:some]
+		if some < diskPage {
+			page = make([]byte, diskPage)
+			copy(page, c[n])
+			copy(page[at:], data[:some])
+		}
+		if allZero(page) {
+			delete(c, n)
+		} else {
+			c[n] = page
+		}
+		data, offset = data[some:], offset+some
+	}
 }
 
 const (
@@ -76,13 +140,13 @@ const (
 	nbdSetFlags     = 0xab0a
 )
 
-// newVolatileDisk makes disk number i (0 to 15) of the given size in bytes, a
-// multiple of 512, and connects it as /dev/nbdI. The guest needs module nbd.
-func newVolatileDisk(t *testing.T, i int, size int64) *volatileDisk {
+// disk makes disk number i (0 to 15) of the given size in bytes, a multiple of
+// 512, and connects it as /dev/nbdI. The guest needs module nbd.
+func (m *mains) disk(t *testing.T, i int, size int64) *volatileDisk {
 	t.Helper()
 	d := &volatileDisk{
-		path: fmt.Sprintf("/dev/nbd%d", i), size: size,
-		durable: make([]byte, size), view: make([]byte, size),
+		path: fmt.Sprintf("/dev/nbd%d", i), size: size, mains: m,
+		durable: diskPages{}, view: diskPages{},
 	}
 	d.connect(t)
 	t.Cleanup(func() { d.disconnect() })
@@ -116,7 +180,20 @@ func (d *volatileDisk) connect(t *testing.T) {
 	}
 	unix.Close(pair[1]) // the kernel holds it now
 	d.done, d.served = make(chan error, 1), make(chan struct{})
-	go func() { d.done <- unix.IoctlSetInt(int(d.device.Fd()), nbdDoIt, 0) }()
+	go func() {
+		// A signal, that of a child's end for one, would end the connection.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		var all, before unix.Sigset_t
+		for i := range all.Val {
+			all.Val[i] = ^all.Val[i]
+		}
+		err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &before)
+		if err == nil {
+			err = unix.IoctlSetInt(int(d.device.Fd()), nbdDoIt, 0)
+		}
+		d.done <- errors.Join(err, unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil))
+	}()
 	go func() {
 		defer close(d.served)
 		if err := d.serve(); err != nil && !errors.Is(err, io.EOF) {
@@ -145,29 +222,51 @@ func (d *volatileDisk) disconnect() {
 	d.device = nil
 }
 
-// powerCut makes the disk answer everything with an error from now on and
-// decides what survives: of each write since the last flush every sector is,
-// by chance, kept or lost, unless the whole write is kept or lost.
-func (d *volatileDisk) powerCut(random *rand.Rand) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.cutLocked(random)
+// cut takes the power away: the disks answer everything with an error from now
+// on, and it is decided what survives.
+func (m *mains) cut(disks ...*volatileDisk) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.cutLocked(disks)
 }
 
-func (d *volatileDisk) cutLocked(random *rand.Rand) {
-	if d.dead {
-		return
+// arm sets watch.
+func (m *mains) arm(watch func(*volatileDisk, diskRequest) []*volatileDisk) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.watch = watch
+}
+
+func (m *mains) cutLocked(disks []*volatileDisk) {
+	for _, d := range disks {
+		if d.dead {
+			continue
+		}
+		d.dead, d.before, d.atRisk, d.pending = true, maps.Clone(d.durable), d.pending, nil
+		d.durable = m.afterCut(d.before, d.atRisk, m.random.IntN(3) == 0)
 	}
-	d.dead = true
-	for _, w := range d.pending {
-		fate := random.IntN(3) // 0 lost, 1 kept, 2 torn
-		for at := int64(0); at < int64(len(w.data)); at += sector {
-			if fate == 1 || fate == 2 && random.IntN(2) == 0 {
-				copy(d.durable[w.offset+at:w.offset+at+sector], w.data[at:])
+}
+
+// afterCut decides for each write since the last flush, by chance, whether it
+// is kept, lost or torn at sectors. A cut that loses all but one of many
+// writes, or none but one, finds other faults than an even mix: the chances
+// are drawn too, and with newest that write is kept and no other.
+func (m *mains) afterCut(durable diskPages, atRisk []pendingWrite, newest bool) diskPages {
+	after := maps.Clone(durable)
+	keep, tear := m.random.Float64()*1.5-0.25, m.random.Float64()*1.5-0.25
+	if newest {
+		atRisk, keep = atRisk[max(0, len(atRisk)-1):], 1
+	}
+	for _, w := range atRisk {
+		kept := m.random.Float64() < keep
+		torn := !kept && m.random.Float64() < tear
+		for at := int64(0); at < int64(len(w.data)); at += m.grain {
+			if kept || torn && m.random.IntN(2) == 0 {
+				after.write(w.data[at:min(at+m.grain, int64(len(w.data)))], w.offset+at)
 			}
 		}
 	}
-	d.pending = nil
+	return after
 }
 
 // powerOn connects the disk again with what survived. All users of the old
@@ -175,17 +274,25 @@ func (d *volatileDisk) cutLocked(random *rand.Rand) {
 func (d *volatileDisk) powerOn(t *testing.T) {
 	t.Helper()
 	d.disconnect()
-	d.mu.Lock()
-	d.dead, d.onRequest = false, nil
-	copy(d.view, d.durable)
-	d.mu.Unlock()
+	d.mains.mu.Lock()
+	d.dead, d.last, d.before, d.atRisk = false, diskRequest{}, nil, nil
+	d.view = maps.Clone(d.durable)
+	d.mains.mu.Unlock()
 	d.connect(t)
+}
+
+// wipe makes it a new disk.
+func (d *volatileDisk) wipe(t *testing.T) {
+	t.Helper()
+	d.mains.cut(d)
+	d.durable = diskPages{}
+	d.powerOn(t)
 }
 
 // pendingBytes is what a power cut now would put at risk.
 func (d *volatileDisk) pendingBytes() int64 {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.mains.mu.Lock()
+	defer d.mains.mu.Unlock()
 	var n int64
 	for _, w := range d.pending {
 		n += int64(len(w.data))
@@ -236,29 +343,35 @@ func (d *volatileDisk) serve() error {
 }
 
 func (d *volatileDisk) carryOut(kind uint16, offset, length int64, data []byte) unix.Errno {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.onRequest != nil && !d.dead && (kind == nbdCmdWrite || kind == nbdCmdFlush) && d.onRequest(kind == nbdCmdFlush) {
-		d.cutLocked(d.cutRand)
-	}
+	m := d.mains
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if d.dead || offset+length > d.size {
+		return unix.EIO
+	}
+	if kind == nbdCmdWrite {
+		d.view.write(data, offset)
+		d.pending = append(d.pending, pendingWrite{offset, data})
+	}
+	if kind == nbdCmdWrite || kind == nbdCmdFlush {
+		r := diskRequest{kind == nbdCmdFlush, offset, data}
+		if m.watch != nil {
+			m.cutLocked(m.watch(d, r))
+		}
+		d.last = r
+	}
+	if d.dead {
 		return unix.EIO
 	}
 	switch kind {
 	case nbdCmdRead:
-		copy(data, d.view[offset:])
+		d.view.read(data, offset)
 	case nbdCmdWrite:
-		copy(d.view[offset:], data)
-		d.pending = append(d.pending, pendingWrite{offset, data})
 	case nbdCmdTrim:
 		// Allowed to do nothing: what a discarded range reads as is undefined.
 	case nbdCmdFlush:
-		d.flushes++
-		if d.ignoreFlush {
-			return 0
-		}
 		for _, w := range d.pending {
-			copy(d.durable[w.offset:], w.data)
+			d.durable.write(w.data, w.offset)
 		}
 		d.pending = nil
 	default:
@@ -267,56 +380,69 @@ func (d *volatileDisk) carryOut(kind uint16, offset, length int64, data []byte) 
 	return 0
 }
 
-// A disk that loses nothing proves nothing: this one must lose exactly what was not flushed.
+// A disk that loses nothing proves nothing: this one must lose exactly what
+// was not flushed, now this and now that, on all disks at one instant.
 func TestHarnessVolatileDisk(t *testing.T) {
 	inGuest(t, guest{Modules: []string{"nbd"}}, func(t *testing.T) {
-		d := newVolatileDisk(t, 0, 32<<20)
-		write := func(at int64, fill byte, flush bool) {
+		m := newMains(1)
+		d, other := m.disk(t, 0, 32<<20), m.disk(t, 1, 4<<20)
+		write := func(d *volatileDisk, at int64, fill byte, flush bool) error {
 			f, err := os.OpenFile(d.path, os.O_RDWR|unix.O_DIRECT, 0)
 			if err != nil {
-				t.Fatal(err)
+				return err
 			}
 			defer f.Close()
 			page := alignedBuffer(4096)
+			defer unix.Munmap(page)
 			for i := range page {
 				page[i] = fill
 			}
-			if _, err := f.WriteAt(page, at); err != nil {
+			if _, err := f.WriteAt(page, at); err != nil || !flush {
+				return err
+			}
+			return f.Sync()
+		}
+		must := func(err error) {
+			t.Helper()
+			if err != nil {
 				t.Fatal(err)
 			}
-			if flush {
-				if err := f.Sync(); err != nil {
-					t.Fatal(err)
-				}
+		}
+		kept, lost, cuts := 0, 0, byte(8)
+		for round := range cuts {
+			must(write(d, 0, round+1, true))
+			for i := int64(1); i <= 64; i++ {
+				must(write(d, i*4096, round+1, false))
 			}
-		}
-		write(0, 1, true)
-		for i := int64(1); i <= 64; i++ {
-			write(i*4096, 2, false)
-		}
-		if d.pendingBytes() != 64*4096 {
-			t.Fatalf("%d bytes are pending", d.pendingBytes())
-		}
-		d.powerCut(rand.New(rand.NewPCG(1, 1)))
-		d.powerOn(t)
-		kept, lost := 0, 0
-		err := readDirect(d.path, func(offset int64, piece []byte) error {
-			for at := 0; at < len(piece); at += sector {
-				switch where := (offset + int64(at)) / 4096; {
-				case where == 0 && piece[at] != 1:
-					return fmt.Errorf("a flushed sector is lost")
-				case where >= 1 && where <= 64 && piece[at] == 2:
-					kept++
-				case where >= 1 && where <= 64:
-					lost++
-				}
+			if d.pendingBytes() != 64*4096 {
+				t.Fatalf("%d bytes are pending", d.pendingBytes())
 			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
+			// In the midst of a write to one, power goes for both.
+			m.arm(func(*volatileDisk, diskRequest) []*volatileDisk { return []*volatileDisk{d, other} })
+			if err := write(d, 65*4096, round+1, false); err == nil {
+				t.Fatal("a write during which the power went succeeded")
+			}
+			if err := write(other, 0, 1, false); err == nil {
+				t.Fatal("the other disk has power still")
+			}
+			m.arm(nil)
+			d.powerOn(t)
+			other.powerOn(t)
+			must(readDirect(d.path, func(offset int64, piece []byte) error {
+				for at := 0; at < len(piece); at += sector {
+					switch where := (offset + int64(at)) / 4096; {
+					case where == 0 && piece[at] != round+1:
+						return fmt.Errorf("a flushed sector is lost")
+					case where >= 1 && where <= 64 && piece[at] == round+1:
+						kept++
+					case where >= 1 && where <= 64:
+						lost++
+					}
+				}
+				return nil
+			}))
 		}
-		if kept < 50 || lost < 50 {
+		if all := 64 * 8 * int(cuts); kept < all/10 || lost < all/10 {
 			t.Fatalf("%d sectors kept, %d lost: both were to be expected", kept, lost)
 		}
 		t.Logf("%d sectors kept, %d lost", kept, lost)

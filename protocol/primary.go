@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"blockferry/proto"
@@ -175,6 +176,8 @@ type cutRecord struct {
 	epoch   uint64
 	written uint64    // WrittenBytes at the cut
 	covers  time.Time // nothing was written between the cut and then
+	// durable: the source was flushed after it. Set at any time.
+	durable atomic.Bool
 }
 
 // NewPrimary starts replication of a volume whose state BeginPrimary returned.
@@ -389,10 +392,10 @@ func (p *Primary) unchangedLocked() bool {
 	return err == nil && n == p.lastCut.written
 }
 
-// close takes the last cut if one is needed, seals the device and records a
+// close takes the last cut if one is needed, one that is flushed, seals the device and records a
 // clean end. No goroutine is left.
 func (p *Primary) close(seal func() error) (bool, error) {
-	if !p.unchangedLocked() {
+	if !p.unchangedLocked() || !p.lastCut.durable.Load() {
 		ctx, cancel := context.WithTimeout(context.Background(), p.cfg.CutLimit)
 		defer cancel()
 		cut, err := p.takeCut(ctx, false)

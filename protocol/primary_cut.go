@@ -103,6 +103,8 @@ func (s *sharedCut) flushSource() error {
 		s.flushed = true
 		if err := s.cut.FlushSource(); err != nil {
 			s.flush = &flushError{s.rec.epoch, err}
+		} else {
+			s.rec.durable.Store(true)
 		}
 	}
 	return s.flush

@@ -82,6 +82,10 @@ func Format(o FormatOptions) (*Label, error) {
 	if err := disk.ZeroOut(0, dataOffset); err != nil {
 		return nil, err
 	}
+	// An older label must not vouch for areas that are being replaced.
+	if err := disk.Flush(); err != nil {
+		return nil, err
+	}
 	if err := writeAux(cow, areas.Cow.Offset, auxID{kind: kindCow, volume: l.UUID}); err != nil {
 		return nil, err
 	}
