@@ -179,8 +179,13 @@ func TestProbe(t *testing.T) {
 	}
 	probe("BLOCKFERRY_ROLE=replica\nBLOCKFERRY_VOLUME=" + id.String() + "\n")
 	// Both superblocks, each somewhere behind its checksum.
+	file, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
 	for at := int64(63 << 20); at < 64<<20; at += 4096 {
-		if _, err := disk.WriteAt([]byte{0x55, 0x55, 0x55, 0x55}, at+200); err != nil {
+		if _, err := file.WriteAt([]byte{0x55, 0x55, 0x55, 0x55}, at+200); err != nil {
 			t.Fatal(err)
 		}
 	}
