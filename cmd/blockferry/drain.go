@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -52,19 +51,6 @@ func newDrain(g *globalOptions) *cobra.Command {
 	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "the limit; 0: none")
 	cmd.Flags().BoolVar(&o.down, "down", false, "then take the volume down; refused while something has it open")
 	return cmd
-}
-
-// volumeStatuses asks the agent for one volume, or for all.
-func volumeStatuses(ctx context.Context, c proto.ControlClient, name string) ([]status.Volume, error) {
-	reply, err := c.Status(ctx, &proto.StatusRequest{Volume: name})
-	if err != nil {
-		return nil, err
-	}
-	var d status.Document
-	if err := json.Unmarshal(reply.Json, &d); err != nil {
-		return nil, fmt.Errorf("the agent's status is not understood (%w); are agent and command of the same version?", err)
-	}
-	return d.Volumes, nil
 }
 
 // drain drains the volumes side by side: they share the limit.

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/progress"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/proto"
 )
@@ -54,6 +55,7 @@ func newUp(g *globalOptions) *cobra.Command {
 	return cmd
 }
 
+// upWait returns when the volume is up, or can't come up without the operator.
 func (g *globalOptions) upWait(ctx context.Context, name string, timeout time.Duration) error {
 	if timeout > 0 {
 		limited, cancel := context.WithTimeout(ctx, timeout)
@@ -63,48 +65,32 @@ func (g *globalOptions) upWait(ctx context.Context, name string, timeout time.Du
 	p := g.progress()
 	defer p.Done()
 	var v status.Volume
-	var asked error
-	answered, tried := now(), false
+	var refused error // what the agent answered to 'up'
+	answered, asked := now(), false
+	look := func(c proto.ControlClient) error {
+		found, err := volumeStatuses(ctx, c, name)
+		if err != nil {
+			return err
+		}
+		v = found[0]
+		if v.Stage == "down" && !asked {
+			// The outcome is seen in the next state, unless that is the same.
+			asked = true
+			_, refused = c.Up(ctx, &proto.VolumeRequest{Volume: name})
+			v.Stage = "starting"
+		}
+		return nil
+	}
 	for {
-		err := g.withAgent(func(c proto.ControlClient) error {
-			found, err := volumeStatuses(ctx, c, name)
-			if err != nil {
-				return err
-			}
-			v = found[0]
-			if v.Stage == "down" && !tried {
-				// What it says is seen in the next state, unless that is the same.
-				tried = true
-				_, asked = c.Up(ctx, &proto.VolumeRequest{Volume: name})
-				v.Stage = "starting"
-			}
-			return nil
-		})
+		err := g.withAgent(look)
 		switch {
 		case err == nil:
 			answered = now()
-		case ctx.Err() != nil:
-		case exit.Of(err) != exit.Unreachable || now().Sub(answered) > agentPatience:
-			return err
-		}
-		if err == nil {
-			switch {
-			case v.Up:
-				p.Done()
-				return g.say(map[string]any{"volume": name, "up": true, "path": v.Path}, "%s: up as %s", name, v.Path)
-			case v.Stage == "restoring" && v.RestoreTotalBytes != nil:
-				if g.json {
-					g.sayJSON(map[string]any{"volume": name, "phase": "restore", "done-bytes": *v.RestoreDoneBytes, "total-bytes": *v.RestoreTotalBytes})
-				} else {
-					p.Update("restore", int64(*v.RestoreDoneBytes), int64(*v.RestoreTotalBytes))
-				}
-			case v.Stage == "refused", v.Stage == "blank" && v.Restore != "auto":
-				return exit.Errorf(exit.Refused, "volume '%s' is %s: %s; %s", name, v.Stage, v.Reason, v.Advice)
-			case v.Stage == "down":
-				return errors.Join(exit.Errorf(exit.Refused, "volume '%s' is down: %s", name, v.Reason), exit.FromWire(asked))
-			case v.Reason != "" && !g.json:
-				p.Line(name + ": " + v.Stage + ": " + v.Reason)
+			if done, err := g.upState(p, &v, refused); done || err != nil {
+				return err
 			}
+		case ctx.Err() == nil && (exit.Of(err) != exit.Unreachable || now().Sub(answered) > agentPatience):
+			return err
 		}
 		select {
 		case <-ctx.Done():
@@ -115,4 +101,25 @@ func (g *globalOptions) upWait(ctx context.Context, name string, timeout time.Du
 		case <-time.After(upEvery):
 		}
 	}
+}
+
+// upState shows where the volume is on its way up; an error says that it will
+// not get there by itself.
+func (g *globalOptions) upState(p *progress.Printer, v *status.Volume, refused error) (done bool, err error) {
+	switch {
+	case v.Up:
+		p.Done()
+		return true, g.say(map[string]any{"volume": v.Name, "up": true, "path": v.Path}, "%s: up as %s", v.Name, v.Path)
+	case v.Stage == "restoring" && v.RestoreTotalBytes != nil && g.json:
+		return false, g.sayJSON(map[string]any{"volume": v.Name, "phase": "restore", "done-bytes": *v.RestoreDoneBytes, "total-bytes": *v.RestoreTotalBytes})
+	case v.Stage == "restoring" && v.RestoreTotalBytes != nil:
+		p.Update("restore", int64(*v.RestoreDoneBytes), int64(*v.RestoreTotalBytes))
+	case v.Stage == "refused", v.Stage == "blank" && v.Restore != "auto":
+		return false, exit.Errorf(exit.Refused, "volume '%s' is %s: %s; %s", v.Name, v.Stage, v.Reason, v.Advice)
+	case v.Stage == "down" && refused != nil:
+		return false, exit.FromWire(refused)
+	case v.Reason != "" && !g.json:
+		p.Line(v.Name + ": " + v.Stage + ": " + v.Reason)
+	}
+	return false, nil
 }
