@@ -9,7 +9,8 @@ TOOLS := .cache/tools
 PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
-	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools
+	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
+	systemctl=systemd udevadm=udev
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"blockferry/blockdev/dm"
 	"blockferry/cmd/blockferry/status"
 )
 

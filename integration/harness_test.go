@@ -24,6 +24,10 @@ type guest struct {
 	Disks   []disk // /dev/ubda, /dev/ubdb, …
 	Modules []string
 	Timeout time.Duration // default 3 minutes
+	// Systemd boots the guest by systemd and udevd, with blockferry, its units
+	// and its rules where a package puts them, and with these files.
+	Systemd bool
+	Files   map[string]string
 }
 
 type disk = uml.Disk
@@ -55,6 +59,9 @@ var (
 
 func TestMain(m *testing.M) {
 	uml.Init()
+	if path := os.Getenv(applicationVar); path != "" {
+		os.Exit(application(path))
+	}
 	if uml.Inside() {
 		os.Exit(m.Run())
 	}
@@ -152,6 +159,9 @@ func guestSpec(name string, g guest) uml.Spec {
 		Modules: append(append([]string{}, defaultModules...), g.Modules...),
 		Args: []string{self, "-test.v", "-test.run", strings.Join(parts, "/"),
 			"-test.timeout", timeout.String()},
+	}
+	if g.Systemd {
+		installed(&spec, g.Files)
 	}
 	// Only tests that use the binary fail when it does not build.
 	if binary, err := builtBinary(); err != nil {

@@ -1,6 +1,10 @@
 package protocol
 
-import "fmt"
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
 
 // PeekReplica reads what a device says of itself as a replica, without
 // opening it: nothing is applied, written or checked beyond the superblock.
@@ -22,4 +26,32 @@ func PeekReplica(store Store) (ReplicaStatus, error) {
 func (s ReplicaStatus) Kind() string {
 	u := s.VolumeUUID
 	return fmt.Sprintf("a replica of volume %x-%x-%x-%x-%x, %s, at %v", u[:4], u[4:6], u[6:8], u[8:10], u[10:], s.State, s.Committed)
+}
+
+// ProbeReplica says whether a device is a replica, and of which volume, from
+// its superblocks' two places alone: cheap enough for every disk of a machine.
+// One whose superblocks are damaged, or of another version, is a replica of no
+// known volume; the id is zero. A device that has another size than when it
+// was formatted is not recognised.
+func ProbeReplica(store Store) (volume [16]byte, found bool, err error) {
+	best, _, err := newestSuperblock(store)
+	switch {
+	case best != nil:
+		return best.volume, true, nil
+	case errors.Is(err, ErrNewerFormat):
+		return volume, true, nil
+	case errors.Is(err, ErrNoSuperblock): // too small for one
+		return volume, false, nil
+	case err != nil:
+		return volume, false, err
+	}
+	end := store.Size() / layoutAlign * layoutAlign
+	for i := range uint64(2) {
+		b := make([]byte, superBytes)
+		if _, err := store.ReadAt(b, superOffset(layout{superA: end - superAreaBytes}, i)); err != nil {
+			return volume, false, err
+		}
+		found = found || binary.LittleEndian.Uint64(b) == superMagic
+	}
+	return volume, found, nil
 }

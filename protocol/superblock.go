@@ -312,7 +312,23 @@ func checkOwn(store Store, s superblock) error {
 // readSuperblocks returns the newest valid copy; warnings tell of a damaged
 // other one. Without any the error is ErrNoSuperblock, unless a copy could not
 // be read: such a disk may well be a replica.
-func readSuperblocks(store Store) (best *superblock, warnings []string, err error) {
+func readSuperblocks(store Store) (*superblock, []string, error) {
+	best, warnings, err := newestSuperblock(store)
+	if best != nil || err != nil {
+		return best, warnings, err
+	}
+	if was := formerSize(store); was != nil {
+		return nil, nil, fmt.Errorf("%s: %w: it had %d bytes when it became a replica and has %d now; it holds %s; keep it as it is and use its first %d bytes: "+
+			"losetup --find --show --sizelimit %d %s, and name that loop device instead", store.Name(), ErrResized, was.layout.deviceBytes, store.Size(),
+			was.committed, was.layout.deviceBytes, was.layout.deviceBytes, store.Name())
+	}
+	return nil, nil, fmt.Errorf("%s: %w: %s (if the device was resized, give it its former size; otherwise it is not a blockferry replica)",
+		store.Name(), ErrNoSuperblock, warnings)
+}
+
+// newestSuperblock is nil, with the reasons as warnings, where neither place
+// holds a valid one.
+func newestSuperblock(store Store) (best *superblock, warnings []string, err error) {
 	end := store.Size() / layoutAlign * layoutAlign
 	if end < superAreaBytes {
 		return nil, nil, fmt.Errorf("%s: %w: only %d bytes", store.Name(), ErrNoSuperblock, store.Size())
@@ -347,15 +363,6 @@ func readSuperblocks(store Store) (best *superblock, warnings []string, err erro
 	}
 	if best == nil && unread != nil {
 		return nil, nil, unread
-	}
-	if best == nil {
-		if was := formerSize(store); was != nil {
-			return nil, nil, fmt.Errorf("%s: %w: it had %d bytes when it became a replica and has %d now; it holds %s; keep it as it is and use its first %d bytes: "+
-				"losetup --find --show --sizelimit %d %s, and name that loop device instead", store.Name(), ErrResized, was.layout.deviceBytes, store.Size(),
-				was.committed, was.layout.deviceBytes, was.layout.deviceBytes, store.Name())
-		}
-		return nil, nil, fmt.Errorf("%s: %w: %s (if the device was resized, give it its former size; otherwise it is not a blockferry replica)",
-			store.Name(), ErrNoSuperblock, warnings)
 	}
 	return best, warnings, nil
 }

@@ -21,6 +21,29 @@ const (
 // NodePath is where people and programs find a device.
 func NodePath(name string) string { return filepath.Join(mapperDir, name) }
 
+// OwnNode returns the path at which this process opens a device: the kernel's
+// own node, which is there for exactly as long as the device. A name in
+// /dev/mapper is udev's, which is late: it may remove the name of a device
+// that is gone when another bears it already.
+func (c *Control) OwnNode(name string) (string, error) {
+	info, err := c.Info(name)
+	if err != nil {
+		return "", err
+	}
+	if kernel := kernelNode(info); info.Exists && isNode(kernel, unix.Mkdev(info.Major, info.Minor)) {
+		return kernel, nil
+	}
+	return c.EnsureNode(name) // no devtmpfs here
+}
+
+func kernelNode(info Info) string { return fmt.Sprintf("/dev/dm-%d", info.Minor) }
+
+// udevBusy says that udev has events left to look at.
+func udevBusy() bool {
+	_, err := os.Stat("/run/udev/queue")
+	return err == nil
+}
+
 // EnsureNode returns the path of a device's node, which then stands for that
 // device: udev is given a second, where it runs; after that, or without udev,
 // the node is made here.
@@ -35,7 +58,7 @@ func (c *Control) EnsureNode(name string) (string, error) {
 	path, dev := NodePath(name), unix.Mkdev(info.Major, info.Minor)
 	if _, err := os.Stat("/run/udev/control"); err == nil {
 		for deadline := time.Now().Add(udevPatience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-			if isNode(path, dev) {
+			if isNode(path, dev) && !udevBusy() {
 				return path, nil
 			}
 		}
@@ -47,7 +70,7 @@ func (c *Control) EnsureNode(name string) (string, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return "", fmt.Errorf("device-mapper: node of %s: %w", name, err)
 	}
-	kernel := fmt.Sprintf("/dev/dm-%d", info.Minor)
+	kernel := kernelNode(info)
 	if isNode(kernel, dev) {
 		err = os.Symlink(".."+strings.TrimPrefix(kernel, "/dev"), path)
 	} else {

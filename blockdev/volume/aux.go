@@ -66,3 +66,40 @@ func writeAux(d blockdev.Device, at int64, a auxID) error {
 	}
 	return nil
 }
+
+// Role is what a disk is to a volume.
+type Role string
+
+// What Probe tells apart; "" is a disk that is none of these.
+const (
+	RoleDisk     Role = "volume"
+	RoleCow      Role = "cow"
+	RoleMetadata Role = "metadata"
+)
+
+// Probe says from a device's label, or from the identity of an area at its
+// beginning, whether it belongs to a volume and to which. A damaged label
+// still makes a disk a volume's; its id is zero then.
+func Probe(d blockdev.Device) (Role, UUID, error) {
+	label, err := ReadLabel(d)
+	switch {
+	case err == nil:
+		return RoleDisk, label.UUID, nil
+	case errors.Is(err, ErrBadLabel):
+		return RoleDisk, UUID{}, nil
+	case !errors.Is(err, ErrNoLabel):
+		return "", UUID{}, err
+	case d.Size() < auxIDBytes:
+		return "", UUID{}, nil
+	}
+	id, err := readAux(d, 0)
+	switch {
+	case errors.Is(err, errNoAux):
+		return "", UUID{}, nil
+	case err != nil:
+		return "", UUID{}, err
+	case id.kind == kindCow:
+		return RoleCow, id.volume, nil
+	}
+	return RoleMetadata, id.volume, nil
+}

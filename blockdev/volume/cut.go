@@ -132,7 +132,7 @@ func (c *Cut) afterWindow() error {
 		return err
 	}
 	if c.withView {
-		path, err := v.ctl.EnsureNode(deviceName(v.options.Name, roleSnap))
+		path, err := v.ctl.OwnNode(deviceName(v.options.Name, roleSnap))
 		if err != nil {
 			return err
 		}

@@ -113,7 +113,7 @@ func refuseOpen(ctl *dm.Control, name string) error {
 // processes, udev's excepted.
 func users(ctl *dm.Control, name string, info dm.Info) []string {
 	var list []string
-	if path, err := ctl.EnsureNode(name); err == nil {
+	if path, err := ctl.OwnNode(name); err == nil {
 		if uses, err := blockdev.Users(path); err == nil {
 			for _, u := range uses {
 				list = append(list, u.String())

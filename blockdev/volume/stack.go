@@ -351,7 +351,7 @@ func (v *Volume) clearLeftovers() error {
 
 func (v *Volume) openStack() error {
 	open := func(role string) (*blockdev.File, error) {
-		path, err := v.ctl.EnsureNode(deviceName(v.options.Name, role))
+		path, err := v.ctl.OwnNode(deviceName(v.options.Name, role))
 		if err != nil {
 			return nil, err
 		}

@@ -9,8 +9,11 @@ import (
 	"strings"
 	"testing"
 
+	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/protocol"
 )
 
 // blockferry runs one command line and returns what it printed.
@@ -43,6 +46,9 @@ func TestCommandLineMistakes(t *testing.T) {
 		{[]string{"recover"}, exit.Usage, "DEVICE is missing"},
 		{[]string{"sync", "--timeout", "soon"}, exit.Usage, "invalid argument \"soon\""},
 		{[]string{"sync", "--timeout=-1s"}, exit.Usage, "--timeout"},
+		{[]string{"drain", "--timeout=-1s"}, exit.Usage, "--timeout"},
+		{[]string{"drain", "--socket", "/nowhere.sock"}, exit.Unreachable, "does not answer"},
+		{[]string{"up", "--timeout", "1s"}, exit.Usage, "--timeout is for --wait"},
 		{[]string{"up", "--config", "/nowhere.yaml"}, exit.Usage, "/nowhere.yaml: no such file"},
 		{[]string{"up", "--config", two}, exit.Usage, "several volumes are configured (db, logs-2)"},
 		{[]string{"create", "--config", two, "log-2"}, exit.Usage, "no volume 'log-2' is configured; did you mean 'logs-2'?"},
@@ -90,13 +96,15 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != exit.OK {
 		t.Errorf("help ends with %d", code)
 	}
-	for _, command := range []string{"agent", "check", "create", "up", "down", "status", "events", "sync", "verify", "restore", "recover", "pause", "resume", "version", "completion"} {
+	for _, command := range []string{"agent", "check", "create", "up", "down", "status", "events", "sync", "drain", "verify", "restore", "recover", "pause", "resume", "version", "completion"} {
 		if !strings.Contains(out, "\n  "+command+" ") {
 			t.Errorf("'%s' is not in the help", command)
 		}
 	}
-	if strings.Contains(out, "dead-man") {
-		t.Error("dead-man is shown")
+	for _, hidden := range []string{"dead-man", "probe"} {
+		if strings.Contains(out, hidden) {
+			t.Errorf("%s is shown", hidden)
+		}
 	}
 	if out, _, code := blockferry(t, "version", "--json"); code != exit.OK || !strings.Contains(out, `"version":"`+version+`"`) {
 		t.Errorf("%d %s", code, out)
@@ -142,5 +150,52 @@ func TestCheckPrintsFindingsAndRefuses(t *testing.T) {
 	g.json = false
 	if err := g.check(system, checkOptions{configOnly: true}); err != nil || strings.Contains(out.String(), "/dev/disk") {
 		t.Errorf("configuration only: %v\n%s", err, out.String())
+	}
+}
+
+// What udev imports: a replica is known by its superblock, also a damaged one,
+// and the file system in front of it is not looked at.
+func TestProbe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	content := make([]byte, 64<<20)
+	copy(content[1080:], "\x53\xef")
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	probe := func(want string) {
+		t.Helper()
+		if out, errs, code := blockferry(t, "probe", path); code != exit.OK || out != want {
+			t.Errorf("probe: code %d, printed %q, %q; want %q", code, out, errs, want)
+		}
+	}
+	probe("")
+	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	id := volume.NewUUID()
+	if err := protocol.FormatReplica(disk, protocol.FormatOptions{SizeBytes: 32 << 20, VolumeUUID: id, JournalBytes: protocol.MinJournalBytes}); err != nil {
+		t.Fatal(err)
+	}
+	probe("BLOCKFERRY_ROLE=replica\nBLOCKFERRY_VOLUME=" + id.String() + "\n")
+	// Both superblocks, each somewhere behind its checksum.
+	file, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	for at := int64(63 << 20); at < 64<<20; at += 4096 {
+		if _, err := file.WriteAt([]byte{0x55, 0x55, 0x55, 0x55}, at+200); err != nil {
+			t.Fatal(err)
+		}
+	}
+	probe("BLOCKFERRY_ROLE=replica\n")
+	if _, err := disk.WriteAt(make([]byte, 1<<20), 63<<20); err != nil {
+		t.Fatal(err)
+	}
+	probe("")
+	if _, _, code := blockferry(t, "probe", "/nowhere"); code == exit.OK {
+		t.Error("a disk that is not there was probed")
 	}
 }

@@ -80,15 +80,36 @@ func (g *globalOptions) showStatus(ctx context.Context, c proto.ControlClient, n
 		_, err = g.out.Write(append(bytes.TrimSpace(reply.Json), '\n'))
 		return err
 	}
-	var d status.Document
-	if err := json.Unmarshal(reply.Json, &d); err != nil {
-		return fmt.Errorf("the agent's status is not understood (%w); are agent and command of the same version?", err)
+	d, err := decodeStatus(reply)
+	if err != nil {
+		return err
 	}
 	var b bytes.Buffer
 	b.WriteString(before)
-	if err := status.WriteText(&b, &d); err != nil {
+	if err := status.WriteText(&b, d); err != nil {
 		return err
 	}
 	_, err = g.out.Write(b.Bytes())
 	return err
+}
+
+func decodeStatus(reply *proto.StatusReply) (*status.Document, error) {
+	var d status.Document
+	if err := json.Unmarshal(reply.Json, &d); err != nil {
+		return nil, fmt.Errorf("the agent's status is not understood (%w); are agent and command of the same version?", err)
+	}
+	return &d, nil
+}
+
+// volumeStatuses asks the agent for one volume, or for all.
+func volumeStatuses(ctx context.Context, c proto.ControlClient, name string) ([]status.Volume, error) {
+	reply, err := c.Status(ctx, &proto.StatusRequest{Volume: name})
+	if err != nil {
+		return nil, err
+	}
+	d, err := decodeStatus(reply)
+	if err != nil {
+		return nil, err
+	}
+	return d.Volumes, nil
 }

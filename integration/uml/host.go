@@ -71,6 +71,13 @@ type Spec struct {
 	// Timeout is how long the program may take; the guest as a whole gets a
 	// minute more. Default 3 minutes.
 	Timeout time.Duration
+	// Systemd makes the machine's own systemd the guest's first process, with
+	// udevd; the program is one of its services, and all that it starts with
+	// is what Files and Links say. /etc, /usr and /var can be written there.
+	Systemd bool
+	// Files (path to content) and Links (path to target) are made in such a
+	// guest before systemd starts.
+	Files, Links map[string]string
 	// Console, if set, gets the guest's console as it is written.
 	Console io.Writer
 	// KernelSilent keeps the kernel's own messages off the console.
@@ -255,6 +262,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	plan, err := json.Marshal(bootPlan{
 		Shared: shared, Modules: spec.Modules, Args: spec.Args, Env: spec.Env,
 		Boot: boot, GiveUpAfter: spec.Timeout + stuckGrace,
+		Systemd: spec.Systemd, Files: spec.Files, Links: spec.Links,
 	})
 	if err != nil {
 		return endMark{}, err
@@ -294,6 +302,9 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	var ended endMark
 	if err := json.Unmarshal(text, &ended); err != nil {
 		return endMark{}, fmt.Errorf("%w (guest %s: end mark %q: %v)", errNoEnd, spec.Name, text, err)
+	}
+	if ended.Reboot && ctx.Err() != nil {
+		return endMark{}, fmt.Errorf("guest %s, boot %d: it was to power off in order, and did not within %v", spec.Name, boot, spec.Timeout+stuckGrace+bootGrace)
 	}
 	return ended, nil
 }

@@ -26,12 +26,15 @@ const Dir = "/run/guest"
 
 // bootPlan is what init is told by the host.
 type bootPlan struct {
-	Shared      string        `json:"shared"`
-	Modules     []string      `json:"modules"`
-	Args        []string      `json:"args"`
-	Env         []string      `json:"env"`
-	Boot        int           `json:"boot"`
-	GiveUpAfter time.Duration `json:"give-up-after"`
+	Shared      string            `json:"shared"`
+	Modules     []string          `json:"modules"`
+	Args        []string          `json:"args"`
+	Env         []string          `json:"env"`
+	Boot        int               `json:"boot"`
+	Systemd     bool              `json:"systemd,omitempty"`
+	Files       map[string]string `json:"files,omitempty"`
+	Links       map[string]string `json:"links,omitempty"`
+	GiveUpAfter time.Duration     `json:"give-up-after"`
 }
 
 // endMark is what init leaves behind. Powering off proves nothing: a guest
@@ -47,10 +50,17 @@ type endMark struct {
 // and powers off; everywhere else it returns at once.
 func Init() {
 	planPath := os.Getenv(planVar)
-	if os.Getpid() != 1 || planPath == "" {
+	start := asInit
+	switch {
+	case planPath == "":
+		return
+	case os.Getpid() == 1:
+	case os.Getenv(serviceVar) != "":
+		start = asService
+	default:
 		return
 	}
-	if err := asInit(planPath); err != nil {
+	if err := start(planPath); err != nil {
 		fmt.Println("guest init:", err)
 	}
 	powerOff()
@@ -63,14 +73,21 @@ func powerOff() {
 	select {}
 }
 
+func readPlan(path string) (plan bootPlan, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return plan, err
+	}
+	if err := json.Unmarshal(text, &plan); err != nil {
+		return plan, fmt.Errorf("%s: %w", path, err)
+	}
+	return plan, nil
+}
+
 func asInit(planPath string) error {
-	text, err := os.ReadFile(planPath)
+	plan, err := readPlan(planPath)
 	if err != nil {
 		return err
-	}
-	var plan bootPlan
-	if err := json.Unmarshal(text, &plan); err != nil {
-		return fmt.Errorf("%s: %w", planPath, err)
 	}
 	if err := mountAll(plan.Shared); err != nil {
 		return err
@@ -85,6 +102,9 @@ func asInit(planPath string) error {
 	os.Setenv("PATH", guestPathVar)
 	if err := Modprobe(plan.Modules...); err != nil {
 		return err
+	}
+	if plan.Systemd {
+		return becomeSystemd(plan, planPath)
 	}
 	ended, err := runProgram(plan)
 	if err != nil {
@@ -163,10 +183,12 @@ func runProgram(plan bootPlan) (endMark, error) {
 	}
 	env := append([]string{
 		"PATH=" + guestPathVar, "HOME=/run/root", "TMPDIR=/tmp", "TERM=dumb",
-		// No udevd here: libdevmapper makes its nodes itself.
-		"DM_DISABLE_UDEV=1",
 		insideVar + "=1", fmt.Sprintf("%s=%d", bootVar, plan.Boot),
 	}, plan.Env...)
+	if !plan.Systemd {
+		// No udevd here: libdevmapper makes its nodes itself.
+		env = append(env, "DM_DISABLE_UDEV=1")
+	}
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return endMark{}, err

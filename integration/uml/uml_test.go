@@ -100,3 +100,21 @@ func TestWhatAKilledHostLeftIsRemoved(t *testing.T) {
 		t.Error("in use, yet removed")
 	}
 }
+
+// A service is stopped in order before the guest boots again.
+func TestSystemdRunsTheProgram(t *testing.T) {
+	h := testHost(t)
+	result, err := h.Run(context.Background(), Spec{Systemd: true, Disks: []Disk{{Size: 1 << 20}},
+		Files: map[string]string{
+			"/etc/systemd/system/thing.service":             "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/say begun\nExecStop=/usr/bin/say ended\n",
+			"/etc/systemd/system/guest.target.d/thing.conf": "[Unit]\nWants=thing.service\n",
+		},
+		Links: map[string]string{"/usr/bin/say": "/bin/echo"},
+		Args: []string{"/bin/sh", "-c", "systemctl is-active systemd-udevd.service; udevadm settle; udevadm info /dev/ubda; " +
+			"test $BLOCKFERRY_GUEST_BOOT = 1 && exit 7; echo '{\"reboot\":true}' > /run/guest/end.json; sync; systemctl poweroff; sleep 100"}})
+	if err != nil || result.Exit != 7 || result.Retried || strings.Count(result.Output, "active\n") != 2 || !strings.Contains(result.Output, "DEVTYPE=disk") ||
+		strings.Count(result.Output, "begun\n") != 2 || strings.Count(result.Output, "ended\n") != 1 {
+		t.Errorf("%+v, %v", result, err)
+	}
+	t.Log(result.Elapsed)
+}

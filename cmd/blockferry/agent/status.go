@@ -14,6 +14,10 @@ func (m *managed) status() status.Volume {
 	s := status.Volume{
 		Name: m.config.Name, Device: m.config.Device, Role: "Unknown", Disk: "DUnknown",
 		IntervalSeconds: m.config.Interval.Seconds(), Paused: m.paused, Reason: m.reason, Advice: m.advice, Replicas: []status.Replica{},
+		Stage: stageWords[m.stage], Restore: "manual",
+	}
+	if m.config.AutoRestore {
+		s.Restore = "auto"
 	}
 	st, stack, r, restoring := m.stage, m.stack, m.running, m.progress
 	if m.size > 0 {
@@ -41,6 +45,7 @@ func (m *managed) status() status.Volume {
 	}
 	if restoring != nil {
 		done, total := restoring.done.Load(), restoring.total.Load()
+		s.RestoreDoneBytes, s.RestoreTotalBytes = &done, &total
 		s.Reason = fmt.Sprintf("being restored from replica '%s': %d%%", restoring.replica, percent(done, total))
 	}
 	for _, l := range m.replicas {

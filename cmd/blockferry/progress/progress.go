@@ -12,11 +12,9 @@ import (
 )
 
 const (
-	barWidth     = 24
-	redrawEvery  = 200 * time.Millisecond
-	plainEvery   = 5 * time.Second
-	rateOver     = 10 * time.Second
-	maxRateMarks = 64
+	barWidth    = 24
+	redrawEvery = 200 * time.Millisecond
+	plainEvery  = 5 * time.Second
 )
 
 // Printer prints progress. Not for several goroutines.
@@ -25,17 +23,14 @@ type Printer struct {
 	Terminal bool
 	// Now is the clock; tests set it.
 	Now func() time.Time
+	// PlainEvery is how often a line is printed where there is no terminal; 0:
+	// every 5 seconds.
+	PlainEvery time.Duration
 
-	marks     []mark
+	rate      Rate
 	phase     string
 	lastPrint time.Time
 	lastWidth int
-}
-
-// mark is what was done at a moment, in bytes.
-type mark struct {
-	at    time.Time
-	bytes int64
 }
 
 // Update tells the present state; it prints when it is time to. A change of
@@ -45,19 +40,37 @@ func (p *Printer) Update(phase string, doneBytes, totalBytes int64) {
 	begun := phase != p.phase
 	if begun {
 		p.endLine()
-		p.phase, p.marks = phase, nil
+		p.phase, p.rate = phase, Rate{}
 	}
-	p.mark(now, doneBytes)
-	every := plainEvery
-	if p.Terminal {
-		every = redrawEvery
-	}
+	p.rate.Mark(now, doneBytes)
 	ended := totalBytes > 0 && doneBytes >= totalBytes
-	if !begun && !ended && now.Sub(p.lastPrint) < every {
+	if !begun && !ended && !p.due(now) {
 		return
 	}
+	p.show(now, p.line(doneBytes, totalBytes))
+}
+
+// Line shows a line of the caller's own, when it is time to.
+func (p *Printer) Line(line string) {
+	if now := p.Now(); p.due(now) {
+		p.show(now, line)
+	}
+}
+
+// due says whether it is time to print again.
+func (p *Printer) due(now time.Time) bool {
+	every := plainEvery
+	switch {
+	case p.Terminal:
+		every = redrawEvery
+	case p.PlainEvery > 0:
+		every = p.PlainEvery
+	}
+	return now.Sub(p.lastPrint) >= every
+}
+
+func (p *Printer) show(now time.Time, line string) {
 	p.lastPrint = now
-	line := p.line(doneBytes, totalBytes)
 	if !p.Terminal {
 		fmt.Fprintln(p.Out, line)
 		return
@@ -77,30 +90,6 @@ func (p *Printer) endLine() {
 	}
 }
 
-// mark remembers enough of the past for a rate over the last seconds.
-func (p *Printer) mark(now time.Time, bytes int64) {
-	if n := len(p.marks); n > 0 && bytes < p.marks[n-1].bytes {
-		p.marks = p.marks[:0] // begun again
-	}
-	if n := len(p.marks); n > 1 && now.Sub(p.marks[n-2].at) < rateOver/maxRateMarks {
-		p.marks = p.marks[:n-1]
-	}
-	p.marks = append(p.marks, mark{now, bytes})
-	for len(p.marks) > 2 && now.Sub(p.marks[1].at) >= rateOver {
-		p.marks = p.marks[1:]
-	}
-}
-
-// rate is bytes per second over the last seconds, 0 when not known.
-func (p *Printer) rate() int64 {
-	first, last := p.marks[0], p.marks[len(p.marks)-1]
-	span := last.at.Sub(first.at).Seconds()
-	if span <= 0 {
-		return 0
-	}
-	return int64(float64(last.bytes-first.bytes) / span)
-}
-
 func (p *Printer) line(done, total int64) string {
 	if total <= 0 {
 		return fmt.Sprintf("%s %s%s", p.phase, config.FormatSize(done), p.rateText())
@@ -113,14 +102,14 @@ func (p *Printer) line(done, total int64) string {
 	}
 	// Rounded down: 100 % is said only when all is done.
 	s += fmt.Sprintf("%d%% %s of %s%s", int(share*100), config.FormatSize(done), config.FormatSize(total), p.rateText())
-	if rate := p.rate(); rate > 0 && done < total {
+	if rate := p.rate.PerSecond(); rate > 0 && done < total {
 		s += " ETA " + FormatDuration(time.Duration(float64(total-done)/float64(rate)*float64(time.Second)))
 	}
 	return s
 }
 
 func (p *Printer) rateText() string {
-	if rate := p.rate(); rate > 0 {
+	if rate := p.rate.PerSecond(); rate > 0 {
 		return " " + config.FormatSize(rate) + "/s"
 	}
 	return ""

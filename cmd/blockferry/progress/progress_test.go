@@ -66,18 +66,18 @@ func TestRateFollows(t *testing.T) {
 		now, done = now.Add(10*time.Millisecond), done+mib
 		p.Update("restore", done, 1<<50)
 	}
-	if len(p.marks) > maxRateMarks+8 {
-		t.Errorf("%d marks kept", len(p.marks))
+	if len(p.rate.marks) > maxRateMarks+8 {
+		t.Errorf("%d marks kept", len(p.rate.marks))
 	}
 	for range 1500 { // 15 s at 10 MiB/s
 		now, done = now.Add(10*time.Millisecond), done+mib/10
 		p.Update("restore", done, 1<<50)
 	}
-	if r := p.rate(); r < 9*mib || r > 12*mib {
+	if r := p.rate.PerSecond(); r < 9*mib || r > 12*mib {
 		t.Errorf("rate %d, about %d expected", r, 10*mib)
 	}
 	p.Update("restore", 0, 1<<50)
-	if r := p.rate(); r != 0 {
+	if r := p.rate.PerSecond(); r != 0 {
 		t.Errorf("rate %d after it began again", r)
 	}
 }

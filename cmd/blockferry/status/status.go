@@ -23,14 +23,22 @@ type Volume struct {
 	Role string `json:"role"`
 	// Disk is UpToDate while it is up, Consistent after a down, Diskless while
 	// the disk is absent, blank or being restored, else DUnknown.
-	Disk            string    `json:"disk"`
-	Up              bool      `json:"up"`
-	Paused          bool      `json:"paused"`
-	SizeBytes       int64     `json:"size-bytes,omitempty"`
-	IntervalSeconds float64   `json:"interval-seconds"`
-	Position        *Position `json:"position,omitempty"`
-	LastCut         *Cut      `json:"last-cut,omitempty"`
-	WrittenBytes    *uint64   `json:"written-bytes,omitempty"`
+	Disk string `json:"disk"`
+	Up   bool   `json:"up"`
+	// Stage is where the agent is with it: starting (not looked at yet),
+	// absent, blank, refused, restoring, down or up.
+	Stage string `json:"stage"`
+	// Restore says what happens to a blank disk: manual or auto.
+	Restore string `json:"restore"`
+	// Of RestoreTotalBytes, RestoreDoneBytes are back, while it is restoring.
+	RestoreDoneBytes  *uint64   `json:"restore-done-bytes,omitempty"`
+	RestoreTotalBytes *uint64   `json:"restore-total-bytes,omitempty"`
+	Paused            bool      `json:"paused"`
+	SizeBytes         int64     `json:"size-bytes,omitempty"`
+	IntervalSeconds   float64   `json:"interval-seconds"`
+	Position          *Position `json:"position,omitempty"`
+	LastCut           *Cut      `json:"last-cut,omitempty"`
+	WrittenBytes      *uint64   `json:"written-bytes,omitempty"`
 	// Reason says why it is not as it should be, Advice what to do then.
 	Reason   string    `json:"reason,omitempty"`
 	Advice   string    `json:"advice,omitempty"`
