@@ -264,7 +264,7 @@ func (m *managed) events() protocol.PrimaryEvents {
 			say("", "cut-failed", "epoch %d: %v", epoch, err)
 		},
 		Committed: func(replica string, e protocol.EpochStats) {
-			m.log.Debug("epoch committed", "replica", replica, "stats", fmt.Sprintf("%+v", e))
+			m.log.Debug("epoch committed", "replica", replica, "stats", e)
 			say(replica, "epoch-committed", "epoch %d", e.Epoch)
 		},
 		Void: func(replica string, epoch uint64, err error) {

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+)
+
+const (
+	reportJSON = "benchmarks.json"
+	reportPage = "benchmarks.md"
+)
+
+// report is what is kept: the last result of each figure.
+type report struct {
+	Machine machine  `json:"machine"`
+	Figures []result `json:"figures"`
+}
+
+// machine is where it was measured; the guest has one CPU of it.
+type machine struct {
+	CPU     string `json:"cpu"`
+	Cores   int    `json:"cores"`
+	Memory  string `json:"memory"`
+	Kernel  string `json:"kernel"`
+	Go      string `json:"go"`
+	Storage string `json:"storage"` // what the guest's disks are files on
+}
+
+func thisMachine() machine {
+	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Memory: "unknown", Kernel: guestKernel(), Go: runtime.Version(), Storage: "files in memory (tmpfs)"}
+	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		m.CPU = field(string(text), "model name", m.CPU)
+	}
+	if text, err := os.ReadFile("/proc/meminfo"); err == nil {
+		var kib int64
+		if _, err := fmt.Sscan(field(string(text), "MemTotal", ""), &kib); err == nil {
+			m.Memory = fmt.Sprintf("%d GiB", (kib+1<<19)>>20)
+		}
+	}
+	if _, err := os.Stat("/dev/shm"); err != nil {
+		m.Storage = "files in " + os.TempDir()
+	}
+	return m
+}
+
+// field is the first value of a key in lines of 'key : value'.
+func field(text, key, otherwise string) string {
+	for line := range strings.Lines(text) {
+		if k, v, found := strings.Cut(line, ":"); found && strings.TrimSpace(k) == key {
+			return strings.TrimSpace(v)
+		}
+	}
+	return otherwise
+}
+
+// keep puts a result in the place of the figure's last one and writes the
+// page anew. A result of short runs never takes the place of one of full ones
+// unless there is none.
+func keep(dir string, r result) error {
+	path := filepath.Join(dir, reportJSON)
+	var kept report
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &kept)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	kept.Machine = thisMachine()
+	kept.Figures = slices.DeleteFunc(kept.Figures, func(old result) bool { return old.Figure == r.Figure || figureIndex(old.Figure) < 0 })
+	kept.Figures = append(kept.Figures, r)
+	slices.SortFunc(kept.Figures, func(a, b result) int { return figureIndex(a.Figure) - figureIndex(b.Figure) })
+	if text, err = json.MarshalIndent(kept, "", " "); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path, append(compact(text), '\n'), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, reportPage), []byte(kept.page()), 0o644)
+}
+
+func figureIndex(name string) int {
+	return slices.IndexFunc(figures, func(f figure) bool { return f.name == name })
+}
+
+// compact puts each list of numbers on one line.
+func compact(text []byte) []byte {
+	var out strings.Builder
+	inList := false
+	for line := range strings.Lines(string(text)) {
+		trimmed := strings.TrimSpace(line)
+		switch {
+		case strings.HasSuffix(trimmed, "["):
+			inList = true
+			out.WriteString(strings.TrimRight(line, "\n"))
+			continue
+		case inList && strings.HasPrefix(trimmed, "]"):
+			inList = false
+			out.WriteString(trimmed + "\n")
+			continue
+		case inList && strings.IndexAny(trimmed, "{}\"") >= 0:
+			inList = false
+			out.WriteString("\n")
+		}
+		if inList {
+			out.WriteString(trimmed)
+		} else {
+			out.WriteString(line)
+		}
+	}
+	return []byte(out.String())
+}
+
+// page is the report for people.
+func (r report) page() string {
+	var b strings.Builder
+	m := r.Machine
+	fmt.Fprintf(&b, `# Benchmarks
+
+Written by %[1]s; not edited by hand. %[1]smake bench FIGURE=NAME%[1]s measures one figure, %[1]smake bench%[1]s lists them, %[1]smake bench-report%[1]s measures all of
+them and writes this page and [the raw numbers](%[2]s).
+
+Machine: %[3]s, %[4]d cores, %[5]s, Linux %[6]s, %[7]s. `, "`", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
+	page := strings.Replace(b.String(), "Written by `;", "Written by `make bench-report`;", 1)
+	b.Reset()
+	b.WriteString(page)
+	kernels := []string{}
+	for _, f := range r.Figures {
+		if !slices.Contains(kernels, f.GuestKernel) {
+			kernels = append(kernels, f.GuestKernel)
+		}
+	}
+	fmt.Fprintf(&b, `Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are
+%s. It traces every system call and its clock ticks every 10 ms, so absolute values say nothing about real disks; ratios of paired runs, the two sides
+taking turns, do. Values in ms from the agent are of its own clock. A figure is the median; beside it the smallest and the largest of its runs.
+`, strings.Join(kernels, ", "), m.Storage)
+	var missed []string
+	for _, f := range r.Figures {
+		how := ""
+		if f.Quick {
+			how = ", short runs"
+		}
+		command := "make bench FIGURE=" + f.Figure
+		if f.Quick {
+			command += " QUICK=1"
+		}
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
+		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
+		for _, row := range f.Rows {
+			unit, verdict := "", ""
+			if row.Theirs == nil && row.Unit != "" {
+				unit = " " + row.Unit
+			}
+			if row.Goal != nil {
+				verdict = "met"
+				if !row.Goal.met(row.Median) {
+					verdict = "missed"
+					missed = append(missed, fmt.Sprintf("- %s, %s: %s%s, wanted %s. %s", f.Figure, row.Name, short(row.Median), unit, row.Goal, why(f.Figure, row.Name)))
+				}
+			}
+			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
+				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
+		}
+	}
+	b.WriteString("\n## What falls short, and why\n\n")
+	if len(missed) == 0 {
+		missed = []string{"Nothing."}
+	}
+	b.WriteString(strings.Join(missed, "\n") + "\n")
+	return b.String()
+}
+
+// reasons say why a figure may fall short, by the beginning of FIGURE/ROW; the
+// first that fits counts.
+var reasons = []struct{ prefix, why string }{}
+
+func why(figure, row string) string {
+	for _, r := range reasons {
+		if strings.HasPrefix(figure+"/"+row, r.prefix) {
+			return r.why
+		}
+	}
+	return "The reason is not known yet."
+}
