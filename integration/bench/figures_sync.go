@@ -13,18 +13,7 @@ import (
 	"time"
 
 	"blockferry/integration/rig"
-	"blockferry/integration/uml"
 )
-
-// figures is everything that can be measured.
-var figures = []figure{
-	{
-		name:    "first-sync-vs-dd",
-		about:   "the first full sync of a volume against dd between the same two disks",
-		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
-		measure: firstSync,
-	},
-}
 
 const (
 	syncBytes = 1 << 30
