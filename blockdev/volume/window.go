@@ -91,10 +91,7 @@ func (w *window) run() error {
 		}
 		w.stalled = time.Since(start)
 	})
-	w.volume.countStats(func(s *Stats) {
-		s.StalledTotal += w.stalled
-		s.LongestStall = max(s.LongestStall, w.stalled)
-	})
+	w.volume.stopped("cut", w.stalled)
 	return errors.Join(w.err, late)
 }
 

@@ -28,4 +28,21 @@ var figures = []figure{
 		about:   "how long a write takes while the volume is replicated, against the bare disk",
 		measure: replicatingLatency,
 	},
+	{
+		name:    "cut-stall",
+		about:   "how long writers are stopped for a cut, every time they are",
+		measure: cutStall,
+	},
+	{
+		name:    "sent-per-changed",
+		about:   "what travels, and what is read and written, for each byte that changed, not compressed",
+		disks:   []uml.Disk{{Size: sentBytes + 768<<20}, {Size: sentBytes + 768<<20}},
+		measure: sentPerChanged,
+	},
+	{
+		name:    "agent-rss",
+		about:   "memory of an agent with a volume of 1 TiB, and the time to find what changed there",
+		disks:   []uml.Disk{{Size: rssBytes + 128<<30}, {Size: rssBytes + 128<<30}},
+		measure: agentRSS,
+	},
 }

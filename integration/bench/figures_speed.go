@@ -48,7 +48,7 @@ func (s *stand) trackingAlone(ctx context.Context, size int64) error {
 	if err := s.rig.Run(ctx, "pause", "data"); err != nil {
 		return s.withLog(err)
 	}
-	return fill(volume, size, 2)
+	return fill(top, size, 2)
 }
 
 // uncut fails if there was a cut after the log was from long.
@@ -80,7 +80,7 @@ func trackedVersusRaw(ctx context.Context, s *stand, m *measured) error {
 			return func(ctx context.Context) (float64, error) { return rate(ctx, device, volumeBytes, l.load, l.bytes) }
 		}
 		r := row{Name: l.name, What: l.what + ", on the volume over the bare disk", Unit: l.unit, Goal: atLeast(0.95)}
-		if err := m.pairs(ctx, r, m.runs(7, 3), on(volume), on(raw)); err != nil {
+		if err := m.pairs(ctx, r, m.runs(7, 3), on(top), on(raw)); err != nil {
 			return err
 		}
 	}
@@ -112,7 +112,7 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 			}
 			if l.bytes { // split at era blocks' borders
 				r := row{Name: grain + "/" + l.name, What: l.what + ", era-block " + grain + ", all marked, over the bare disk", Unit: l.unit}
-				if err := m.pairs(ctx, r, count, on(volume), on(raw)); err != nil {
+				if err := m.pairs(ctx, r, count, on(top), on(raw)); err != nil {
 					return err
 				}
 				continue
@@ -131,7 +131,7 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 					return 0, s.withLog(err)
 				}
 				from := s.log.Len()
-				x, err := on(volume)(ctx)
+				x, err := on(top)(ctx)
 				if err == nil {
 					err = s.uncut(from)
 				}
@@ -189,7 +189,7 @@ func replicatingLatency(ctx context.Context, s *stand, m *measured) error {
 				return w.p50, err
 			}
 		}
-		if err := m.pairs(ctx, p50, m.runs(5, 2), on(volume, &p99.Ours, &got.Ours), on(raw, &p99.Theirs, &got.Theirs)); err != nil {
+		if err := m.pairs(ctx, p50, m.runs(5, 2), on(top, &p99.Ours, &got.Ours), on(raw, &p99.Theirs, &got.Theirs)); err != nil {
 			return err
 		}
 		m.add(p99)

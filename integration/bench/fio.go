@@ -17,6 +17,7 @@ type load struct {
 	fdatasync bool   // after each write
 	rate      int    // writes per second at most; 0: no limit
 	lasting   time.Duration
+	count     int // writes; 0: as many as there is time for
 }
 
 // written is what fio says of a run.
@@ -33,8 +34,12 @@ func fio(ctx context.Context, device string, size int64, l load) (written, error
 		engine = "libaio"
 	}
 	args := []string{"--name=load", "--filename=" + device, "--rw=" + l.pattern, "--bs=" + l.block, "--size=" + strconv.FormatInt(size, 10),
-		"--ioengine=" + engine, "--iodepth=" + strconv.Itoa(l.depth), "--direct=1", "--time_based", "--runtime=" + fmt.Sprintf("%dms", l.lasting.Milliseconds()),
-		"--norandommap", "--randrepeat=0", "--thread", "--output-format=json"}
+		"--ioengine=" + engine, "--iodepth=" + strconv.Itoa(l.depth), "--direct=1", "--norandommap", "--randrepeat=0", "--thread", "--output-format=json"}
+	if l.count > 0 {
+		args = append(args, "--number_ios="+strconv.Itoa(l.count))
+	} else {
+		args = append(args, "--time_based", fmt.Sprintf("--runtime=%dms", l.lasting.Milliseconds()))
+	}
 	if l.fdatasync {
 		args = append(args, "--fdatasync=1")
 	}

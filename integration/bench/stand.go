@@ -23,7 +23,7 @@ const (
 	ssdDisk = "/dev/ubda"
 	ebsDisk = "/dev/ubdb"
 	rawDisk = "/dev/ubdc"
-	volume  = "/dev/mapper/data"
+	top     = "/dev/mapper/data"
 	raw     = "/dev/mapper/raw" // the same kind of disk, with nothing but a linear target over it
 
 	volumeBytes = 256 << 20
@@ -113,7 +113,7 @@ func (s *stand) replicated(ctx context.Context, v volumeSpec) error {
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
 		return s.withLog(err)
 	}
-	if err := rig.AwaitFile(volume, 20*time.Second); err != nil {
+	if err := rig.AwaitFile(top, 20*time.Second); err != nil {
 		return s.withLog(err)
 	}
 	return s.withLog(s.rig.Await(ctx, "replicated", 2*time.Minute, upToDate))
@@ -155,7 +155,10 @@ func (s *stand) close() error { return s.rig.StopAgent() }
 // entry is a line of the agent's log, as far as something is measured by it.
 type entry struct {
 	Message string              `json:"msg"`
-	Stats   protocol.EpochStats `json:"stats"` // "epoch committed"
+	Stats   protocol.EpochStats `json:"stats"`   // "epoch committed"
+	For     string              `json:"for"`     // "writers stopped": cut or release
+	Seconds float64             `json:"seconds"` // likewise; of "changed", the time to find out
+	Ranges  int                 `json:"ranges"`  // "changed"
 }
 
 // entries are the log's lines with a message, after Len was from.

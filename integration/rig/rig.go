@@ -128,6 +128,9 @@ func (r *Rig) KillAgent() {
 	r.agent = nil
 }
 
+// AgentPid is the process id of the agent that runs.
+func (r *Rig) AgentPid() int { return r.agent.Process.Pid }
+
 // Status is what `blockferry status` says.
 func (r *Rig) Status(ctx context.Context) (status.Document, error) {
 	var document status.Document
