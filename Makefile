@@ -9,8 +9,7 @@ TOOLS := .cache/tools
 PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
-	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools
-BENCH_DEPS := fio=fio
+	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools fio=fio
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
@@ -46,7 +45,6 @@ integration: # RUN=REGEXP chooses tests
 	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 60m $(if $(RUN),-run '$(RUN)') ./integration/...
 
 bench: deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. RECORD=docs keeps the result there
-	@integration/deps $(BENCH_DEPS)
 	go run ./integration/bench $(if $(QUICK),-quick) $(if $(RECORD),-record $(RECORD)) $(FIGURE)
 
 bench-report: # measures everything and writes docs/benchmarks.md: 25 minutes on a quiet machine

@@ -22,10 +22,7 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{interval: 100 * time.Millisecond}); err != nil {
 		return err
 	}
-	lasting := 8 * time.Second
-	if m.Quick {
-		lasting = 3 * time.Second
-	}
+	lasting := m.lasting(8*time.Second, 3*time.Second)
 	for _, c := range []struct {
 		name, what string
 		write      func(ctx context.Context) error
@@ -56,6 +53,11 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 			if err := c.write(ctx); err != nil {
 				return err
 			}
+			// The last cut's view is released, too.
+			if err := s.settle(ctx); err != nil {
+				return err
+			}
+			time.Sleep(200 * time.Millisecond)
 			stops, err := s.stops(from)
 			if err != nil {
 				return err

@@ -72,15 +72,12 @@ func trackedVersusRaw(ctx context.Context, s *stand, m *measured) error {
 	}
 	from := s.log.Len()
 	for _, l := range loads {
-		l.load.lasting = 3 * time.Second
-		if m.Quick {
-			l.load.lasting = time.Second
-		}
+		l.load.lasting = m.lasting(1500*time.Millisecond, time.Second)
 		on := func(device string) side {
 			return func(ctx context.Context) (float64, error) { return rate(ctx, device, volumeBytes, l.load, l.bytes) }
 		}
 		r := row{Name: l.name, What: l.what + ", on the volume over the bare disk", Unit: l.unit, Goal: atLeast(0.95)}
-		if err := m.pairs(ctx, r, m.runs(7, 3), on(top), on(raw)); err != nil {
+		if err := m.pairs(ctx, r, m.runs(11, 3), on(top), on(raw)); err != nil {
 			return err
 		}
 	}
@@ -96,30 +93,16 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 	if err := s.bareDisk(afterCutBytes); err != nil {
 		return err
 	}
-	lasting := 1500 * time.Millisecond
+	lasting := m.lasting(1500*time.Millisecond, 1500*time.Millisecond)
 	for _, grain := range eraBlocks {
 		if err := s.replicated(ctx, volumeSpec{size: afterCutBytes, eraBlock: grain}); err != nil {
 			return err
 		}
-		if err := s.trackingAlone(ctx, afterCutBytes); err != nil {
-			return err
-		}
 		count := m.runs(5, 2)
-		for _, l := range loads {
+		for _, l := range loads[:2] {
 			l.load.lasting = lasting
-			on := func(device string) side {
-				return func(ctx context.Context) (float64, error) { return rate(ctx, device, afterCutBytes, l.load, l.bytes) }
-			}
-			if l.bytes { // split at era blocks' borders
-				r := row{Name: grain + "/" + l.name, What: l.what + ", era-block " + grain + ", all marked, over the bare disk", Unit: l.unit}
-				if err := m.pairs(ctx, r, count, on(top), on(raw)); err != nil {
-					return err
-				}
-				continue
-			}
-			if l.load.fdatasync {
-				continue
-			}
+			r := row{Name: grain + "/" + l.name + "-after-cut", Unit: l.unit,
+				What: fmt.Sprintf("%s, era-block %s, the first %v after a cut, over the bare disk", l.what, grain, lasting)}
 			afterCut := func(ctx context.Context) (float64, error) {
 				if err := s.rig.Run(ctx, "resume", "data"); err != nil {
 					return 0, s.withLog(err)
@@ -131,17 +114,32 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 					return 0, s.withLog(err)
 				}
 				from := s.log.Len()
-				x, err := on(top)(ctx)
+				x, err := rate(ctx, top, afterCutBytes, l.load, false)
 				if err == nil {
 					err = s.uncut(from)
 				}
 				return x, err
 			}
-			r := row{Name: grain + "/" + l.name + "-after-cut", Unit: l.unit,
-				What: fmt.Sprintf("%s, era-block %s, the first %v after a cut, over the bare disk", l.what, grain, lasting)}
-			if err := m.pairs(ctx, r, count, afterCut, on(raw)); err != nil {
+			bare := func(ctx context.Context) (float64, error) { return rate(ctx, raw, afterCutBytes, l.load, false) }
+			if err := m.pairs(ctx, r, count, afterCut, bare); err != nil {
 				return err
 			}
+		}
+		if err := s.rig.Run(ctx, "resume", "data"); err != nil {
+			return s.withLog(err)
+		}
+		const part = afterCutBytes / 4
+		if err := s.trackingAlone(ctx, part); err != nil {
+			return err
+		}
+		l := loads[3] // large writes are split at the borders of era blocks
+		l.load.lasting = lasting
+		on := func(device string) side {
+			return func(ctx context.Context) (float64, error) { return rate(ctx, device, part, l.load, l.bytes) }
+		}
+		r := row{Name: grain + "/" + l.name, What: l.what + ", era-block " + grain + ", all marked, over the bare disk", Unit: l.unit}
+		if err := m.pairs(ctx, r, count, on(top), on(raw)); err != nil {
+			return err
 		}
 		if err := s.rig.Run(ctx, "resume", "data"); err != nil {
 			return s.withLog(err)
@@ -161,10 +159,7 @@ func replicatingLatency(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{}); err != nil {
 		return err
 	}
-	lasting := 6 * time.Second
-	if m.Quick {
-		lasting = 3 * time.Second
-	}
+	lasting := m.lasting(6*time.Second, 3*time.Second)
 	for _, depth := range []int{1, 16} {
 		l := load{pattern: "randwrite", block: "4k", depth: depth, lasting: 2 * time.Second}
 		if err := s.settle(ctx); err != nil {

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -25,6 +26,9 @@ import (
 	"blockferry/integration/rig"
 	"blockferry/integration/uml"
 )
+
+// once has every figure run once, for a test.
+var once bool
 
 const (
 	binaryVar  = "BLOCKFERRY_BINARY"
@@ -48,6 +52,7 @@ type figure struct {
 func main() {
 	uml.Init()
 	quick := flag.Bool("quick", false, "fewer and shorter runs")
+	flag.BoolVar(&once, "once", false, "each run once and as short as can be: no measurement, only a test that it works")
 	record := flag.String("record", "", "folder in which benchmarks.json and benchmarks.md are kept")
 	flag.Parse()
 	if err := start(*quick, *record, flag.Arg(0)); err != nil {
@@ -123,7 +128,10 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 		f.disks = []uml.Disk{{Size: 1 << 30}, {Size: 1 << 30}, {Size: 512 << 20}}
 	}
 	args := []string{self, f.name}
-	if quick {
+	switch {
+	case once:
+		args = []string{self, "-once", "-quick", f.name}
+	case quick:
 		args = []string{self, "-quick", f.name}
 	}
 	began := time.Now()
@@ -133,6 +141,9 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 		Args:    args, Env: []string{binaryVar + "=" + uml.GuestPath(binary)},
 		Collect: func(dir string) error {
 			text, err := os.ReadFile(filepath.Join(dir, resultFile))
+			if errors.Is(err, fs.ErrNotExist) {
+				return errors.New("it failed; the guest has said why")
+			}
 			if err != nil {
 				return err
 			}

@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"time"
 )
 
 // goal is what a row should reach.
@@ -111,7 +112,21 @@ type measured struct{ result }
 
 // runs is how often something is measured.
 func (m *measured) runs(full, quick int) int {
-	if m.Quick {
+	switch {
+	case once:
+		return min(quick, 1)
+	case m.Quick:
+		return quick
+	}
+	return full
+}
+
+// lasting is how long a run takes.
+func (m *measured) lasting(full, quick time.Duration) time.Duration {
+	switch {
+	case once:
+		return min(quick, 500*time.Millisecond)
+	case m.Quick:
 		return quick
 	}
 	return full
@@ -159,7 +174,6 @@ func (m *measured) add(r row) {
 	}
 	r.Median = percentile(r.Values, 50)
 	m.Rows = append(m.Rows, r)
-	fmt.Println(r.String())
 }
 
 func (m *measured) note(key string, value any) {
