@@ -72,12 +72,13 @@ func trackedVersusRaw(ctx context.Context, s *stand, m *measured) error {
 	}
 	from := s.log.Len()
 	for _, l := range loads {
-		l.load.lasting = m.lasting(1500*time.Millisecond, time.Second)
+		// Many short runs: what else the machine does then falls on both sides.
+		l.load.lasting = m.lasting(700*time.Millisecond, 700*time.Millisecond)
 		on := func(device string) side {
 			return func(ctx context.Context) (float64, error) { return rate(ctx, device, volumeBytes, l.load, l.bytes) }
 		}
 		r := row{Name: l.name, What: l.what + ", on the volume over the bare disk", Unit: l.unit, Goal: atLeast(0.95)}
-		if err := m.pairs(ctx, r, m.runs(11, 3), on(top), on(raw)); err != nil {
+		if err := m.pairs(ctx, r, m.runs(21, 5), on(top), on(raw)); err != nil {
 			return err
 		}
 	}
@@ -93,12 +94,12 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 	if err := s.bareDisk(afterCutBytes); err != nil {
 		return err
 	}
-	lasting := m.lasting(1500*time.Millisecond, 1500*time.Millisecond)
+	lasting := m.lasting(time.Second, time.Second)
 	for _, grain := range eraBlocks {
 		if err := s.replicated(ctx, volumeSpec{size: afterCutBytes, eraBlock: grain}); err != nil {
 			return err
 		}
-		count := m.runs(5, 2)
+		count := m.runs(7, 2)
 		for _, l := range loads[:2] {
 			l.load.lasting = lasting
 			r := row{Name: grain + "/" + l.name + "-after-cut", Unit: l.unit,

@@ -39,6 +39,8 @@ const (
 type figure struct {
 	name  string
 	about string
+	// note stands below the figure's table on the page.
+	note string
 	// disks are the guest's: ssdDisk, ebsDisk, rawDisk. With nothing said
 	// each has room for a volume of 256 MiB and what goes with it.
 	disks   []uml.Disk
