@@ -6,8 +6,7 @@ import (
 	"sync"
 )
 
-// What a writePipe holds at most: applyWorkers*applyRunBytes of unpacked
-// data, and the memory that the payloads of applyInFlight+1 runs lie in.
+// A writePipe holds applyInFlight+1 buffers of applyRunBytes.
 const (
 	applyWorkers  = 4
 	applyInFlight = 8
@@ -15,13 +14,14 @@ const (
 	applyFill     = 64 << 10 // zero frames up to this are written as zeros to keep a run going
 )
 
-// writePipe lays frames over a volume's data area: it joins contiguous ones,
-// and unpacks and writes in a few goroutines. Where frames overlap the later
-// put wins. put, drain and close are for one goroutine.
+// writePipe lays frames over a volume's data area: it unpacks them, joins
+// contiguous ones, and writes in a few goroutines. Where frames overlap the
+// later put wins. put, drain and close are for one goroutine.
 type writePipe struct {
 	store Store
 	base  int64 // of the volume in the store
 	dec   *Decompressor
+	runs  *sync.Pool // of *[]byte, applyRunBytes each
 	jobs  chan *applyRun
 	wg    sync.WaitGroup
 	run   *applyRun
@@ -35,12 +35,18 @@ type writePipe struct {
 // applyRun is contiguous frames.
 type applyRun struct {
 	Range
-	frames []Frame
-	data   bool // holds data frames; otherwise all are zeros
+	buf *[]byte // what the range holds; nil: zeros
 }
 
-func newWritePipe(store Store, base int64, dec *Decompressor) *writePipe {
-	p := &writePipe{store: store, base: base, dec: dec, jobs: make(chan *applyRun, applyInFlight)}
+// newRunPool is the memory that pipes and segment writers share, one after
+// another; a run holds any segment. Fresh memory costs a page fault for each
+// 4 KiB.
+func newRunPool() *sync.Pool {
+	return &sync.Pool{New: func() any { b := make([]byte, applyRunBytes); return &b }}
+}
+
+func newWritePipe(store Store, base int64, dec *Decompressor, runs *sync.Pool) *writePipe {
+	p := &writePipe{store: store, base: base, dec: dec, runs: runs, jobs: make(chan *applyRun, applyInFlight)}
 	p.changed.L = &p.mu
 	for range applyWorkers {
 		p.wg.Go(p.work)
@@ -48,23 +54,40 @@ func newWritePipe(store Store, base int64, dec *Decompressor) *writePipe {
 	return p
 }
 
-// put takes a frame and owns its payload. The error is the first any frame met.
+// put takes a frame; its memory is the caller's again when put returns. The
+// error is the first any frame met.
 func (p *writePipe) put(f Frame) error {
 	data := f.Kind == FrameData
 	if r := p.run; r != nil && r.End() == f.Offset {
 		joined := r.Length + f.Length
-		mixed := joined <= applyRunBytes && (data || f.Length <= applyFill) && (r.data || r.Length <= applyFill)
-		if !r.data && !data || mixed {
-			r.frames = append(r.frames, f)
-			r.Length = joined
-			r.data = r.data || data
-			return nil
+		mixed := joined <= applyRunBytes && (data || f.Length <= applyFill) && (r.buf != nil || r.Length <= applyFill)
+		if r.buf == nil && !data || mixed {
+			return p.extend(r, f)
 		}
 	}
 	if err := p.submit(); err != nil {
 		return err
 	}
-	p.run = &applyRun{Range: f.Range(), frames: []Frame{f}, data: data}
+	p.run = &applyRun{Range: Range{f.Offset, 0}}
+	return p.extend(p.run, f)
+}
+
+// extend adds a frame at a run's end.
+func (p *writePipe) extend(r *applyRun, f Frame) error {
+	data := f.Kind == FrameData
+	if data && r.buf == nil {
+		r.buf = p.runs.Get().(*[]byte)
+		clear((*r.buf)[:r.Length])
+	}
+	if r.buf != nil {
+		to := (*r.buf)[r.Length : r.Length+f.Length]
+		if !data {
+			clear(to)
+		} else if err := p.dec.Decode(to, f); err != nil {
+			return err
+		}
+	}
+	r.Length += f.Length
 	return nil
 }
 
@@ -119,9 +142,11 @@ func (p *writePipe) close() {
 }
 
 func (p *writePipe) work() {
-	var buf []byte
 	for r := range p.jobs {
-		err := p.write(r, &buf)
+		err := p.write(r)
+		if r.buf != nil {
+			p.runs.Put(r.buf)
+		}
 		p.mu.Lock()
 		if err != nil && p.err == nil {
 			p.err = err
@@ -137,27 +162,15 @@ func (p *writePipe) work() {
 	}
 }
 
-func (p *writePipe) write(r *applyRun, buf *[]byte) error {
+func (p *writePipe) write(r *applyRun) error {
 	at := p.base + r.Offset
-	if !r.data {
+	if r.buf == nil {
 		if err := p.store.ZeroOut(at, r.Length); err != nil {
 			return fmt.Errorf("%s: zeros for %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
 		}
 		return nil
 	}
-	if int64(len(*buf)) < r.Length {
-		*buf = make([]byte, max(r.Length, applyRunBytes))
-	}
-	b := (*buf)[:r.Length]
-	for _, f := range r.frames {
-		to := b[f.Offset-r.Offset:][:f.Length]
-		if f.Kind != FrameData {
-			clear(to)
-		} else if err := p.dec.Decode(to, f); err != nil {
-			return err
-		}
-	}
-	if _, err := p.store.WriteAt(b, at); err != nil {
+	if _, err := p.store.WriteAt((*r.buf)[:r.Length], at); err != nil {
 		return fmt.Errorf("%s: %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
 	}
 	return nil

@@ -241,9 +241,13 @@ func (r ring) readHeader(at cursor) (segment, error) {
 	return s, nil
 }
 
-// readBody reads and checks a segment's body into memory of its own.
-func (r ring) readBody(s segment) ([]byte, error) {
-	b := make([]byte, roundUp(int64(s.bodyLen), BlockSize))
+// readBody reads and checks a segment's body, into buf if that is large enough.
+func (r ring) readBody(s segment, buf []byte) ([]byte, error) {
+	need := roundUp(int64(s.bodyLen), BlockSize)
+	if int64(cap(buf)) < need {
+		buf = make([]byte, need)
+	}
+	b := buf[:need]
 	if err := r.read(b, s.at.logical+segHeaderBytes); err != nil {
 		return nil, err
 	}
@@ -264,13 +268,14 @@ type segmentWriter struct {
 	next cursor
 	done uint64 // segments handed to the writers
 	free chan []byte
+	runs *sync.Pool // what free's memory comes from
 	wg   sync.WaitGroup
 	mu   sync.Mutex
 	err  error
 }
 
-func newSegmentWriter(r ring, at cursor, epoch uint64, attempt uint32) *segmentWriter {
-	w := &segmentWriter{ring: r, next: at, free: make(chan []byte, journalWriters+1)}
+func newSegmentWriter(r ring, at cursor, epoch uint64, attempt uint32, runs *sync.Pool) *segmentWriter {
+	w := &segmentWriter{ring: r, next: at, runs: runs, free: make(chan []byte, journalWriters+1)}
 	w.seg = segment{epoch: epoch, attempt: attempt}
 	for range journalWriters + 1 {
 		w.free <- nil // allocated when it is first needed
@@ -320,7 +325,7 @@ func (w *segmentWriter) start() {
 	}
 	b := <-w.free
 	if b == nil {
-		b = make([]byte, segMaxBytes)
+		b = *w.runs.Get().(*[]byte)
 	}
 	w.buf = b[:segHeaderBytes]
 	w.seg = segment{epoch: w.seg.epoch, attempt: w.seg.attempt}
@@ -374,3 +379,17 @@ func (w *segmentWriter) commit(c commitRecord) error {
 
 // wait returns when no writer is at work.
 func (w *segmentWriter) wait() { w.wg.Wait() }
+
+// end waits and gives the memory back; the writer must not be used afterwards.
+func (w *segmentWriter) end() {
+	w.wait()
+	if w.buf != nil {
+		w.free <- w.buf[:cap(w.buf)]
+	}
+	close(w.free)
+	for b := range w.free {
+		if b != nil {
+			w.runs.Put(&b)
+		}
+	}
+}

@@ -100,6 +100,7 @@ func (d *JournalDamage) Unwrap() error { return d.Err }
 func (r ring) readEpoch(ctx context.Context, at cursor, limit uint64, sizeBytes int64) (*pendingEpoch, cursor, error) {
 	p := &pendingEpoch{first: at, touched: newTouched(sizeBytes)}
 	var frames, segments uint64
+	var body []byte
 	for {
 		if err := ctx.Err(); err != nil {
 			return nil, at, err
@@ -119,7 +120,7 @@ func (r ring) readEpoch(ctx context.Context, at cursor, limit uint64, sizeBytes 
 			return nil, at, err
 		}
 		p.start, p.attempt = s.epoch, s.attempt
-		body, err := r.readBody(s)
+		body, err = r.readBody(s, body)
 		if err != nil {
 			return nil, at, err
 		}

@@ -106,7 +106,7 @@ func FuzzCommitRecord(f *testing.F) {
 func TestStaleSegmentBreaksTheChain(t *testing.T) {
 	rg := ring{blocktest.NewMemory(4 << 20), area{0, 4 << 20}, 7}
 	write := func(fill byte) cursor {
-		w := newSegmentWriter(rg, cursor{0, 1, 2}, 5, 1)
+		w := newSegmentWriter(rg, cursor{0, 1, 2}, 5, 1, newRunPool())
 		for i := range int64(6) {
 			b := AppendFrames(nil, FrameMeta{5, 1, 1}, i<<18, bytes.Repeat([]byte{fill}, 1<<18), nil)
 			f, err := NewFrameReader(b).Next()
@@ -140,7 +140,7 @@ func FuzzSegment(f *testing.F) {
 	mem := blocktest.NewMemory(4 << 20)
 	rg := ring{mem, area{0, 4 << 20}, 7}
 	at := cursor{4<<20 - 8192, 3, 9} // it runs over the end
-	w := newSegmentWriter(rg, at, 5, 1)
+	w := newSegmentWriter(rg, at, 5, 1, newRunPool())
 	frames := AppendFrames(nil, FrameMeta{5, 1, 1}, 0, bytes.Repeat([]byte("text"), 2048), nil)
 	for fr := NewFrameReader(AppendZeroFrames(frames, FrameMeta{5, 1, 2}, Range{0, 8192})); fr.More(); {
 		fm, err := fr.Next()

@@ -68,7 +68,7 @@ func BenchmarkLink(b *testing.B) {
 					b.Fatal(err)
 				}
 				defer conn.Close()
-				l, err := Connect(b.Context(), conn, LinkConfig{VolumeUUID: testUUID, SizeBytes: size, Replica: "ram", Codec: codec}, line(1, 1))
+				l, err := Connect(b.Context(), proto.NewReplicationClient(conn), LinkConfig{VolumeUUID: testUUID, SizeBytes: size, Replica: "ram", Codec: codec}, line(1, 1))
 				if err != nil {
 					b.Fatal(err)
 				}

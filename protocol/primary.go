@@ -9,7 +9,7 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
+	"blockferry/proto"
 )
 
 // StateStore keeps the primary's SourceState, encoded, where it survives. A
@@ -35,9 +35,9 @@ func (realClock) After(d time.Duration) <-chan time.Time { return time.After(d) 
 // ReplicaConfig is one replica of a primary's volume.
 type ReplicaConfig struct {
 	Name string
-	// Conn reaches the Receiver that serves it; it stays the caller's. It
-	// should fail at once while it is not connected (gRPC's default).
-	Conn grpc.ClientConnInterface
+	// Client reaches the Receiver that serves it; its connection stays the
+	// caller's. It should fail at once while it is not connected (gRPC's default).
+	Client proto.ReplicationClient
 	// Link sizes the pipeline and names the codec; the rest is filled in.
 	Link LinkConfig
 	// AllowUnrelated and CatchUpInPlace: see PlanInput.

@@ -168,7 +168,7 @@ func TestRefusals(t *testing.T) {
 			wroteSome(src, 0, 100)
 			n := newNode(t, "ebs", testVolumeSize, 32<<20)
 			// The replica belongs to generation 1, epoch 2.
-			link, err := Connect(t.Context(), n.conn, LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, line(1, 2))
+			link, err := Connect(t.Context(), n.client(), LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, line(1, 2))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -237,17 +237,17 @@ func TestVersionMismatch(t *testing.T) {
 func TestOneSessionPerReplica(t *testing.T) {
 	n := newNode(t, "ebs", testVolumeSize, 32<<20)
 	cfg := LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}
-	first, err := Connect(t.Context(), n.conn, cfg, line(1, 1))
+	first, err := Connect(t.Context(), n.client(), cfg, line(1, 1))
 	if err != nil {
 		t.Fatal(err)
 	}
 	var refused *RefusedError
-	if _, err := Connect(t.Context(), n.conn, cfg, line(2, 1)); !errors.As(err, &refused) || refused.Reason != proto.Reason_REASON_BUSY {
+	if _, err := Connect(t.Context(), n.client(), cfg, line(2, 1)); !errors.As(err, &refused) || refused.Reason != proto.Reason_REASON_BUSY {
 		t.Fatalf("the second session: %v", err)
 	}
 	first.Close()
 	eventually(t, "the place is free again", func() bool {
-		l, err := Connect(t.Context(), n.conn, cfg, line(1, 1))
+		l, err := Connect(t.Context(), n.client(), cfg, line(1, 1))
 		if err == nil {
 			l.Close()
 		}
@@ -307,7 +307,7 @@ func TestWindowIsRespected(t *testing.T) {
 	n := newNode(t, "ebs", testVolumeSize, 32<<20)
 	spy := &windowSpy{ClientConnInterface: n.conn}
 	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
-		c.Replicas[0].Conn, c.Replicas[0].Link.Codec = spy, CodecNone
+		c.Replicas[0].Client, c.Replicas[0].Link.Codec = proto.NewReplicationClient(spy), CodecNone
 	})
 	r.sync()
 	n.check(src)
@@ -376,7 +376,7 @@ func TestBackToTheOldContentWithinAnEpoch(t *testing.T) {
 	src := newMemSource(testVolumeSize, BlockSize)
 	wroteSome(src, 0, 100)
 	n := newNode(t, "ebs", testVolumeSize, 32<<20)
-	link, err := Connect(t.Context(), n.conn, LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, line(1, 2))
+	link, err := Connect(t.Context(), n.client(), LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, line(1, 2))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -464,7 +464,7 @@ func TestSlowReplicaDelaysNobody(t *testing.T) {
 	fast, slow := newNode(t, "ebs", testVolumeSize, 32<<20), newNode(t, "peer", testVolumeSize, 32<<20)
 	r := startRig(t, src, &memState{}, []*node{fast, slow}, func(c *PrimaryConfig) {
 		c.Replicas[1].Link.Codec = CodecNone
-		c.Replicas[1].Conn = &slowConn{ClientConnInterface: c.Replicas[1].Conn, perSecond: 2 << 20}
+		c.Replicas[1].Client = proto.NewReplicationClient(&slowConn{ClientConnInterface: slow.conn, perSecond: 2 << 20})
 		c.Replicas[1].Link.BatchBytes = 64 << 10 // or all that is read fits into its buffers
 		c.CutLimit = time.Minute
 	})
@@ -726,7 +726,7 @@ func TestSessionEndDropsTheOpenEpoch(t *testing.T) {
 	var link *Link
 	eventually(t, "connected", func() (ok bool) {
 		var err error
-		link, err = Connect(t.Context(), n.conn, LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, n.rep.Status().Lineage)
+		link, err = Connect(t.Context(), n.client(), LinkConfig{VolumeUUID: testUUID, SizeBytes: testVolumeSize, Replica: "ebs"}, n.rep.Status().Lineage)
 		return err == nil
 	})
 	next := Position{gen(50), n.rep.Status().Committed.Epoch + 1}

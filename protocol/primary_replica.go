@@ -137,7 +137,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	primary := w.p.state.Effective()
 	w.p.mu.Unlock()
 	handshake, done := context.WithTimeout(ctx, w.p.cfg.ConnectTimeout)
-	link, err := Connect(handshake, w.cfg.Conn, w.cfg.Link, primary)
+	link, err := Connect(handshake, w.cfg.Client, w.cfg.Link, primary)
 	done()
 	if err != nil {
 		return false, err

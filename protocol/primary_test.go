@@ -72,6 +72,9 @@ func newNode(t *testing.T, name string, size, journal int64) *node {
 	return openNode(t, name, store, ReceiverConfig{WindowBytes: 2 << 20})
 }
 
+// client reaches the node over its connection, which tests can break.
+func (n *node) client() proto.ReplicationClient { return proto.NewReplicationClient(n.conn) }
+
 func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverConfig) *node {
 	t.Helper()
 	rep, err := OpenReplica(t.Context(), store, OpenOptions{})
@@ -208,7 +211,7 @@ func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, chan
 		},
 	}
 	for _, n := range nodes {
-		cfg.Replicas = append(cfg.Replicas, ReplicaConfig{Name: n.name, Conn: n.conn, Link: LinkConfig{Codec: CodecS2, BatchBytes: 512 << 10}})
+		cfg.Replicas = append(cfg.Replicas, ReplicaConfig{Name: n.name, Client: n.client(), Link: LinkConfig{Codec: CodecS2, BatchBytes: 512 << 10}})
 	}
 	if change != nil {
 		change(&cfg)

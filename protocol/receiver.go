@@ -41,6 +41,8 @@ type Receiver struct {
 	proto.UnimplementedReplicationServer
 	cfg ReceiverConfig
 
+	frames framePool
+
 	mu       sync.Mutex
 	replicas map[replicaKey]*servedReplica
 	closed   bool
@@ -203,6 +205,7 @@ func (r *Receiver) Replicate(stream proto.Replication_ReplicateServer) error {
 	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil && p.Addr.String() != "" {
 		rs.from = p.Addr.String()
 	}
+	_, rs.local = stream.(localServer[proto.FromPrimary, proto.FromReplica])
 	// The reader ends with the stream, which ends when this function returns.
 	go rs.receive()
 
@@ -277,6 +280,7 @@ type receiverSession struct {
 	served   *servedReplica
 	from     string
 	welcomed bool
+	local    bool // messages are handed over: their memory is ours
 
 	messages chan *proto.FromPrimary // closed at the stream's end, after recvErr is set
 	recvErr  error
@@ -430,6 +434,9 @@ func (rs *receiverSession) perform(ctx context.Context, a SessionAction) error {
 		n := len(a.Frames)
 		if err := rep.Append(ctx, 0, a.Frames); err != nil {
 			return rs.storage(err)
+		}
+		if rs.local {
+			rs.r.frames.put(a.Frames)
 		}
 		rs.ungranted += n
 		rs.r.note(rs.served, func(s *ReceiverSession) { s.ReceivedBytes += uint64(n) })

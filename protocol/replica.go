@@ -119,8 +119,7 @@ type OpenOptions struct {
 // time is open; its frames come by Append, and Commit decides it. Meanwhile a goroutine
 // applies the epochs before.
 //
-// Its memory is bounded: 5 journal segments and 12 runs of frames (about 40
-// MiB, and what Append was given of at most 9 calls), and for each of up to 16
+// Its memory is bounded: 5 journal segments and twice 9 runs of 2 MiB, and for each of up to 16
 // pending epochs about 2 MiB per TiB of volume that it touches.
 //
 // After a fault of the store every call returns it: close the replica and
@@ -132,7 +131,8 @@ type Replica struct {
 	ring  ring
 	cmap  changeMap
 	dec   *Decompressor
-	pool  sync.Pool // scratch memory of Append
+	pool  sync.Pool  // scratch memory of Append
+	runs  *sync.Pool // of the pipes
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 
@@ -173,7 +173,7 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	if err != nil {
 		return nil, err
 	}
-	r := &Replica{store: store, lay: sb.layout, dec: dec, sb: *sb, wake: make(chan struct{}), warnings: warnings}
+	r := &Replica{store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), wake: make(chan struct{}), warnings: warnings}
 	r.ring = ring{store, sb.layout.journal, sb.tag()}
 	r.cmap = changeMap{store, sb.layout, sb.tag()}
 	r.pool.New = func() any { b := make([]byte, MaxDataFrameBytes); return &b }

@@ -211,8 +211,9 @@ func (r *Replica) applyNext(ctx context.Context) error {
 }
 
 func (r *Replica) applyData(ctx context.Context, p *pendingEpoch) error {
-	pipe := newWritePipe(r.store, r.lay.dataOffset, r.dec)
+	pipe := newWritePipe(r.store, r.lay.dataOffset, r.dec, r.runs)
 	defer pipe.close()
+	var body []byte
 	for _, rounds := range p.rounds.passes() {
 		for at := p.first; at != p.end; {
 			if ctx.Err() != nil {
@@ -226,7 +227,7 @@ func (r *Replica) applyData(ctx context.Context, p *pendingEpoch) error {
 			if s.kind != segFrames || s.maxRound < rounds[0] || s.minRound > rounds[1] {
 				continue
 			}
-			body, err := r.ring.readBody(s)
+			body, err = r.ring.readBody(s, body)
 			if err != nil {
 				return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
 			}

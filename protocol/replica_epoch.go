@@ -49,7 +49,7 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
 	r.mu.Lock()
 	o.first = r.sb.head
 	r.mu.Unlock()
-	o.writer = newSegmentWriter(r.ring, o.first, s.Epoch, s.Attempt)
+	o.writer = newSegmentWriter(r.ring, o.first, s.Epoch, s.Attempt, r.runs)
 	r.open = o
 	return nil
 }
@@ -112,7 +112,7 @@ func (r *Replica) beginInPlace(ctx context.Context, o *openEpoch) error {
 		return err
 	}
 	o.marked = newTouched(r.lay.size)
-	o.pipe = newWritePipe(r.store, r.lay.dataOffset, r.dec)
+	o.pipe = newWritePipe(r.store, r.lay.dataOffset, r.dec, r.runs)
 	r.open = o
 	s := o.start
 	err = r.writeSuper(2, func(sb *superblock) {
@@ -147,7 +147,7 @@ func (r *Replica) dropOpen() {
 		return
 	}
 	if o.writer != nil {
-		o.writer.wait()
+		o.writer.end()
 	}
 	if o.pipe != nil {
 		o.pipe.close()
@@ -170,8 +170,8 @@ func (r *Replica) Abort() error {
 	return r.usable()
 }
 
-// Append takes whole frames of the open epoch, at most MaxAppendBytes, and
-// owns their memory from then on. stream (0 to MaxStreams-1) is which of the
+// Append takes whole frames of the open epoch, at most MaxAppendBytes; their
+// memory is the caller's again when it returns. stream (0 to MaxStreams-1) is which of the
 // sender's streams they came by; the calls for one stream come one after
 // another, those for several may run at once. In-place epochs want rounds in ascending
 // order. When the journal has no room Append waits for applies, and returns

@@ -3,6 +3,7 @@ package protocol
 import (
 	"context"
 	"errors"
+	"sync"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -82,16 +83,19 @@ func (r *Receiver) Restore(req *proto.RestoreRequest, stream proto.Replication_R
 		return err
 	}
 	meta := FrameMeta{Epoch: img.Position().Epoch, Attempt: 1}
-	work := func(p restorePiece) restoreReply {
-		return restoreRead(img, p, meta, codec, hasher)
-	}
+	reader := restoreReader{img: img, meta: meta, codec: codec, hasher: hasher, frames: &r.frames}
+	_, local := stream.(localServer[proto.RestoreRequest, proto.RestoreChunk])
 	var frames uint64
-	err = inOrder(ctx, restoreReads, pieces, work, func(reply restoreReply) error {
+	err = inOrder(ctx, restoreReads, pieces, reader.read, func(reply restoreReply) error {
 		if reply.err != nil {
 			return status.Errorf(codes.DataLoss, "replica %q: %v", s.key.name, reply.err)
 		}
 		frames += reply.frames
-		return stream.Send(reply.chunk)
+		err := stream.Send(reply.chunk)
+		if f := reply.chunk.GetFrames(); f != nil && !local {
+			r.frames.put(f.Data) // encoded by now
+		}
+		return err
 	})
 	if err != nil {
 		return err
@@ -134,35 +138,54 @@ type restoreReply struct {
 	err    error
 }
 
-func restoreRead(img *Image, p restorePiece, meta FrameMeta, codec Codec, hasher *Hasher) restoreReply {
-	if hasher != nil {
+// restoreReader makes the messages of one restore, in several goroutines.
+type restoreReader struct {
+	img     *Image
+	meta    FrameMeta
+	codec   Codec
+	hasher  *Hasher // nil: the data itself is asked for
+	frames  *framePool
+	scratch sync.Pool // of *restoreScratch
+}
+
+type restoreScratch struct {
+	data       []byte // restoreChunkBytes
+	compressor *Compressor
+}
+
+func (r *restoreReader) read(p restorePiece) (reply restoreReply) {
+	s, ok := r.scratch.Get().(*restoreScratch)
+	if !ok {
+		s = &restoreScratch{data: make([]byte, restoreChunkBytes)}
+		if s.compressor, reply.err = NewCompressor(r.codec); reply.err != nil {
+			return reply
+		}
+	}
+	defer r.scratch.Put(s)
+	if r.hasher != nil {
 		sums := &proto.RestoreSums{Offset: uint64(p.Offset), Length: uint32(p.Length), Zero: p.zero}
 		if !p.zero {
-			buf := make([]byte, p.Length)
-			if _, err := img.ReadAt(buf, p.Offset); err != nil {
+			buf := s.data[:p.Length]
+			if _, err := r.img.ReadAt(buf, p.Offset); err != nil {
 				return restoreReply{err: err}
 			}
-			sums.UnitHashes = hasher.AppendSums(nil, buf, UnitSize)
+			sums.UnitHashes = r.hasher.AppendSums(nil, buf, UnitSize)
 		}
 		return restoreReply{chunk: &proto.RestoreChunk{Message: &proto.RestoreChunk_Sums{Sums: sums}}}
 	}
 	var out []byte
 	if p.zero {
-		out = AppendZeroFrames(nil, meta, p.Range)
+		out = AppendZeroFrames(nil, r.meta, p.Range)
 	} else {
-		buf := make([]byte, p.Length)
-		if _, err := img.ReadAt(buf, p.Offset); err != nil {
+		buf := s.data[:p.Length]
+		if _, err := r.img.ReadAt(buf, p.Offset); err != nil {
 			return restoreReply{err: err}
 		}
-		c, err := NewCompressor(codec)
-		if err != nil {
-			return restoreReply{err: err}
-		}
-		out = AppendFrames(make([]byte, 0, p.Length+64<<10), meta, p.Offset, buf, c)
+		out = AppendFrames(r.frames.get(), r.meta, p.Offset, buf, s.compressor)
 	}
-	reply := restoreReply{chunk: &proto.RestoreChunk{Message: &proto.RestoreChunk_Frames{Frames: &proto.Frames{Data: out}}}}
-	for r := NewFrameReader(out); r.More(); reply.frames++ {
-		if _, err := r.Next(); err != nil {
+	reply.chunk = &proto.RestoreChunk{Message: &proto.RestoreChunk_Frames{Frames: &proto.Frames{Data: out}}}
+	for fr := NewFrameReader(out); fr.More(); reply.frames++ {
+		if _, err := fr.Next(); err != nil {
 			return restoreReply{err: err}
 		}
 	}

@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"blockferry/proto"
 )
 
@@ -29,7 +27,7 @@ type RestoreConfig struct {
 	Progress func(RestoreProgress) // may be nil
 
 	Codec           Codec         // how the replica may pack what it sends
-	Writers         int           // writes at once; 0: 8
+	Readers         int           // reads at once while comparing; 0: 8
 	CheckpointBytes int64         // Save at least this often; 0: 256 MiB
 	CheckpointEvery time.Duration // and this often; 0: 5 s
 	Clock           Clock         // nil: the real one
@@ -60,9 +58,9 @@ func (e *RestoreMismatchError) Error() string {
 // both. It returns the lineage the target then holds. After an error it may be called
 // again with the state last saved: what is durable is not sent again. While
 // it runs nobody else may write the target.
-func RestoreTo(ctx context.Context, conn grpc.ClientConnInterface, cfg RestoreConfig) (Lineage, error) {
-	if cfg.Writers <= 0 {
-		cfg.Writers = 8
+func RestoreTo(ctx context.Context, client proto.ReplicationClient, cfg RestoreConfig) (Lineage, error) {
+	if cfg.Readers <= 0 {
+		cfg.Readers = 8
 	}
 	if cfg.CheckpointBytes <= 0 {
 		cfg.CheckpointBytes = 256 << 20
@@ -79,7 +77,7 @@ func RestoreTo(ctx context.Context, conn grpc.ClientConnInterface, cfg RestoreCo
 	if cfg.Target.Size() < cfg.SizeBytes {
 		return nil, fmt.Errorf("restore: %s has %d bytes, the volume %d", cfg.Target.Name(), cfg.Target.Size(), cfg.SizeBytes)
 	}
-	r := &restorer{cfg: cfg, client: proto.NewReplicationClient(conn), state: RestoreState{Replica: cfg.Replica}}
+	r := &restorer{cfg: cfg, client: client, state: RestoreState{Replica: cfg.Replica}}
 	if cfg.From != nil {
 		r.state = *cfg.From
 		if r.state.Replica != cfg.Replica {
@@ -160,12 +158,12 @@ func (r *restorer) fill(ctx context.Context) error {
 	if err := r.save(r.state); err != nil {
 		return err
 	}
-	dec, err := NewDecompressor(r.cfg.Writers)
+	dec, err := NewDecompressor(1)
 	if err != nil {
 		return err
 	}
-	w := newRestoreWriters(r.cfg, dec)
-	defer w.wait()
+	w := newWritePipe(r.cfg.Target, 0, dec, newRunPool())
+	defer w.close()
 	at := int64(r.state.OffsetBytes)
 	savedAt, since := at, r.cfg.Clock.Now()
 	var frames uint64
@@ -191,11 +189,13 @@ func (r *restorer) fill(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			w.put(f)
+			if err := w.put(f); err != nil {
+				return err
+			}
 			at += f.Length
 		}
-		if err := w.failed(); err != nil {
-			return err
+		if c, ok := r.client.(localClient); ok {
+			c.receiver.frames.put(m.GetFrames().GetData())
 		}
 		r.seen.Phase, r.seen.DoneBytes = "restoring", at
 		r.cfg.Progress(r.seen)
@@ -210,8 +210,8 @@ func (r *restorer) fill(ctx context.Context) error {
 }
 
 // checkpoint makes what was written durable, then the note of it.
-func (r *restorer) checkpoint(w *restoreWriters, at int64, complete bool) error {
-	if err := w.wait(); err != nil {
+func (r *restorer) checkpoint(w *writePipe, at int64, complete bool) error {
+	if err := w.drain(); err != nil {
 		return err
 	}
 	if err := r.cfg.Target.Flush(); err != nil {
@@ -220,58 +220,6 @@ func (r *restorer) checkpoint(w *restoreWriters, at int64, complete bool) error 
 	s := r.state
 	s.OffsetBytes, s.Verifying = uint64(at), complete
 	return r.save(s)
-}
-
-// restoreWriters writes frames, several at once. Their ranges do not overlap.
-type restoreWriters struct {
-	target Store
-	dec    *Decompressor
-	slots  chan struct{}
-	wg     sync.WaitGroup
-	mu     sync.Mutex
-	err    error
-}
-
-func newRestoreWriters(cfg RestoreConfig, dec *Decompressor) *restoreWriters {
-	return &restoreWriters{target: cfg.Target, dec: dec, slots: make(chan struct{}, cfg.Writers)}
-}
-
-func (w *restoreWriters) put(f Frame) {
-	w.slots <- struct{}{}
-	w.wg.Go(func() {
-		defer func() { <-w.slots }()
-		err := w.write(f)
-		if err != nil {
-			w.mu.Lock()
-			if w.err == nil {
-				w.err = fmt.Errorf("%s: %d bytes at %d: %w", w.target.Name(), f.Length, f.Offset, err)
-			}
-			w.mu.Unlock()
-		}
-	})
-}
-
-func (w *restoreWriters) write(f Frame) error {
-	if f.Kind != FrameData {
-		return w.target.ZeroOut(f.Offset, f.Length)
-	}
-	buf := make([]byte, f.Length)
-	if err := w.dec.Decode(buf, f); err != nil {
-		return err
-	}
-	_, err := w.target.WriteAt(buf, f.Offset)
-	return err
-}
-
-func (w *restoreWriters) failed() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.err
-}
-
-func (w *restoreWriters) wait() error {
-	w.wg.Wait()
-	return w.failed()
 }
 
 // verify reads back what holds data and compares checksums.
@@ -291,7 +239,8 @@ func (r *restorer) verify(ctx context.Context) error {
 	var mu sync.Mutex
 	var wrong []Range
 	var readErr error
-	slots := make(chan struct{}, r.cfg.Writers)
+	slots := make(chan struct{}, r.cfg.Readers)
+	buffers := sync.Pool{New: func() any { return new([]byte) }}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var at int64
@@ -318,7 +267,7 @@ func (r *restorer) verify(ctx context.Context) error {
 			slots <- struct{}{}
 			wg.Go(func() {
 				defer func() { <-slots }()
-				bad, err := compareSums(r.cfg.Target, hasher, s)
+				bad, err := compareSums(r.cfg.Target, hasher, s, &buffers)
 				mu.Lock()
 				defer mu.Unlock()
 				wrong = append(wrong, bad...)
@@ -343,8 +292,13 @@ func (r *restorer) verify(ctx context.Context) error {
 	return nil
 }
 
-func compareSums(target Store, h *Hasher, s *proto.RestoreSums) ([]Range, error) {
-	buf := make([]byte, s.Length)
+func compareSums(target Store, h *Hasher, s *proto.RestoreSums, buffers *sync.Pool) ([]Range, error) {
+	memory := buffers.Get().(*[]byte)
+	defer buffers.Put(memory)
+	if cap(*memory) < int(s.Length) {
+		*memory = make([]byte, s.Length)
+	}
+	buf := (*memory)[:s.Length]
 	if _, err := target.ReadAt(buf, int64(s.Offset)); err != nil {
 		return nil, fmt.Errorf("read %s back at %d: %w", target.Name(), s.Offset, err)
 	}

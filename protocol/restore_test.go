@@ -67,10 +67,14 @@ func TestRestore(t *testing.T) {
 	const size = 24<<20 + 5*BlockSize
 	n, want, lineage := restoreRig(t, size)
 	for _, codec := range []Codec{CodecNone, CodecS2, CodecZstd} {
+		client := n.client()
+		if codec == CodecS2 {
+			client = LocalClient(n.recv)
+		}
 		m := target(t, size+1<<20)
 		var saved []RestoreState
 		var last RestoreProgress
-		got, err := RestoreTo(t.Context(), n.conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, Codec: codec,
+		got, err := RestoreTo(t.Context(), client, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, Codec: codec,
 			Save: func(s RestoreState) error { saved = append(saved, s); return nil }, Progress: func(p RestoreProgress) { last = p }, CheckpointBytes: 4 << 20})
 		if err != nil || !got.Equal(lineage) {
 			t.Fatalf("%v: %v, want %v", err, got, lineage)
@@ -127,7 +131,7 @@ func TestRestoreResumes(t *testing.T) {
 	var state *RestoreState
 	tries := 0
 	for ; tries < 20; tries++ {
-		_, err := RestoreTo(t.Context(), conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, From: state,
+		_, err := RestoreTo(t.Context(), proto.NewReplicationClient(conn), RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, From: state,
 			Save: func(s RestoreState) error { state = &s; return nil }, CheckpointBytes: 2 << 20})
 		if err == nil {
 			break
@@ -162,7 +166,7 @@ func TestRestoreResumes(t *testing.T) {
 	state.Lineage = state.Lineage.Extend(Position{gen(77), state.Lineage.Tip().Epoch + 1})
 	state.Verifying = false
 	before := m.Count(blocktest.OpWrite)
-	_, err := RestoreTo(t.Context(), n.conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, From: state,
+	_, err := RestoreTo(t.Context(), n.client(), RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m, From: state,
 		Save: func(s RestoreState) error { return nil }})
 	if err == nil || !strings.Contains(err.Error(), "begin it anew") || m.Count(blocktest.OpWrite) != before {
 		t.Fatalf("another position: %v, %d writes", err, m.Count(blocktest.OpWrite)-before)
@@ -189,7 +193,7 @@ func TestRestoreComparesAtTheEnd(t *testing.T) {
 	n, _, _ := restoreRig(t, size)
 	cfg := RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: lyingStore{target(t, size), 100*BlockSize + 5},
 		Save: func(RestoreState) error { return nil }}
-	_, err := RestoreTo(t.Context(), n.conn, cfg)
+	_, err := RestoreTo(t.Context(), n.client(), cfg)
 	var wrong *RestoreMismatchError
 	if !errors.As(err, &wrong) || wrong.First.Offset != 100*BlockSize/UnitSize*UnitSize || wrong.DifferentBytes != UnitSize {
 		t.Fatalf("a device that lost a bit: %v", err)
@@ -220,7 +224,7 @@ func TestRestoreRefusals(t *testing.T) {
 		if c.cfg.Save == nil {
 			c.cfg.Save = func(RestoreState) error { return nil }
 		}
-		if _, err := RestoreTo(t.Context(), c.conn, c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := RestoreTo(t.Context(), proto.NewReplicationClient(c.conn), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.name, err, c.want)
 		}
 		if n := m.Count(blocktest.OpWrite) - before; n > 0 {
@@ -243,7 +247,7 @@ func TestRestoreWhileEpochsCome(t *testing.T) {
 	conn := &breakingConn{ClientConnInterface: n.conn, delay: 20 * time.Millisecond}
 	for range 3 {
 		var state RestoreState
-		_, err := RestoreTo(t.Context(), conn, RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m,
+		_, err := RestoreTo(t.Context(), proto.NewReplicationClient(conn), RestoreConfig{VolumeUUID: testUUID, Replica: "ebs", SizeBytes: size, Target: m,
 			Save: func(s RestoreState) error { state = s; return nil }})
 		// The comparison is another stream, and the replica may have moved on.
 		if err != nil && !strings.Contains(err.Error(), "begin it anew") {

@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"blockferry/proto"
 )
 
@@ -86,6 +84,8 @@ type Link struct {
 	cancel  context.CancelFunc
 	readers chan struct{}
 	packers chan *packer
+	frames  *framePool
+	local   bool // the receiver gives the memory of frames back
 
 	done    chan struct{} // closed when the reader has ended
 	dead    chan struct{} // closed when the session ended
@@ -114,9 +114,10 @@ type Link struct {
 	count linkCounters
 }
 
-// Connect makes the handshake. conn may be a connection over a Unix socket or
-// over TLS; it stays the caller's. A refusal is a *RefusedError.
-func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig, primary Lineage) (*Link, error) {
+// Connect makes the handshake. client may be a LocalClient, or one over a Unix
+// socket or TLS, whose connection stays the caller's. A refusal is a
+// *RefusedError.
+func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig, primary Lineage) (*Link, error) {
 	cfg = cfg.withDefaults()
 	key := make([]byte, HashKeyBytes)
 	if _, err := rand.Read(key); err != nil {
@@ -134,6 +135,10 @@ func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig,
 		done: make(chan struct{}), dead: make(chan struct{}), answers: make(chan *proto.FromReplica, 4),
 		more: make(chan struct{}), pending: map[uint64]chan *proto.Differences{},
 	}
+	l.frames = &framePool{}
+	if c, ok := client.(localClient); ok {
+		l.frames, l.local = &c.receiver.frames, true
+	}
 	stop := context.AfterFunc(ctx, cancel)
 	fail := func(err error) (*Link, error) {
 		stop()
@@ -143,7 +148,7 @@ func Connect(ctx context.Context, conn grpc.ClientConnInterface, cfg LinkConfig,
 		}
 		return nil, fmt.Errorf("replica %q: %w", cfg.Replica, err)
 	}
-	if l.stream, err = proto.NewReplicationClient(conn).Replicate(streamCtx); err != nil {
+	if l.stream, err = client.Replicate(streamCtx); err != nil {
 		return fail(err)
 	}
 	// An error of Send is told by Recv.

@@ -272,7 +272,9 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 
 func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, data []byte, p *packer) error {
 	send := batch
-	p.frames = p.frames[:0] // an earlier round may have been given up
+	if p.frames != nil {
+		p.frames = p.frames[:0] // an earlier round may have been given up
+	}
 	l.mu.Lock()
 	compare := r.Narrow && l.narrow && l.advisor.worthwhile(int64(len(data)))
 	l.mu.Unlock()
@@ -322,6 +324,9 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p
 				return err
 			}
 		}
+		if p.frames == nil {
+			p.frames = l.frames.get()
+		}
 		p.frames = AppendFrames(p.frames, meta, r.Offset, data[:n], p.codec)
 		data = data[n:]
 		r.Offset += int64(n)
@@ -346,9 +351,11 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 		b = b[FrameHeaderBytes+binary.LittleEndian.Uint32(b[36:]):]
 	}
 	l.count.wire.Add(uint64(len(p.frames)))
-	// gRPC has encoded the message when Send returns, so the buffer is free again.
 	err := l.sendLocked(&proto.FromPrimary{Message: &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: p.frames}}})
-	p.frames = p.frames[:0]
+	if !l.local {
+		l.frames.put(p.frames) // encoded by now
+	}
+	p.frames = nil
 	return err
 }
 

@@ -79,16 +79,14 @@ func Run(ctx context.Context, o Options) error {
 		return exit.Mark(exit.Prerequisite, err)
 	}
 	defer a.dm.Close()
-	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{})
+	// A local replica is as near as memory: more under way would only take memory.
+	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: 8 << 20})
 	defer a.receiver.Close()
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
 	}
-	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream),
-		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
-		grpc.MaxRecvMsgSize(protocol.MaxMessageBytes), grpc.MaxSendMsgSize(protocol.MaxMessageBytes))
+	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream))
 	proto.RegisterControlServer(server, control{agent: a})
-	proto.RegisterReplicationServer(server, a.receiver)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 

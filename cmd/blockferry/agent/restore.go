@@ -101,11 +101,6 @@ func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgres
 		return r, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
-	conn, err := m.agent.dial()
-	if err != nil {
-		return r, err
-	}
-	defer conn.Close()
 	codec, err := protocol.ParseCodec(p.from.config.Compression)
 	if err != nil {
 		return r, err
@@ -116,7 +111,7 @@ func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgres
 		return r, err
 	}
 	last := time.Time{}
-	lineage, err := protocol.RestoreTo(ctx, conn, protocol.RestoreConfig{
+	lineage, err := protocol.RestoreTo(ctx, protocol.LocalClient(m.agent.receiver), protocol.RestoreConfig{
 		VolumeUUID: label.UUID, Replica: p.from.config.Name, SizeBytes: p.status.SizeBytes, Target: disk, From: old.Restore, Codec: codec,
 		Save: func(s protocol.RestoreState) error { return saveRestore(disk, s) },
 		Progress: func(at protocol.RestoreProgress) {

@@ -6,9 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/proto"
@@ -21,8 +18,6 @@ const (
 	// downSend is the same for a volume that is taken down, unless that is
 	// forced.
 	downSend = time.Minute
-	// window is gRPC's flow control: large enough not to be the limit.
-	window = 16 << 20
 )
 
 // running is the replication of a volume that is up.
@@ -31,17 +26,12 @@ type running struct {
 	source  *source
 	state   *labelState
 	guard   *volume.Guard
-	conn    *grpc.ClientConn
 }
 
-// replicate starts a volume's primary. Replicas of this machine are reached
-// over the agent's own socket, as a peer's would be over the network.
+// replicate starts a volume's primary. Replicas of this machine are fed by the
+// same calls as a peer's, without a socket in between.
 func (m *managed) replicate(stack *volume.Volume, guard *volume.Guard, state protocol.SourceState) (*running, error) {
-	conn, err := m.agent.dial()
-	if err != nil {
-		return nil, err
-	}
-	r := &running{source: &source{Volume: stack}, state: &labelState{StateStore: stackState{stack}}, guard: guard, conn: conn}
+	r := &running{source: &source{Volume: stack}, state: &labelState{StateStore: stackState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
 		Interval: m.config.Interval, Events: m.events(),
@@ -49,23 +39,15 @@ func (m *managed) replicate(stack *volume.Volume, guard *volume.Guard, state pro
 	for _, p := range m.config.Replicas {
 		codec, err := protocol.ParseCodec(p.Compression)
 		if err != nil {
-			return nil, errors.Join(err, conn.Close())
+			return nil, err
 		}
 		c.Replicas = append(c.Replicas, protocol.ReplicaConfig{
-			Name: p.Name, Conn: conn, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace,
+			Name: p.Name, Client: protocol.LocalClient(m.agent.receiver), Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace,
 		})
 	}
-	if r.primary, err = protocol.NewPrimary(c, state); err != nil {
-		return nil, errors.Join(err, conn.Close())
-	}
-	return r, nil
-}
-
-// dial connects to the agent's own socket.
-func (a *Agent) dial() (*grpc.ClientConn, error) {
-	return grpc.NewClient("unix://"+a.options.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(protocol.MaxMessageBytes), grpc.MaxCallSendMsgSize(protocol.MaxMessageBytes)))
+	var err error
+	r.primary, err = protocol.NewPrimary(c, state)
+	return r, err
 }
 
 // stop ends replication and leaves the stack up.
@@ -73,7 +55,7 @@ func (r *running) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), stopSend)
 	defer cancel()
 	_, err := r.primary.Stop(ctx, nil)
-	return errors.Join(err, r.conn.Close())
+	return err
 }
 
 // labelState is where the label is: in the stack or, once that is gone, on
@@ -167,7 +149,7 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 	if !gone {
 		err = errors.Join(err, stack.Close())
 	}
-	return clean, gone, errors.Join(err, r.conn.Close(), r.guard.Close())
+	return clean, gone, errors.Join(err, r.guard.Close())
 }
 
 // forget drops what was closed already.
