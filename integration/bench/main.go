@@ -170,7 +170,7 @@ func inside(ctx context.Context, f figure, quick bool) (err error) {
 	if err := f.measure(ctx, s, m); err != nil {
 		return err
 	}
-	m.GuestKernel = guestKernel()
+	m.GuestKernel = kernelRelease()
 	if err := m.check(); err != nil {
 		return err
 	}

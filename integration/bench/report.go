@@ -34,7 +34,7 @@ type machine struct {
 }
 
 func thisMachine() machine {
-	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Memory: "unknown", Kernel: guestKernel(), Go: runtime.Version(), Storage: "files in memory (tmpfs)"}
+	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Memory: "unknown", Kernel: kernelRelease(), Go: runtime.Version(), Storage: "files in memory (tmpfs)"}
 	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		m.CPU = field(string(text), "model name", m.CPU)
 	}
@@ -61,8 +61,7 @@ func field(text, key, otherwise string) string {
 }
 
 // keep puts a result in the place of the figure's last one and writes the
-// page anew. A result of short runs never takes the place of one of full ones
-// unless there is none.
+// page anew.
 func keep(dir string, r result) error {
 	path := filepath.Join(dir, reportJSON)
 	var kept report
@@ -105,7 +104,7 @@ func compact(text []byte) []byte {
 			inList = false
 			out.WriteString(trimmed + "\n")
 			continue
-		case inList && strings.IndexAny(trimmed, "{}\"") >= 0:
+		case inList && strings.ContainsAny(trimmed, "{}\""):
 			inList = false
 			out.WriteString("\n")
 		}
@@ -122,25 +121,20 @@ func compact(text []byte) []byte {
 func (r report) page() string {
 	var b strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&b, `# Benchmarks
-
-Written by %[1]s; not edited by hand. %[1]smake bench FIGURE=NAME%[1]s measures one figure, %[1]smake bench%[1]s lists them, %[1]smake bench-report%[1]s measures all of
-them and writes this page and [the raw numbers](%[2]s).
-
-Machine: %[3]s, %[4]d cores, %[5]s, Linux %[6]s, %[7]s. `, "`", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
-	page := strings.Replace(b.String(), "Written by `;", "Written by `make bench-report`;", 1)
-	b.Reset()
-	b.WriteString(page)
+	fmt.Fprintf(&b, "# Benchmarks\n\n"+
+		"Written by `make bench-report`, which measures everything, or `make bench FIGURE=NAME RECORD=docs`, which measures one figure anew; not edited by hand. "+
+		"[The raw numbers](%s) are beside it.\n\n"+
+		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
 	kernels := []string{}
 	for _, f := range r.Figures {
 		if !slices.Contains(kernels, f.GuestKernel) {
 			kernels = append(kernels, f.GuestKernel)
 		}
 	}
-	fmt.Fprintf(&b, `Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are
-%s. It traces every system call and its clock ticks every 10 ms, so absolute values say nothing about real disks; ratios of paired runs, the two sides
-taking turns, do. Values in ms from the agent are of its own clock. A figure is the median; beside it the smallest and the largest of its runs.
-`, strings.Join(kernels, ", "), m.Storage)
+	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
+		"There a system call costs more than elsewhere, disks are as fast as memory, and the clock ticks every 10 ms: absolute values say nothing about real disks, ratios of "+
+		"paired runs do, the two sides taking turns. Each row is a median; beside it the smallest and the largest of its runs.\n",
+		strings.Join(kernels, ", "), m.Storage)
 	var missed []string
 	for _, f := range r.Figures {
 		how := ""
@@ -184,7 +178,7 @@ taking turns, do. Values in ms from the agent are of its own clock. A figure is 
 // first that fits counts.
 var reasons = []struct{ prefix, why string }{
 	{"first-sync-vs-dd/", "With disks as fast as memory the guest's one CPU is the limit: dd only has the kernel copy, while a first sync also computes a checksum of all it sends and checks it at the replica."},
-	{"tracked-vs-raw/", "Three mappings and dm-era's look at its bitmap stand between the volume and the disk: some microseconds of CPU for each write, which show because a write to these disks takes no longer than some tens."},
+	{"tracked-vs-raw/", "Four mappings, dm-era's look at its bitmap among them, stand between the volume and the disk where the bare disk has one: some microseconds of CPU for each write, which show because a write to these disks takes no longer than some tens."},
 	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
 }
 

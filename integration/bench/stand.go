@@ -241,13 +241,14 @@ func overwrite(device string, size int64, count int, random *rand.Rand) error {
 	return nil
 }
 
-// guestKernel is its release.
-func guestKernel() string {
+// kernelRelease is the running kernel's, without its builder's suffix.
+func kernelRelease() string {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return err.Error()
 	}
-	return unix.ByteSliceToString(name.Release[:])
+	release, _, _ := strings.Cut(unix.ByteSliceToString(name.Release[:]), "-")
+	return release
 }
 
 // diskBytes is what was read from a disk and written to it, as the kernel
