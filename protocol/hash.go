@@ -4,6 +4,7 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"fmt"
+	"slices"
 )
 
 // HashBytes is the size of one checksum, HashKeyBytes of a session's key.
@@ -50,6 +51,9 @@ func (h *Hasher) Sum(block []byte) (sum [HashBytes]byte) {
 // AppendSums appends the checksums of data cut into pieces of the given
 // length, UnitSize or BlockSize; the last piece may be shorter.
 func (h *Hasher) AppendSums(dst, data []byte, piece int) []byte {
+	// Seal itself would make room for one checksum at a time, and copy all the
+	// others for each.
+	dst = slices.Grow(dst, (len(data)+piece-1)/piece*HashBytes)
 	for len(data) > 0 {
 		n := min(piece, len(data))
 		dst = h.gcm.Seal(dst, h.nonce, nil, data[:n])

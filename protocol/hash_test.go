@@ -69,3 +69,15 @@ func BenchmarkHasher(b *testing.B) {
 		})
 	}
 }
+
+// Checksums of a whole batch are appended to one another thousands of times.
+func TestHashMakesRoomOnce(t *testing.T) {
+	h, err := NewHasher(make([]byte, HashKeyBytes))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, 1<<20)
+	if n := testing.AllocsPerRun(5, func() { h.AppendSums(nil, data, BlockSize) }); n > 2 {
+		t.Errorf("%v allocations for the checksums of %d blocks", n, len(data)/BlockSize)
+	}
+}

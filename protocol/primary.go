@@ -96,6 +96,7 @@ type PrimaryEvents struct {
 	Disconnected func(replica string, err error)
 	Cut          func(c CutInfo)
 	CutFailed    func(epoch uint64, err error)
+	Changed      func(replica string, c ChangedInfo)
 	Committed    func(replica string, e EpochStats)
 	Void         func(replica string, epoch uint64, err error) // an epoch that did not happen
 	Behind       func(replica, reason string)                  // reason empty: not behind any more
@@ -106,6 +107,15 @@ type CutInfo struct {
 	Epoch   uint64
 	View    bool
 	Stalled time.Duration
+}
+
+// ChangedInfo is what a replica's next round is about: what the tracker named
+// as changed from Since to Epoch, with what an earlier round left.
+type ChangedInfo struct {
+	Epoch, Since uint64
+	Ranges       int
+	Bytes        int64
+	Took         time.Duration // to find out
 }
 
 // BeginPrimary makes it durable that this node is primary, before the device

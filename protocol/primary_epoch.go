@@ -114,11 +114,15 @@ func (a *attempt) step(ctx context.Context, h *cutHandle) (Lineage, error) {
 	w := a.w
 	ranges := []Range{{0, w.p.size}}
 	if !a.whole {
+		begun := w.p.cfg.Clock.Now()
 		changed, err := h.changed(a.base, w.p.size)
 		if err != nil {
 			return nil, a.giveUp(ctx, h, fmt.Errorf("what changed since epoch %d: %w", a.base, err))
 		}
 		ranges = uniteRanges(a.rest, changed)
+		if ev := w.p.cfg.Events.Changed; ev != nil {
+			ev(w.cfg.Name, ChangedInfo{h.rec.epoch, a.base, len(ranges), totalBytes(ranges), w.p.cfg.Clock.Now().Sub(begun)})
+		}
 	}
 	size := totalBytes(ranges)
 	view := h.cut.View()

@@ -60,15 +60,16 @@ type LinkStats struct {
 	ComparedBytes uint64 `json:"compared-bytes"` // compared by checksums
 	SentBytes     uint64 `json:"sent-bytes"`     // described by frames, zeros included
 	WireBytes     uint64 `json:"wire-bytes"`     // of frames on the wire, packed
+	CheckBytes    uint64 `json:"check-bytes"`    // of comparisons on the wire, questions and answers
 	Frames        uint64 `json:"frames"`
 }
 
 func (s LinkStats) sub(o LinkStats) LinkStats {
 	return LinkStats{s.MarkedBytes - o.MarkedBytes, s.ReadBytes - o.ReadBytes, s.ComparedBytes - o.ComparedBytes,
-		s.SentBytes - o.SentBytes, s.WireBytes - o.WireBytes, s.Frames - o.Frames}
+		s.SentBytes - o.SentBytes, s.WireBytes - o.WireBytes, s.CheckBytes - o.CheckBytes, s.Frames - o.Frames}
 }
 
-type linkCounters struct{ marked, read, compared, sent, wire, frames atomic.Uint64 }
+type linkCounters struct{ marked, read, compared, sent, wire, check, frames atomic.Uint64 }
 
 // Link is one replica's session, seen from the primary. One goroutine at a
 // time calls its methods, but Stats, Welcome, Applied and Close.
@@ -222,7 +223,7 @@ func (l *Link) Applied() uint64 {
 // Stats is a snapshot of the counters.
 func (l *Link) Stats() LinkStats {
 	c := &l.count
-	return LinkStats{c.marked.Load(), c.read.Load(), c.compared.Load(), c.sent.Load(), c.wire.Load(), c.frames.Load()}
+	return LinkStats{c.marked.Load(), c.read.Load(), c.compared.Load(), c.sent.Load(), c.wire.Load(), c.check.Load(), c.frames.Load()}
 }
 
 // Dead is closed when the session has ended; Err then says why.

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	pb "google.golang.org/protobuf/proto"
+
 	"blockferry/proto"
 )
 
@@ -248,13 +250,16 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 	id := l.lastID
 	l.pending[id] = answer
 	l.mu.Unlock()
-	if err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: question(l.hasher, id, batch, data)}}); err != nil {
+	ask := question(l.hasher, id, batch, data)
+	l.count.check.Add(uint64(pb.Size(ask)))
+	if err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: ask}}); err != nil {
 		return nil, err
 	}
 	d, err := wait(ctx, l, answer)
 	if err != nil {
 		return nil, err
 	}
+	l.count.check.Add(uint64(pb.Size(d)))
 	out, err := resolve(l.hasher, batch, data, d)
 	if err != nil {
 		l.fail(err)

@@ -247,9 +247,7 @@ func (c *Cut) release() error {
 	}
 	errs = append(errs, v.dropMetadataSnapshot())
 	if c.withView {
-		start := time.Now()
 		err := v.baseToLinear(v.options.StallLimit / 2)
-		v.countStats(func(s *Stats) { s.StalledTotal += time.Since(start) })
 		if err == nil {
 			err = v.removeSnapshot()
 		}

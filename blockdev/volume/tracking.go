@@ -232,6 +232,8 @@ func (v *Volume) baseToLinear(patience time.Duration) error {
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	start := time.Now()
+	defer func() { v.stopped("release", time.Since(start)) }()
 	stop := nudgeAfter(v.ctl, patience)
 	for range suspendTries {
 		if err = v.ctl.Resume(name); err == nil || stop.fired() {

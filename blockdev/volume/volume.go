@@ -115,8 +115,8 @@ type Volume struct {
 // Stats are values kept at cuts; reading them asks the kernel nothing.
 type Stats struct {
 	Cuts, VoidCuts uint64
-	LongestStall   time.Duration
-	StalledTotal   time.Duration // all suspends, also those that ended a view
+	// Of all times in which writers were stopped, also those that ended a view.
+	LongestStall, StalledTotal time.Duration
 	// MetaUsedBlocks of MetaTotalBlocks (4 KiB each) of era metadata are in
 	// use; when they are all used, applications' writes fail.
 	MetaUsedBlocks, MetaTotalBlocks uint64
@@ -134,6 +134,15 @@ func (v *Volume) countStats(f func(*Stats)) {
 	v.statsMu.Lock()
 	defer v.statsMu.Unlock()
 	f(&v.stats)
+}
+
+// stopped counts a time in which writers were stopped, and why.
+func (v *Volume) stopped(why string, length time.Duration) {
+	v.countStats(func(s *Stats) {
+		s.StalledTotal += length
+		s.LongestStall = max(s.LongestStall, length)
+	})
+	v.log.Debug("writers stopped", "for", why, "seconds", length.Seconds())
 }
 
 // Name is the volume's name.

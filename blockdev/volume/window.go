@@ -87,10 +87,7 @@ func (w *window) run() error {
 	if w.at.IsZero() && w.err != nil {
 		late = nil // nothing was suspended
 	}
-	w.volume.countStats(func(s *Stats) {
-		s.StalledTotal += w.stalled
-		s.LongestStall = max(s.LongestStall, w.stalled)
-	})
+	w.volume.stopped("cut", w.stalled)
 	return errors.Join(w.err, late)
 }
 

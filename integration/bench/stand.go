@@ -3,13 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -18,13 +16,14 @@ import (
 
 	"blockferry/cmd/blockferry/status"
 	"blockferry/integration/rig"
+	"blockferry/protocol"
 )
 
 const (
 	ssdDisk = "/dev/ubda"
 	ebsDisk = "/dev/ubdb"
 	rawDisk = "/dev/ubdc"
-	volume  = "/dev/mapper/data"
+	top     = "/dev/mapper/data"
 	raw     = "/dev/mapper/raw" // the same kind of disk, with nothing but a linear target over it
 
 	volumeBytes = 256 << 20
@@ -48,40 +47,84 @@ func (b *safeBuffer) Write(p []byte) (int, error) {
 	return b.text.Write(p)
 }
 
-func (b *safeBuffer) String() string {
+func (b *safeBuffer) Len() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.text.String()
+	return b.text.Len()
 }
 
-// configure describes a volume on ssdDisk, replicated to ebsDisk.
-func (s *stand) configure(interval time.Duration) error {
+// since is what was written after Len was from.
+func (b *safeBuffer) since(from int) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return string(b.text.Bytes()[from:])
+}
+
+// volumeSpec is a volume on ssdDisk, replicated to ebsDisk.
+type volumeSpec struct {
+	size     int64         // 0: volumeBytes
+	interval time.Duration // 0: 1 s
+	eraBlock string        // "": the default
+	journal  string        // "": 320MiB
+	cow      string        // "": the default
+}
+
+// configure describes that volume.
+func (s *stand) configure(v volumeSpec) error {
+	if v.size == 0 {
+		v.size = volumeBytes
+	}
+	if v.interval == 0 {
+		v.interval = time.Second
+	}
+	if v.journal == "" {
+		v.journal = "320MiB"
+	}
+	options := ""
+	if v.eraBlock != "" {
+		options += "    era-block: " + v.eraBlock + "\n"
+	}
+	if v.cow != "" {
+		options += "    cow: " + v.cow + "\n"
+	}
 	return s.rig.Configure(fmt.Sprintf(`volumes:
   data:
     device: %s
     size: %d
     interval: %v
-    replicas:
-      ebs: {device: %s, compression: none, journal: 320MiB}
-`, ssdDisk, volumeBytes, interval, ebsDisk))
+%s    replicas:
+      ebs: {device: %s, compression: none, journal: %s}
+`, ssdDisk, v.size, v.interval, options, ebsDisk, v.journal))
 }
 
-// replicated brings that volume up and waits for its first copy.
-func (s *stand) replicated(ctx context.Context, interval time.Duration) error {
-	if err := s.configure(interval); err != nil {
+// create formats it. Forced: what the disk holds becomes the volume's content.
+func (s *stand) create(ctx context.Context, v volumeSpec) error {
+	if err := s.configure(v); err != nil {
 		return err
 	}
-	// Forced: what the disk holds becomes the volume's content.
-	if err := s.rig.Run(ctx, "create", "--discard-my-data", "data"); err != nil {
+	return s.rig.Run(ctx, "create", "--discard-my-data", "data")
+}
+
+// replicated brings a new volume up and waits for its first copy.
+func (s *stand) replicated(ctx context.Context, v volumeSpec) error {
+	if err := s.create(ctx, v); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
 		return s.withLog(err)
 	}
-	if err := rig.AwaitFile(volume, 20*time.Second); err != nil {
+	if err := rig.AwaitFile(top, 20*time.Second); err != nil {
 		return s.withLog(err)
 	}
 	return s.withLog(s.rig.Await(ctx, "replicated", 2*time.Minute, upToDate))
+}
+
+// gone takes the volume down and ends the agent.
+func (s *stand) gone(ctx context.Context) error {
+	if err := s.rig.Run(ctx, "down", "data"); err != nil {
+		return s.withLog(err)
+	}
+	return s.rig.StopAgent()
 }
 
 func upToDate(v status.Volume) bool {
@@ -89,19 +132,69 @@ func upToDate(v status.Volume) bool {
 }
 
 // unreplicated makes the device that is compared with.
-func (s *stand) unreplicated() error {
-	return rig.Do("dmsetup", "create", "raw", "--table", fmt.Sprintf("0 %d linear %s 0", volumeBytes/512, rawDisk))
+func (s *stand) unreplicated(size int64) error {
+	return rig.Do("dmsetup", "create", "raw", "--table", fmt.Sprintf("0 %d linear %s 0", size/512, rawDisk))
+}
+
+// settle waits until the agent has nothing left to do, so that it does not
+// work off our side's writes while the other side is measured.
+func (s *stand) settle(ctx context.Context) error {
+	return s.withLog(s.rig.Run(ctx, "sync", "--wait", "--timeout", "2m", "data"))
 }
 
 func (s *stand) withLog(err error) error {
 	if err == nil {
 		return nil
 	}
-	lines := strings.Split(strings.TrimSpace(s.log.String()), "\n")
+	lines := strings.Split(strings.TrimSpace(s.log.since(0)), "\n")
 	return fmt.Errorf("%w; the agent's log ends with:\n%s", err, strings.Join(lines[max(0, len(lines)-15):], "\n"))
 }
 
 func (s *stand) close() error { return s.rig.StopAgent() }
+
+// entry is a line of the agent's log, as far as something is measured by it.
+type entry struct {
+	Message string              `json:"msg"`
+	Stats   protocol.EpochStats `json:"stats"`   // "epoch committed"
+	For     string              `json:"for"`     // "writers stopped": cut or release
+	Seconds float64             `json:"seconds"` // likewise; of "changed", the time to find out
+	Ranges  int                 `json:"ranges"`  // "changed"
+}
+
+// entries are the log's lines with a message, after Len was from.
+func (s *stand) entries(message string, from int) ([]entry, error) {
+	var found []entry
+	for line := range strings.Lines(s.log.since(from)) {
+		if !strings.HasSuffix(line, "\n") || !strings.Contains(line, `"`+message+`"`) {
+			continue // not all of it is there yet
+		}
+		var e entry
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			return nil, fmt.Errorf("the agent's log: %w: %s", err, line)
+		}
+		if e.Message == message {
+			found = append(found, e)
+		}
+	}
+	return found, nil
+}
+
+// awaitEntry waits for the first of them.
+func (s *stand) awaitEntry(ctx context.Context, message string, from int, limit time.Duration) (entry, error) {
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
+		found, err := s.entries(message, from)
+		switch {
+		case err != nil:
+			return entry{}, err
+		case len(found) > 0:
+			return found[0], nil
+		case ctx.Err() != nil:
+			return entry{}, ctx.Err()
+		case time.Now().After(deadline):
+			return entry{}, s.withLog(fmt.Errorf("the agent's log does not say %q within %v", message, limit))
+		}
+	}
+}
 
 // fill writes noise over a whole device.
 func fill(device string, size int64, seed uint64) error {
@@ -124,69 +217,6 @@ func fill(device string, size int64, seed uint64) error {
 	}
 	return file.Sync()
 }
-
-// writes is what a run of single small writes showed.
-type writes struct {
-	perSecond float64
-	worst     time.Duration
-	median    time.Duration
-}
-
-// randomWrites writes 4 KiB blocks of noise at random places, one at a time,
-// until the time is over.
-func randomWrites(ctx context.Context, device string, size int64, lasting time.Duration, random *rand.Rand) (writes, error) {
-	file, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		return writes{}, err
-	}
-	defer file.Close()
-	block, err := rig.Buffer(4096)
-	if err != nil {
-		return writes{}, err
-	}
-	defer unix.Munmap(block)
-	var took []time.Duration
-	began := time.Now()
-	for time.Since(began) < lasting {
-		if err := ctx.Err(); err != nil {
-			return writes{}, err
-		}
-		for i := 0; i < len(block); i += 64 {
-			block[i] = byte(random.Uint32())
-		}
-		at := time.Now()
-		if _, err := file.WriteAt(block, random.Int64N(size/4096)*4096); err != nil {
-			return writes{}, err
-		}
-		took = append(took, time.Since(at))
-	}
-	elapsed := time.Since(began)
-	if len(took) == 0 {
-		return writes{}, errors.New("no write in all the time")
-	}
-	slices.Sort(took)
-	return writes{perSecond: float64(len(took)) / elapsed.Seconds(), worst: took[len(took)-1], median: took[len(took)/2]}, nil
-}
-
-// wireBytes is how much the agent has sent so far, as its debug log says of
-// each epoch.
-func (s *stand) wireBytes() (uint64, error) {
-	var sum uint64
-	found := sentInEpoch.FindAllStringSubmatch(s.log.String(), -1)
-	for _, match := range found {
-		n, err := strconv.ParseUint(match[1], 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		sum += n
-	}
-	if len(found) == 0 {
-		return 0, errors.New("the agent's log says of no epoch how much was sent")
-	}
-	return sum, nil
-}
-
-var sentInEpoch = regexp.MustCompile(`epoch committed.*\bWireBytes:(\d+)`)
 
 // overwrite writes noise to count different blocks of 4 KiB, chosen at random.
 func overwrite(device string, size int64, count int, random *rand.Rand) error {
@@ -211,35 +241,30 @@ func overwrite(device string, size int64, count int, random *rand.Rand) error {
 	return nil
 }
 
-// copySequentially does what `dd bs=1M iflag=direct oflag=direct conv=fsync`
-// does, and says how long it took, in seconds.
-func copySequentially(from, to string, size int64) (float64, error) {
-	in, err := os.OpenFile(from, os.O_RDONLY|unix.O_DIRECT, 0)
+// kernelRelease is the running kernel's, without its builder's suffix.
+func kernelRelease() string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return err.Error()
+	}
+	release, _, _ := strings.Cut(unix.ByteSliceToString(name.Release[:]), "-")
+	return release
+}
+
+// diskBytes is what was read from a disk and written to it, as the kernel
+// counts.
+func diskBytes(path string) (read, written float64, err error) {
+	text, err := os.ReadFile("/sys/block/" + strings.TrimPrefix(path, "/dev/") + "/stat")
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	defer in.Close()
-	out, err := os.OpenFile(to, os.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		return 0, err
+	fields := strings.Fields(string(text))
+	if len(fields) < 7 {
+		return 0, 0, errors.New(path + ": its statistics have too few fields")
 	}
-	defer out.Close()
-	buffer, err := rig.Buffer(1 << 20)
-	if err != nil {
-		return 0, err
+	var r, w uint64
+	if _, err := fmt.Sscan(fields[2]+" "+fields[6], &r, &w); err != nil {
+		return 0, 0, fmt.Errorf("%s: its statistics: %w", path, err)
 	}
-	defer unix.Munmap(buffer)
-	began := time.Now()
-	for offset := int64(0); offset < size; offset += int64(len(buffer)) {
-		if _, err := in.ReadAt(buffer, offset); err != nil {
-			return 0, err
-		}
-		if _, err := out.WriteAt(buffer, offset); err != nil {
-			return 0, err
-		}
-	}
-	if err := out.Sync(); err != nil {
-		return 0, err
-	}
-	return time.Since(began).Seconds(), nil
+	return float64(r) * 512, float64(w) * 512, nil
 }

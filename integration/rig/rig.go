@@ -44,7 +44,7 @@ func Build(dir string) (string, error) {
 type Rig struct {
 	Binary string
 	Config string // path of the configuration file
-	// Verbose has the agent log in detail.
+	// Verbose has the agent log in detail, as JSON.
 	Verbose bool
 
 	agent *exec.Cmd
@@ -77,7 +77,7 @@ func (r *Rig) Run(ctx context.Context, args ...string) error {
 func (r *Rig) StartAgent(ctx context.Context, log io.Writer) error {
 	args := []string{"--config", r.Config, "agent"}
 	if r.Verbose {
-		args = append(args, "--verbose")
+		args = append(args, "--verbose", "--log-format", "json")
 	}
 	r.agent = exec.Command(r.Binary, args...)
 	r.agent.Stdout, r.agent.Stderr = log, log
@@ -127,6 +127,9 @@ func (r *Rig) KillAgent() {
 	<-r.ended
 	r.agent = nil
 }
+
+// AgentPid is the process id of the agent that runs.
+func (r *Rig) AgentPid() int { return r.agent.Process.Pid }
 
 // Status is what `blockferry status` says.
 func (r *Rig) Status(ctx context.Context) (status.Document, error) {

@@ -247,8 +247,11 @@ func (m *managed) events() protocol.PrimaryEvents {
 			m.log.Warn("cut failed; its epoch is void", "epoch", epoch, "error", err)
 			say("", "cut-failed", "epoch %d: %v", epoch, err)
 		},
+		Changed: func(replica string, c protocol.ChangedInfo) {
+			m.log.Debug("changed", "replica", replica, "epoch", c.Epoch, "since", c.Since, "ranges", c.Ranges, "bytes", c.Bytes, "seconds", c.Took.Seconds())
+		},
 		Committed: func(replica string, e protocol.EpochStats) {
-			m.log.Debug("epoch committed", "replica", replica, "stats", fmt.Sprintf("%+v", e))
+			m.log.Debug("epoch committed", "replica", replica, "stats", e)
 			say(replica, "epoch-committed", "epoch %d", e.Epoch)
 		},
 		Void: func(replica string, epoch uint64, err error) {

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"blockferry/integration/uml"
+)
+
+func TestMain(m *testing.M) {
+	uml.Init()
+	if uml.Inside() {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// One figure from end to end, as short as can be, so that the benchmarks go on
+// working; what it measures means nothing.
+func TestBenchRuns(t *testing.T) {
+	once = true
+	r, err := boot(t.Context(), figures[figureIndex("cut-stall")], true)
+	if errors.Is(err, uml.ErrNoGuest) && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := map[string]row{}
+	for _, row := range r.Rows {
+		rows[row.Name] = row
+	}
+	for _, name := range []string{"idle/cut-p50", "idle/release-p99", "load/both-p99", "outside/longest-write"} {
+		if got := rows[name].Values; len(got) != 1 || got[0] <= 0 {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+	if cut, both := rows["load/cut-p50"].Median, rows["load/both-p50"].Median; both < cut {
+		t.Errorf("all stops together %v ms, one of them %v", both, cut)
+	}
+	dir := t.TempDir()
+	for range 2 { // the second takes the first's place
+		if err := keep(dir, r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var kept report
+	text, err := os.ReadFile(filepath.Join(dir, reportJSON))
+	if err == nil {
+		err = json.Unmarshal(text, &kept)
+	}
+	if err != nil || len(kept.Figures) != 1 || len(kept.Figures[0].Rows) != len(r.Rows) {
+		t.Errorf("kept %+v, %v", kept, err)
+	}
+	page, err := os.ReadFile(filepath.Join(dir, reportPage))
+	for _, want := range []string{"make bench FIGURE=cut-stall QUICK=1", "idle/cut-p50", r.Date, kept.Machine.CPU} {
+		if err != nil || !strings.Contains(string(page), want) {
+			t.Errorf("the page does not say %q (%v):\n%s", want, err, page)
+		}
+	}
+}
+
+func TestRows(t *testing.T) {
+	m := &measured{}
+	m.add(row{Name: "rate", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Goal: atLeast(0.95)})
+	m.add(row{Name: "time", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Inverse: true, Goal: atLeast(1.5)})
+	m.add(row{Name: "alone", Unit: "ms", Ours: []float64{1, 2, 8, 9}, Goal: atMost(4)})
+	for i, want := range []struct {
+		median float64
+		text   string
+	}{
+		{1, "rate: 1.00 (median of 3, from 0.500 to 2.00), wanted at least 0.950: "},
+		{1, "time: 1.00 (median of 3, from 0.500 to 2.00), wanted at least 1.50, MISSED: "},
+		{5, "alone: 5.00 ms (median of 4, from 1.00 to 9.00), wanted at most 4.00, MISSED: "},
+	} {
+		if r := m.Rows[i]; r.Median != want.median || r.String() != want.text {
+			t.Errorf("median %v, '%s'; want %v, '%s'", r.Median, r.String(), want.median, want.text)
+		}
+	}
+	if err := m.check(); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []row{{Ours: []float64{1}, Theirs: []float64{0}}, {}, {Ours: []float64{math.NaN()}}} {
+		n := &measured{}
+		n.add(bad)
+		if n.check() == nil {
+			t.Errorf("%+v passed for a measurement", n.Rows)
+		}
+	}
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+)
+
+const (
+	reportJSON = "benchmarks.json"
+	reportPage = "benchmarks.md"
+)
+
+// report is what is kept: the last result of each figure.
+type report struct {
+	Machine machine  `json:"machine"`
+	Figures []result `json:"figures"`
+}
+
+// machine is where it was measured; the guest has one CPU of it.
+type machine struct {
+	CPU     string `json:"cpu"`
+	Cores   int    `json:"cores"`
+	Memory  string `json:"memory"`
+	Kernel  string `json:"kernel"`
+	Go      string `json:"go"`
+	Storage string `json:"storage"` // what the guest's disks are files on
+}
+
+func thisMachine() machine {
+	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Memory: "unknown", Kernel: kernelRelease(), Go: runtime.Version(), Storage: "files in memory (tmpfs)"}
+	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		m.CPU = field(string(text), "model name", m.CPU)
+	}
+	if text, err := os.ReadFile("/proc/meminfo"); err == nil {
+		var kib int64
+		if _, err := fmt.Sscan(field(string(text), "MemTotal", ""), &kib); err == nil {
+			m.Memory = fmt.Sprintf("%d GiB", (kib+1<<19)>>20)
+		}
+	}
+	if _, err := os.Stat("/dev/shm"); err != nil {
+		m.Storage = "files in " + os.TempDir()
+	}
+	return m
+}
+
+// field is the first value of a key in lines of 'key : value'.
+func field(text, key, otherwise string) string {
+	for line := range strings.Lines(text) {
+		if k, v, found := strings.Cut(line, ":"); found && strings.TrimSpace(k) == key {
+			return strings.TrimSpace(v)
+		}
+	}
+	return otherwise
+}
+
+// keep puts a result in the place of the figure's last one and writes the
+// page anew.
+func keep(dir string, r result) error {
+	path := filepath.Join(dir, reportJSON)
+	var kept report
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &kept)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	kept.Machine = thisMachine()
+	kept.Figures = slices.DeleteFunc(kept.Figures, func(old result) bool { return old.Figure == r.Figure || figureIndex(old.Figure) < 0 })
+	kept.Figures = append(kept.Figures, r)
+	slices.SortFunc(kept.Figures, func(a, b result) int { return figureIndex(a.Figure) - figureIndex(b.Figure) })
+	if text, err = json.MarshalIndent(kept, "", " "); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path, append(compact(text), '\n'), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, reportPage), []byte(kept.page()), 0o644)
+}
+
+func figureIndex(name string) int {
+	return slices.IndexFunc(figures, func(f figure) bool { return f.name == name })
+}
+
+// compact puts each list of numbers on one line.
+func compact(text []byte) []byte {
+	var out strings.Builder
+	inList := false
+	for line := range strings.Lines(string(text)) {
+		trimmed := strings.TrimSpace(line)
+		switch {
+		case strings.HasSuffix(trimmed, "["):
+			inList = true
+			out.WriteString(strings.TrimRight(line, "\n"))
+			continue
+		case inList && strings.HasPrefix(trimmed, "]"):
+			inList = false
+			out.WriteString(trimmed + "\n")
+			continue
+		case inList && strings.ContainsAny(trimmed, "{}\""):
+			inList = false
+			out.WriteString("\n")
+		}
+		if inList {
+			out.WriteString(trimmed)
+		} else {
+			out.WriteString(line)
+		}
+	}
+	return []byte(out.String())
+}
+
+// page is the report for people.
+func (r report) page() string {
+	var b strings.Builder
+	m := r.Machine
+	fmt.Fprintf(&b, "# Benchmarks\n\n"+
+		"Written by `make bench-report`, which measures everything, or `make bench FIGURE=NAME RECORD=docs`, which measures one figure anew; not edited by hand. "+
+		"[The raw numbers](%s) are beside it.\n\n"+
+		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
+	kernels := []string{}
+	for _, f := range r.Figures {
+		if !slices.Contains(kernels, f.GuestKernel) {
+			kernels = append(kernels, f.GuestKernel)
+		}
+	}
+	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
+		"There a system call costs more than elsewhere, disks are as fast as memory, and the clock ticks every 10 ms: absolute values say nothing about real disks, ratios of "+
+		"paired runs do, the two sides taking turns. Each row is a median; beside it the smallest and the largest of its runs.\n",
+		strings.Join(kernels, ", "), m.Storage)
+	var missed []string
+	for _, f := range r.Figures {
+		how := ""
+		if f.Quick {
+			how = ", short runs"
+		}
+		command := "make bench FIGURE=" + f.Figure
+		if f.Quick {
+			command += " QUICK=1"
+		}
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
+		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
+		for _, row := range f.Rows {
+			unit, verdict := "", ""
+			if row.Theirs == nil && row.Unit != "" {
+				unit = " " + row.Unit
+			}
+			if row.Goal != nil {
+				verdict = "met"
+				if !row.Goal.met(row.Median) {
+					verdict = "missed"
+					missed = append(missed, fmt.Sprintf("- %s, %s: %s%s, wanted %s. %s", f.Figure, row.Name, short(row.Median), unit, row.Goal, why(f.Figure, row.Name)))
+				}
+			}
+			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
+				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
+		}
+		if note := figures[figureIndex(f.Figure)].note; note != "" {
+			b.WriteString("\n" + note + "\n")
+		}
+	}
+	b.WriteString("\n## What falls short, and why\n\n")
+	if len(missed) == 0 {
+		missed = []string{"Nothing."}
+	}
+	b.WriteString(strings.Join(missed, "\n") + "\n")
+	return b.String()
+}
+
+// reasons say why a figure may fall short, by the beginning of FIGURE/ROW; the
+// first that fits counts.
+var reasons = []struct{ prefix, why string }{
+	{"first-sync-vs-dd/", "With disks as fast as memory the guest's one CPU is the limit: dd only has the kernel copy, while a first sync also computes a checksum of all it sends and checks it at the replica."},
+	{"tracked-vs-raw/", "Four mappings, dm-era's look at its bitmap among them, stand between the volume and the disk where the bare disk has one: some microseconds of CPU for each write, which show because a write to these disks takes no longer than some tens."},
+	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
+}
+
+func why(figure, row string) string {
+	for _, r := range reasons {
+		if strings.HasPrefix(figure+"/"+row, r.prefix) {
+			return r.why
+		}
+	}
+	return "The reason is not known yet."
+}
