@@ -335,7 +335,7 @@ func TestDeadManAgentsGroupKilled(t *testing.T) {
 // nobody: the agent resumes, the cut is void, the next has another dead-man.
 func TestDeadManKilled(t *testing.T) {
 	// The next cut, which would end a suspend that was left, comes late.
-	deadManGuest(t, defaultStall, 1500*time.Millisecond, false, func(d *deadManTest) {
+	deadManGuest(t, defaultStall, 2500*time.Millisecond, false, func(d *deadManTest) {
 		d.slow(30)
 		if d.count("level=WARN", "the dead-man's service is not there", "systemctl") != 1 {
 			t.Error("no warning that the service is missing")
