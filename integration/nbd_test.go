@@ -62,8 +62,6 @@ type volatileDisk struct {
 	// before and atRisk are what was durable, and what was not, at the last cut.
 	before diskPages
 	atRisk []pendingWrite
-	// last is the newest write or flush.
-	last diskRequest
 
 	device *os.File
 	server *os.File
@@ -275,7 +273,7 @@ func (d *volatileDisk) powerOn(t *testing.T) {
 	t.Helper()
 	d.disconnect()
 	d.mains.mu.Lock()
-	d.dead, d.last, d.before, d.atRisk = false, diskRequest{}, nil, nil
+	d.dead, d.before, d.atRisk = false, nil, nil
 	d.view = maps.Clone(d.durable)
 	d.mains.mu.Unlock()
 	d.connect(t)
@@ -358,7 +356,6 @@ func (d *volatileDisk) carryOut(kind uint16, offset, length int64, data []byte) 
 		if m.watch != nil {
 			m.cutLocked(m.watch(d, r))
 		}
-		d.last = r
 	}
 	if d.dead {
 		return unix.EIO

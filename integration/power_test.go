@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -148,10 +149,8 @@ func (p *powerRig) what(d *volatileDisk, r diskRequest) string {
 	at := func(a volume.Area) bool { return r.offset >= a.Offset && r.offset < a.End() }
 	magic := func(m string) bool { return bytes.HasPrefix(r.data, []byte(m)) }
 	switch {
-	case r.flush && (d.last.flush || d.last.data == nil):
-		return "flush"
 	case r.flush:
-		return "flush after " + p.what(d, d.last)
+		return "flush"
 	case d == p.marks:
 		return "mark"
 	case d == p.ssd && r.offset < p.areas.Data.Offset:
@@ -182,6 +181,18 @@ func (p *powerRig) what(d *volatileDisk, r diskRequest) string {
 		return "commit"
 	}
 	return "journal"
+}
+
+// matches says whether a request is of a kind: "" any, else what names it, or
+// "flush after" such a one, which that flush would make durable.
+func (p *powerRig) matches(d *volatileDisk, r diskRequest, kind string) bool {
+	after, isFlush := strings.CutPrefix(kind, "flush after ")
+	if !isFlush || !r.flush {
+		return kind == "" || !isFlush && p.what(d, r) == kind
+	}
+	return slices.ContainsFunc(d.pending, func(w pendingWrite) bool {
+		return p.what(d, diskRequest{offset: w.offset, data: w.data}) == after
+	})
 }
 
 // otherSuperblock is where the copy is that stands beside the one at an offset.
@@ -233,7 +244,7 @@ func (p *powerRig) lose(at powerPoint, victims ...*volatileDisk) <-chan struct{}
 	gone := make(chan struct{})
 	left := 0
 	p.mains.arm(func(d *volatileDisk, r diskRequest) []*volatileDisk {
-		if d != p.named(at.on) || at.what != "" && p.what(d, r) != at.what || at.state != "" && p.labelState() != at.state {
+		if d != p.named(at.on) || !p.matches(d, r, at.what) || at.state != "" && p.labelState() != at.state {
 			return nil
 		}
 		if left == 0 {
