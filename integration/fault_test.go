@@ -119,6 +119,9 @@ func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 		t.Fatal(w.err)
 	}
 	t.Logf("MEASURED %d looks, at most %v apart: suspended %d times, at most %v", w.looks, w.blind.Round(time.Millisecond), len(w.spans), w.longest.Round(time.Millisecond))
+	if len(w.spans) == 0 {
+		t.Error("no suspend was seen: this watch proves nothing")
+	}
 	if w.longest > limit {
 		t.Errorf("a device stayed suspended for %v, want at most %v", w.longest, limit)
 	}
@@ -132,6 +135,17 @@ func (c *cli) logText(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(content)
+}
+
+// awaitLog waits until the agents have said a word after the first from bytes of
+// their log.
+func (c *cli) awaitLog(t *testing.T, from int, word string, limit time.Duration) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !strings.Contains(c.logText(t)[from:], word); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no '%s' in the agent's log within %v", word, limit)
+		}
+	}
 }
 
 // epochBytes sums up a counter of the committed epochs in an agent's log.
