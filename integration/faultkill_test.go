@@ -34,9 +34,11 @@ func TestFaultAgentKilled(t *testing.T) {
 		started := before
 		var longest time.Duration // that the application waited for a dead agent
 		for i := range faultKills {
-			if i%5 != 0 {
-				// Not while it comes up: around its first cuts.
+			switch i % 5 { // 0: while it comes up
+			case 1, 2, 3: // around its first cuts
 				c.awaitLog(t, started, "msg=cut ", 20*time.Second)
+			case 4: // while the replica applies, and the next cut comes
+				c.awaitLog(t, started, "epoch committed", 20*time.Second)
 			}
 			time.Sleep(time.Duration(random.Int64N(int64(700 * time.Millisecond))))
 			c.kill(t)
