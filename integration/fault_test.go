@@ -53,6 +53,17 @@ func (c *cli) logText(t *testing.T) string {
 	return string(content)
 }
 
+// awaitLog waits until the agents have said a word after the first from bytes of
+// their log.
+func (c *cli) awaitLog(t *testing.T, from int, word string, limit time.Duration) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !strings.Contains(c.logText(t)[from:], word); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no '%s' in the agent's log within %v", word, limit)
+		}
+	}
+}
+
 // epochBytes sums up a counter of the committed epochs in an agent's log.
 func epochBytes(t *testing.T, log, counter string) (sum uint64) {
 	t.Helper()

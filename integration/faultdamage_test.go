@@ -214,11 +214,7 @@ func TestFaultDamage(t *testing.T) {
 					m, ubd(1), m, ubd(1), m, ubd(1), m, m+2048, total-m-2048, ubd(1), m+2048))
 				from := len(c.logText(t))
 				write()
-				for deadline := time.Now().Add(30 * time.Second); !strings.Contains(c.logText(t)[from:], "replica not served"); time.Sleep(20 * time.Millisecond) {
-					if time.Now().After(deadline) {
-						t.Fatalf("%s: the replica applied what it should not be able to", f.name)
-					}
-				}
+				c.awaitLog(t, from, "replica not served", 30*time.Second)
 			} else {
 				write()
 				c.must(t, "sync", "--timeout", "60s")

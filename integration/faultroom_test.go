@@ -25,13 +25,13 @@ func TestFaultCowOverflow(t *testing.T) {
 		h := history{Seed: 41, Size: size, MaxBytes: 1 << 20}
 		w := startWriter(t, v.Path, h, 1)
 		w.awaitWrites(t, 100)
-		held := w.acked()
+		held := w.stop(t)
 		c.must(t, "sync", "--timeout", "60s")
 		before := len(c.logText(t))
 
 		// While the replica takes its time the application rewrites everything.
 		dmSwap(t, "slow", replica(400))
-		w.takeSlowest()
+		w = startWriter(t, v.Path, h, held+1)
 		k, from := w.acked(), time.Now()
 		c.says(t, time.Minute, "ebs", "the frozen view of epoch", "the COW area of", "is full")
 		lasted, writes, slowest := time.Since(from), w.acked()-k, w.takeSlowest()

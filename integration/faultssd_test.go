@@ -61,6 +61,7 @@ func TestFaultPrimarySide(t *testing.T) {
 			name         string
 			inject, heal func()
 			says, logs   []string
+			refused      []string // what a sync says meanwhile
 		}{{
 			name: "sectors of the SSD can't be read",
 			inject: func() {
@@ -70,10 +71,11 @@ func TestFaultPrimarySide(t *testing.T) {
 			says: []string{"ebs", "read of", "at offset", "input/output error", "/dev/mapper/ssd"},
 			heal: func() { dmSwap(t, "ssd", sane) },
 		}, {
-			name:   "the label can't be written",
-			inject: func() { dmSwap(t, "ssd", failing(0, true)) },
-			says:   []string{"/dev/mapper/ssd", "label", "input/output error", "writes go on and are marked"},
-			heal:   func() { dmSwap(t, "ssd", sane) },
+			name:    "the label can't be written",
+			inject:  func() { dmSwap(t, "ssd", failing(0, true)) },
+			says:    []string{"/dev/mapper/ssd", "label", "input/output error", "writes go on and are marked"},
+			refused: []string{"ebs (no cut can be taken", "label"},
+			heal:    func() { dmSwap(t, "ssd", sane) },
 		}, {
 			name: "the agent is out of file descriptors, so cuts fail",
 			inject: func() {
@@ -91,6 +93,9 @@ func TestFaultPrimarySide(t *testing.T) {
 			f.inject()
 			if f.says != nil {
 				c.says(t, 30*time.Second, f.says...)
+			}
+			if f.refused != nil {
+				c.refused(t, 6, f.refused, "sync", "--timeout", "1s")
 			}
 			time.Sleep(time.Second)
 			writes, lasted, slowest := w.acked()-k, time.Since(began), w.takeSlowest()

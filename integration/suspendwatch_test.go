@@ -119,6 +119,9 @@ func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 		t.Fatal(w.err)
 	}
 	t.Logf("MEASURED %d looks, at most %v apart: suspended %d times, at most %v", w.looks, w.blind.Round(time.Millisecond), w.count(), w.longest().Round(time.Millisecond))
+	if w.count() == 0 {
+		t.Error("no suspend was seen: this watch proves nothing")
+	}
 	if w.longest() > limit {
 		t.Errorf("a device stayed suspended for %v, want at most %v", w.longest(), limit)
 	}

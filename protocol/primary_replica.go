@@ -77,6 +77,10 @@ func (w *replicaWorker) whyBehind() string {
 		return "not connected"
 	case w.sync != nil:
 		return "being synced"
+	case w.p.stateErr != nil:
+		return "no cut can be taken: " + w.p.stateErr.Error()
+	case w.p.cutErr != nil:
+		return "no cut can be taken: " + w.p.cutErr.Error()
 	}
 	return "under way"
 }
