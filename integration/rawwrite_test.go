@@ -15,7 +15,7 @@ import (
 // down changes it without a mark. That is noticed at the next start: the
 // replica is compared in full and ends up equal, in a new generation.
 func TestIdentityRawWriteIsNoticed(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 640 << 20}, {Size: 440 << 20}}, Modules: []string{"loop"}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 640 << 20}, {Size: 640 << 20}}, Modules: []string{"loop"}, Timeout: 5 * time.Minute}, func(t *testing.T) {
 		for _, kind := range []string{"ext4", "xfs"} {
 			ssd, ebs := ubd(0), ubd(1)
 			c := newCLI(t, strings.Replace(oneReplica(ssd, ebs), "    interval:", "    size: 320MiB\n    interval:", 1))
