@@ -152,7 +152,7 @@ func eraBlock(ctx context.Context, s *stand, m *measured) error {
 	return nil
 }
 
-// replicatingLatency writes at half the rate that the bare disk can take.
+// replicatingLatency writes at a part of the rate that the bare disk can take.
 func replicatingLatency(ctx context.Context, s *stand, m *measured) error {
 	if err := s.bareDisk(volumeBytes); err != nil {
 		return err
@@ -160,9 +160,15 @@ func replicatingLatency(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{}); err != nil {
 		return err
 	}
-	lasting := m.lasting(6*time.Second, 3*time.Second)
-	for _, depth := range []int{1, 16} {
-		l := load{pattern: "randwrite", block: "4k", depth: depth, lasting: 2 * time.Second}
+	for _, at := range []struct {
+		depth, part int
+		name, words string
+	}{
+		{1, 2, "qd1-half", "half"},
+		{16, 2, "qd16-half", "half"},
+		{1, 10, "qd1-tenth", "a tenth of"},
+	} {
+		l := load{pattern: "randwrite", block: "4k", depth: at.depth, lasting: 2 * time.Second}
 		if err := s.settle(ctx); err != nil {
 			return err
 		}
@@ -170,11 +176,11 @@ func replicatingLatency(ctx context.Context, s *stand, m *measured) error {
 		if err != nil {
 			return err
 		}
-		l.rate, l.lasting = int(full.iops/2), lasting
-		what := fmt.Sprintf("4 KiB at random, %d at once, at half the bare disk's rate while it is cut and replicated every second, over the same on the bare disk", depth)
-		p50 := row{Name: fmt.Sprintf("qd%d-p50", depth), What: "median latency, " + what, Unit: "ms"}
-		p99 := row{Name: fmt.Sprintf("qd%d-p99", depth), What: "99th percentile, " + what, Unit: "ms"}
-		got := row{Name: fmt.Sprintf("qd%d-rate", depth), What: "writes per second that were reached then, over the same on the bare disk", Unit: "writes/s"}
+		l.rate, l.lasting = int(full.iops)/at.part, m.lasting(5*time.Second, 3*time.Second)
+		what := fmt.Sprintf("4 KiB at random, %d at once, at %s the bare disk's rate while it is cut and replicated every second, over the same on the bare disk", at.depth, at.words)
+		p50 := row{Name: at.name + "-p50", What: "median latency, " + what, Unit: "ms"}
+		p99 := row{Name: at.name + "-p99", What: "99th percentile, " + what, Unit: "ms"}
+		got := row{Name: at.name + "-rate", What: "writes per second that were reached then, over the same on the bare disk", Unit: "writes/s"}
 		on := func(device string, long, reached *[]float64) side {
 			return func(ctx context.Context) (float64, error) {
 				if err := s.settle(ctx); err != nil {
