@@ -1,13 +1,19 @@
 package uml
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
+
+// Etc is a folder in a guest with Systemd whose files are in /etc from the
+// next boot on.
+const Etc = Dir + "/etc"
 
 const (
 	// serviceVar tells the program that systemd started it to supervise.
@@ -72,6 +78,17 @@ func becomeSystemd(plan bootPlan, planPath string) error {
 	}
 	for path, content := range plan.Files {
 		files[path] = content
+	}
+	kept, err := os.ReadDir(Etc)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, entry := range kept {
+		content, err := os.ReadFile(filepath.Join(Etc, entry.Name()))
+		if err != nil {
+			return err
+		}
+		files["/etc/"+entry.Name()] = string(content)
 	}
 	for path, content := range files {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
