@@ -50,6 +50,18 @@ func thisMachine() machine {
 	return m
 }
 
+// hostLoad is the average of the last minute.
+func hostLoad() (load float64) {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &load)
+	}
+	if err != nil {
+		return 0
+	}
+	return load
+}
+
 // field is the first value of a key in lines of 'key : value'.
 func field(text, key, otherwise string) string {
 	for line := range strings.Lines(text) {
@@ -145,7 +157,7 @@ func (r report) page() string {
 		if f.Quick {
 			command += " QUICK=1"
 		}
-		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s, host's load before it %.1f)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds, f.HostLoad)
 		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
 		for _, row := range f.Rows {
 			unit, verdict := "", ""
@@ -164,6 +176,11 @@ func (r report) page() string {
 		}
 		if note := figures[figureIndex(f.Figure)].note; note != "" {
 			b.WriteString("\n" + note + "\n")
+		}
+	}
+	for _, f := range figures {
+		if !slices.ContainsFunc(r.Figures, func(m result) bool { return m.Figure == f.name }) {
+			missed = append(missed, fmt.Sprintf("- %s is not measured yet.", f.name))
 		}
 	}
 	b.WriteString("\n## What falls short, and why\n\n")
