@@ -153,11 +153,14 @@ func (r report) page() string {
 		if f.Quick {
 			how = ", short runs"
 		}
+		if f.HostLoad > 0 {
+			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)
+		}
 		command := "make bench FIGURE=" + f.Figure
 		if f.Quick {
 			command += " QUICK=1"
 		}
-		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s, host's load before it %.1f)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds, f.HostLoad)
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
 		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
 		for _, row := range f.Rows {
 			unit, verdict := "", ""
