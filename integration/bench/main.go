@@ -136,7 +136,7 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 	case quick:
 		args = []string{self, "-quick", f.name}
 	}
-	began := time.Now()
+	began, load := time.Now(), hostLoad()
 	ran, err := host.Run(ctx, uml.Spec{
 		Name: f.name, Memory: f.memory, Timeout: f.limit, KernelSilent: true, Console: os.Stderr, Disks: f.disks,
 		Modules: append([]string{"dm-mod", "dm-era", "dm-snapshot"}, f.modules...),
@@ -159,6 +159,7 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 		return r, fmt.Errorf("in the guest: %w", err)
 	}
 	r.Date, r.TookSeconds = began.UTC().Format(time.DateOnly), time.Since(began).Seconds()
+	r.HostLoad = load
 	return r, r.check()
 }
 

@@ -50,6 +50,18 @@ func thisMachine() machine {
 	return m
 }
 
+// hostLoad is the average of the last minute.
+func hostLoad() (load float64) {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &load)
+	}
+	if err != nil {
+		return 0
+	}
+	return load
+}
+
 // field is the first value of a key in lines of 'key : value'.
 func field(text, key, otherwise string) string {
 	for line := range strings.Lines(text) {
@@ -141,6 +153,9 @@ func (r report) page() string {
 		if f.Quick {
 			how = ", short runs"
 		}
+		if f.HostLoad > 0 {
+			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)
+		}
 		command := "make bench FIGURE=" + f.Figure
 		if f.Quick {
 			command += " QUICK=1"
@@ -164,6 +179,11 @@ func (r report) page() string {
 		}
 		if note := figures[figureIndex(f.Figure)].note; note != "" {
 			b.WriteString("\n" + note + "\n")
+		}
+	}
+	for _, f := range figures {
+		if !slices.ContainsFunc(r.Figures, func(m result) bool { return m.Figure == f.name }) {
+			missed = append(missed, fmt.Sprintf("- %s is not measured yet.", f.name))
 		}
 	}
 	b.WriteString("\n## What falls short, and why\n\n")
