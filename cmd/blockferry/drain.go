@@ -175,7 +175,11 @@ func awaitLooked(ctx context.Context, c proto.ControlClient, v status.Volume) (s
 // replica has.
 func (d *drained) notUp(v status.Volume) {
 	if _, err := os.Stat(dm.NodePath(v.Name)); err == nil {
-		d.err = exit.Errorf(exit.Refused, "volume '%s' is not drained: it is up, but the agent does not manage it: %s; %s", v.Name, v.Reason, v.Advice)
+		why := v.Reason + "; " + v.Advice
+		if v.Stage == "up" {
+			why = "it is ending"
+		}
+		d.err = exit.Errorf(exit.Refused, "volume '%s' is not drained: it is up, but the agent does not manage it: %s", v.Name, why)
 		return
 	}
 	d.say(map[string]any{"volume": v.Name, "drained": false, "stage": v.Stage, "reason": v.Reason},
