@@ -180,16 +180,19 @@ func TestIdentitySpill(t *testing.T) {
 		run(t, "losetup", "--detach", carried)
 
 		// The SSD is lost too, and the spill file not there yet.
-		c.start(t)
-		c.await(t, "taken over", time.Minute, func(v status.Volume) bool { return v.Up })
-		c.kill(t)
-		run(t, c.binary, "--config", c.config, "--socket", c.socket, "down", "--force", "data")
-		zeroDisk(t, ssd)
 		mustUnmount(t, shelf)
-		c.start(t)
-		c.await(t, "without a part of its replica", time.Minute, func(v status.Volume) bool {
+		apart := func(v status.Volume) bool {
 			return len(v.Replicas) == 1 && strings.Contains(v.Replicas[0].Reason, file) && strings.Contains(v.Replicas[0].Advice, "bring its spill file back")
-		})
+		}
+		c.start(t)
+		c.await(t, "up, without a part of its replica", time.Minute, func(v status.Volume) bool { return v.Up && apart(v) })
+		c.must(t, "down", "--force")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Error(err)
+		}
+		zeroDisk(t, ssd)
+		c.start(t)
+		c.await(t, "blank, without a part of its replica", time.Minute, func(v status.Volume) bool { return v.Disk == "Diskless" && apart(v) })
 		c.refused(t, 3, []string{file}, "restore")
 		if err := c.stop(t, syscall.SIGTERM); err != nil {
 			t.Error(err)
