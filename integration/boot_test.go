@@ -162,6 +162,12 @@ func onlyTheTop(t *testing.T) {
 	}
 }
 
+// makeFileSystem makes the one with a UUID that is known.
+func makeFileSystem(t *testing.T) {
+	t.Helper()
+	run(t, "mkfs.ext4", "-q", "-F", "-U", fileSystemID, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "/dev/mapper/data")
+}
+
 const dataMount = "[Unit]\nRequires=blockferry-volume@data.service\nAfter=blockferry-volume@data.service\n" +
 	"[Mount]\nWhat=/dev/disk/by-uuid/" + fileSystemID + "\nWhere=" + mountPoint + "\nType=ext4\n"
 
@@ -178,7 +184,7 @@ func TestBootThousandCuts(t *testing.T) {
 		c := installedCLI(t)
 		c.must(t, "create")
 		run(t, "systemctl", "start", "blockferry-volume@data.service")
-		run(t, "mkfs.ext4", "-q", "-F", "-U", fileSystemID, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "/dev/mapper/data")
+		makeFileSystem(t)
 		run(t, "systemctl", "start", "mnt-data.mount")
 		c.must(t, "sync", "--timeout", "60s")
 		epoch := func() uint64 {
@@ -247,13 +253,15 @@ func TestBootThousandCuts(t *testing.T) {
 // An EC2 instance that is stopped under load and started again has an empty
 // SSD. Through the units alone everything is there again: every write that the
 // application had acknowledged, though the only cut is the one that the stop
-// takes, since the interval is an hour.
+// takes, since the interval is an hour, and the replica's disk is too slow for
+// what the agent does by itself when it ends.
 func TestBootStopAndStart(t *testing.T) {
 	const (
+		size      = 200 << 20
 		blankMark = uml.Dir + "/blank"
 		fstab     = "/dev/mapper/data " + mountPoint + " ext4 _netdev,nofail,x-systemd.requires=blockferry-volume@data.service,x-systemd.device-timeout=infinity 0 2\n"
 	)
-	config := strings.Replace(oneReplica(ubd(0), ubd(1)), "500ms", "1h\n    restore: auto", 1)
+	config := strings.Replace(oneReplica(ubd(0), "/dev/mapper/slow"), "500ms", "1h\n    restore: auto", 1)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -265,14 +273,17 @@ func TestBootStopAndStart(t *testing.T) {
 		// The new SSD, before anybody looks at it.
 		"/etc/systemd/system/blank.service": "[Unit]\nDefaultDependencies=no\nBefore=blockferry.service\nConditionPathExists=" + blankMark +
 			"\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'cat /dev/zero > " + ubd(0) + " || sync'\n",
-		"/etc/systemd/system/blockferry.service.d/blank.conf": "[Unit]\nWants=blank.service\n",
+		"/etc/systemd/system/slow.service": "[Unit]\nDefaultDependencies=no\nAfter=systemd-udevd.service\nBefore=blockferry.service\n" +
+			fmt.Sprintf("[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/dmsetup create slow --table '0 %d delay %[2]s 0 0 %[2]s 0 500'\n", size/sector, ubd(1)),
+		"/etc/systemd/system/blockferry.service.d/disks.conf": "[Unit]\nWants=blank.service slow.service\n",
 	})
-	inGuest(t, guest{Systemd: true, Files: files, Disks: []disk{{Size: 200 << 20}, {Size: 200 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: files, Disks: []disk{{Size: size}, {Size: size}}, Modules: []string{"dm-delay"}, Timeout: 4 * time.Minute}, func(t *testing.T) {
 		c := installedCLI(t)
 		if uml.Boot() == 0 {
+			run(t, "systemctl", "start", "slow.service")
 			c.must(t, "create")
 			run(t, "systemctl", "start", "blockferry-volume@data.service")
-			mkfs(t, "ext4", "/dev/mapper/data")
+			makeFileSystem(t)
 			if err := os.Mkdir(uml.Etc, 0o755); err != nil {
 				t.Fatal(err)
 			}
@@ -306,6 +317,10 @@ func TestBootStopAndStart(t *testing.T) {
 			t.Fatalf("the application wrote too little: %q, %v", text, err)
 		}
 		judgeDevice(t, mountPoint+"/history", applicationHistory, acked, acked)
+		// The replica, a mapped device here, is told from what it carries, too.
+		run(t, "udevadm", "trigger", "--subsystem-match=block")
+		run(t, "udevadm", "settle", "--timeout=60")
+		onlyTheTop(t)
 		log, err := os.ReadFile(uml.Dir + "/volume.log")
 		if err != nil {
 			t.Fatal(err)
