@@ -9,8 +9,8 @@ import (
 // A writePipe holds applyInFlight+1 buffers of applyRunBytes.
 const (
 	applyWorkers  = 4
-	applyInFlight = 8
-	applyRunBytes = 2 << 20  // contiguous frames are written together up to this
+	applyInFlight = 6
+	applyRunBytes = 5 << 18  // contiguous frames are written together up to this
 	applyFill     = 64 << 10 // zero frames up to this are written as zeros to keep a run going
 )
 

@@ -170,8 +170,19 @@ func (r *FrameReader) More() bool { return r.at < len(r.b) }
 // Next checks and returns the next frame: header and payload checksums, known
 // kind and codec, limits, alignment. Errors wrap ErrBadFrame and name the
 // position; the reader then stays where it is.
-func (r *FrameReader) Next() (Frame, error) {
+func (r *FrameReader) Next() (Frame, error) { return r.next(Frame.checkPayload) }
+
+// NextHeader is Next without the check of the payload's checksum, for one who
+// leaves that to whoever stores it.
+func (r *FrameReader) NextHeader() (Frame, error) {
+	return r.next(func(Frame) error { return nil })
+}
+
+func (r *FrameReader) next(check func(Frame) error) (Frame, error) {
 	f, err := parseFrame(r.b[r.at:])
+	if err == nil {
+		err = check(f)
+	}
 	if err != nil {
 		return Frame{}, fmt.Errorf("%w at byte %d of %d: %s", ErrBadFrame, r.at, len(r.b), err)
 	}
@@ -231,10 +242,14 @@ func parseFrame(b []byte) (Frame, error) {
 		return Frame{}, fmt.Errorf("payload of %d bytes, only %d left", payload, len(rest))
 	}
 	f.Payload = rest[:payload:payload]
-	if got, want := le.Uint32(h[40:]), crc32c(f.Payload); got != want {
-		return Frame{}, fmt.Errorf("payload checksum %#x, computed %#x (volume offset %d)", got, want, f.Offset)
-	}
 	return f, nil
+}
+
+func (f Frame) checkPayload() error {
+	if got, want := binary.LittleEndian.Uint32(f.Header[40:]), crc32c(f.Payload); got != want {
+		return fmt.Errorf("payload checksum %#x, computed %#x (volume offset %d)", got, want, f.Offset)
+	}
+	return nil
 }
 
 // StreamSum is what one stream of an epoch carried, as its sender says: the

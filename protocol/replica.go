@@ -126,7 +126,7 @@ type OpenOptions struct {
 // time is open; its frames come by Append, and Commit decides it. Meanwhile a goroutine
 // applies the epochs before.
 //
-// Its memory is bounded: 5 journal segments and twice 9 runs of 2 MiB, and for each of up to 16
+// Its memory is bounded: 5 journal segments and twice 7 runs of 1.25 MiB, and for each of up to 16
 // pending epochs about 2 MiB per TiB of volume that it touches.
 //
 // After a fault of the store every call returns it: close the replica and

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -196,9 +197,11 @@ func TestCommitChecksWhatArrived(t *testing.T) {
 	broken := AppendFrames(nil, meta, 0, bytes.Repeat([]byte("text"), 4096), mustCompressor(t))
 	broken[FrameHeaderBytes+9] ^= 0x55
 	reseal(broken)
+	flipped := slices.Clone(a)
+	flipped[FrameHeaderBytes+5] ^= 1
 	for name, frames := range map[string][]byte{
 		"another epoch": other(meta.Epoch+1, 1, 0), "another attempt": other(meta.Epoch, 2, 0),
-		"outside": other(meta.Epoch, 1, m.size), "cut off": a[:len(a)-1], "unpackable": broken,
+		"outside": other(meta.Epoch, 1, m.size), "cut off": a[:len(a)-1], "unpackable": broken, "payload flipped": flipped,
 	} {
 		begin()
 		if err := r.Append(ctx, 0, frames); !errors.Is(err, ErrBadFrame) || !strings.Contains(err.Error(), dev.Name()) {

@@ -262,7 +262,7 @@ func (s *Session) frames(f *proto.Frames) (SessionAction, error) {
 		return SessionAction{}, outOfOrder("%d bytes of frames in one message, at most %d are allowed", len(f.Data), MaxAppendBytes)
 	}
 	for r := NewFrameReader(f.Data); r.More(); {
-		fr, err := r.Next()
+		fr, err := r.NextHeader() // Replica.Append checks the payloads
 		switch {
 		case err != nil:
 			return SessionAction{}, outOfOrder("epoch %d: %v", s.start.Epoch, err)

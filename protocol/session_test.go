@@ -160,7 +160,7 @@ func (r *sessionScript) do(line string) string {
 			}
 		}
 		if args["flip"] != "" {
-			b[FrameHeaderBytes+7] ^= 1
+			b[FrameHeaderBytes-7] ^= 1
 		}
 		m.Message = &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: b}}
 	case "compare":
