@@ -376,6 +376,10 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 		}
 		return len(r.pending) < maxPendingEpochs, nil
 	})
+	if err == nil && o.frames == 0 && o.writer != nil {
+		// Each frame made sure of the commit's room; here there was none.
+		err = r.makeRoom(ctx, o.first.logical+commitMaxBytes)
+	}
 	if err != nil {
 		return err
 	}

@@ -162,6 +162,63 @@ func TestJournalFull(t *testing.T) {
 	must(t, m.checkOpen(r))
 }
 
+// An epoch without a frame needs room in the journal, too: its commit must not
+// be put over the beginning of one that is still to be applied.
+func TestEmptyEpochsWaitForRoom(t *testing.T) {
+	m, dev, r := synced(t, 25)
+	ctx := context.Background()
+	image, err := r.Hold(ctx)
+	must(t, err)
+	// send commits an epoch of single blocks, as many as fit and at most so many.
+	send := func(ctx context.Context, most int) error {
+		meta := FrameMeta{m.next, 1, 1}
+		m.next++
+		lineage := m.lineage.Extend(Position{m.lineage.Tip().Generation, meta.Epoch})
+		must(t, r.Begin(ctx, EpochStart{Epoch: meta.Epoch, Attempt: 1, Mode: ModeJournal, Lineage: lineage}))
+		d := NewStreamDigest()
+		var sums []StreamSum
+		for i := range most {
+			if r.open.writer.endAfter(FrameHeaderBytes+BlockSize)+commitMaxBytes-r.sb.tail.logical > MinJournalBytes {
+				break
+			}
+			at := int64(i) * BlockSize % m.size
+			copy(m.image[at:], m.noise(BlockSize))
+			frames := AppendFrames(nil, meta, at, m.image[at:at+BlockSize], nil)
+			must(t, d.AddFrames(frames))
+			must(t, r.Append(ctx, 0, frames))
+			sums = []StreamSum{d.Sum()}
+		}
+		p := lineage.Tip()
+		m.images[p], m.asked[p] = bytes.Clone(m.image), true
+		if err := r.Commit(ctx, EpochCommit{Epoch: meta.Epoch, Attempt: 1, Streams: sums}); err != nil {
+			return err
+		}
+		m.lineage, m.acked = lineage, p
+		return nil
+	}
+	must(t, send(ctx, 1<<20))
+	if st := r.Status(); st.JournalFreeBytes != 0 {
+		t.Fatalf("not full: %+v", st)
+	}
+	var waited error
+	for range maxPendingEpochs - 2 {
+		soon, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+		waited = send(soon, 0)
+		cancel()
+		must(t, m.check(dev.Clone()))
+		if waited != nil {
+			break
+		}
+	}
+	if !errors.Is(waited, context.DeadlineExceeded) {
+		t.Fatalf("all empty epochs found room: %v", waited)
+	}
+	image.Release()
+	must(t, send(ctx, 0))
+	must(t, r.WaitApplied(ctx, m.acked.Epoch))
+	must(t, m.checkOpen(r))
+}
+
 func TestCommitChecksWhatArrived(t *testing.T) {
 	m, dev, r := synced(t, 22)
 	ctx := context.Background()

@@ -269,10 +269,29 @@ func (g *Guard) ask(line []byte, deadline time.Time) ([]byte, error) {
 	return nil, errors.New("the answer is too long")
 }
 
-// quiet runs f without garbage collection. Only inside a suspend of this
-// guard, so that two never restore each other's setting.
+// noCollections counts the suspends under way in this process, of all guards.
+var noCollections struct {
+	sync.Mutex
+	count   int
+	percent int // the setting from before the first of them
+}
+
+// quiet runs f without garbage collection. Those of several guards may overlap:
+// the last to end restores the setting.
 func quiet(f func()) {
-	percent := debug.SetGCPercent(-1) // waits for a collection under way
-	defer debug.SetGCPercent(percent)
+	n := &noCollections
+	n.Lock()
+	if n.count == 0 {
+		n.percent = debug.SetGCPercent(-1) // waits for a collection under way
+	}
+	n.count++
+	n.Unlock()
+	defer func() {
+		n.Lock()
+		defer n.Unlock()
+		if n.count--; n.count == 0 {
+			debug.SetGCPercent(n.percent)
+		}
+	}()
 	f()
 }

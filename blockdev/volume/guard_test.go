@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -103,6 +104,47 @@ func TestGuardBelievesOnlyInTime(t *testing.T) {
 	for range 2 { // nobody is locked out after a failed arm
 		if err := g.arm(time.Second, "vol"); err == nil {
 			t.Error("armed by a dead-man that does not answer")
+		}
+	}
+}
+
+// Two volumes' suspends overlap: there is no collection until both have ended,
+// and then there is again.
+func TestQuietTimesOverlap(t *testing.T) {
+	setting := func() int {
+		percent := debug.SetGCPercent(-1)
+		debug.SetGCPercent(percent)
+		return percent
+	}
+	before := setting()
+	defer debug.SetGCPercent(before)
+	for _, firstEndsFirst := range []bool{true, false} {
+		end := []chan struct{}{make(chan struct{}), make(chan struct{})}
+		ended := []chan struct{}{make(chan struct{}), make(chan struct{})}
+		for i := range end {
+			begun := make(chan struct{})
+			go func() {
+				defer close(ended[i])
+				quiet(func() {
+					close(begun)
+					<-end[i]
+				})
+			}()
+			<-begun
+		}
+		one, other := 0, 1
+		if !firstEndsFirst {
+			one, other = 1, 0
+		}
+		close(end[one])
+		<-ended[one]
+		if p := setting(); p != -1 {
+			t.Errorf("collections at %d %% while a device may be suspended", p)
+		}
+		close(end[other])
+		<-ended[other]
+		if p := setting(); p != before {
+			t.Fatalf("collections at %d %% after all, want %d", p, before)
 		}
 	}
 }

@@ -66,6 +66,17 @@ var (
 	ErrBadLabel = errors.New("the volume label is damaged")
 )
 
+// newerLabel is the version of a whole label that a later program wrote. It is
+// an ErrBadLabel.
+type newerLabel uint32
+
+func (v newerLabel) Error() string {
+	return fmt.Sprintf("the volume label has version %d, this program knows versions up to %d: upgrade it", uint32(v), labelVersion)
+}
+
+// Is makes errors.Is(err, ErrBadLabel) true.
+func (v newerLabel) Is(target error) bool { return target == ErrBadLabel }
+
 // UUID names a volume, or the era metadata of one.
 type UUID [16]byte
 
@@ -180,8 +191,11 @@ func decodeLabel(slot []byte) (*Label, error) {
 		return bad("checksum %#x, want %#x", sum, want)
 	}
 	version := le.Uint32(b[8:])
-	if version < 1 || version > labelVersion {
-		return bad("version %d, this program knows versions up to %d", version, labelVersion)
+	switch {
+	case version > labelVersion:
+		return nil, newerLabel(version)
+	case version < 1:
+		return bad("version %d", version)
 	}
 	cuts, state, identity := int64(le.Uint32(b[384:])), int64(le.Uint32(b[388:])), le.Uint32(b[124:])
 	watched := int64(le.Uint32(b[392:]))
@@ -267,7 +281,7 @@ func (l *Label) endBytes() int64 {
 }
 
 // ReadLabel reads a device's label: ErrNoLabel when there is no sign of one,
-// ErrBadLabel when there is no valid one.
+// ErrBadLabel when there is no valid one, or one of a later version.
 func ReadLabel(d blockdev.Device) (*Label, error) {
 	if d.Size() < 2*slotStride {
 		return nil, fmt.Errorf("%s: %w: it has %d bytes, a label needs %d", d.Name(), ErrNoLabel, d.Size(), 2*slotStride)
@@ -281,6 +295,10 @@ func ReadLabel(d blockdev.Device) (*Label, error) {
 			return nil, fmt.Errorf("%s: read label slot %d: %w", d.Name(), slot, err)
 		}
 		l, err := decodeLabel(b)
+		if newer := newerLabel(0); errors.As(err, &newer) {
+			// Nor does it here.
+			return nil, fmt.Errorf("%s: slot %d: %w", d.Name(), slot, err)
+		}
 		switch {
 		case err == nil && (best == nil || l.Sequence > best.Sequence):
 			best = l

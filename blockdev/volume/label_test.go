@@ -147,6 +147,35 @@ func TestReadLabelTellsAbsentFromDamaged(t *testing.T) {
 	}
 }
 
+// A label of a later version is not passed over for the older one beside it:
+// the next write would put an older state over the newer.
+func TestReadLabelRefusesALaterVersion(t *testing.T) {
+	d := blocktest.NewMemory(4 << 20)
+	l := sampleLabel(t)
+	for range 2 {
+		if err := writeLabel(d, l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.Sequence++
+	b, err := l.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	le.PutUint32(b[8:], labelVersion+1)
+	le.PutUint32(b[16:], 0)
+	le.PutUint32(b[16:], crc32.Checksum(b, castagnoli))
+	for i := range int64(2) { // beside an older one, then alone
+		if _, err := d.WriteAt(b, (int64(l.Sequence)+i)%2*slotStride); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadLabel(d)
+		if !errors.Is(err, ErrBadLabel) || !strings.Contains(err.Error(), "upgrade") || strings.Contains(err.Error(), "damaged") {
+			t.Fatalf("%d slots of version %d: %+v, %v", i+1, labelVersion+1, got, err)
+		}
+	}
+}
+
 func TestCutsAnswerTooMuchNeverTooLittle(t *testing.T) {
 	var c Cuts
 	if _, known := c.Since(5); known {
