@@ -75,7 +75,7 @@ func TestIdentityCarriedReplica(t *testing.T) {
 		c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
 		c.must(t, "sync", "--timeout", "60s")
 		c.must(t, "verify")
-		if log, _ := os.ReadFile(c.log.Name()); plans(log, "full")+plans(log, "compare") > 0 || plans(log, "incremental") == 0 {
+		if log := c.logText(t); plans(log, "full")+plans(log, "compare") > 0 || plans(log, "incremental") == 0 {
 			t.Error("replication did not go on where it was")
 		}
 		c.must(t, "down")
@@ -97,7 +97,7 @@ func TestIdentityCarriedReplica(t *testing.T) {
 		c.start(t)
 		c.await(t, "up to date", time.Minute, upToDate)
 		c.must(t, "verify")
-		if log, _ := os.ReadFile(c.log.Name()); plans(log, "compare") != 1 {
+		if log := c.logText(t); plans(log, "compare") != 1 {
 			t.Errorf("a replica that was mounted elsewhere: %d comparisons", plans(log, "compare"))
 		}
 		c.must(t, "down")
@@ -176,7 +176,7 @@ func TestIdentityBlankIsAPositiveFinding(t *testing.T) {
 			return v.Up && len(v.Replicas) == 2
 		}
 		v := c.await(t, "replicated to both", time.Minute, following)
-		writeNoise(t, v.Path, 1, 0, 16<<20)
+		noise(t, v.Path, 0, 16<<20, 1)
 		c.must(t, "sync", "--timeout", "60s")
 		want := imageDigest(t, v.Path, 64<<20)
 		stop := func() {

@@ -117,6 +117,16 @@ func (c *cli) stop(t *testing.T, signal os.Signal) error {
 	}
 }
 
+// logText is all that the agents of this test have said.
+func (c *cli) logText(t *testing.T) string {
+	t.Helper()
+	content, err := os.ReadFile(c.log.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
 // await asks for the status until it is as wanted.
 func (c *cli) await(t *testing.T, what string, limit time.Duration, ok func(status.Volume) bool) status.Volume {
 	t.Helper()
@@ -150,7 +160,7 @@ func (c *cli) look(t *testing.T) (v status.Volume, said string, known bool) {
 }
 
 // plans counts in an agent's log the epochs that were brought over in a way.
-func plans(log []byte, action string) int { return strings.Count(string(log), " Action:"+action+" ") }
+func plans(log, action string) int { return strings.Count(log, " Action:"+action+" ") }
 
 func upToDate(v status.Volume) bool {
 	for _, r := range v.Replicas {
@@ -241,13 +251,12 @@ func TestMainPath(t *testing.T) {
 			t.Errorf("before %s at %v, after the restore %s at %v", first.UUID, synced.Position, again.UUID, again.Position)
 		}
 		// It goes on, and does not send everything once more.
-		before := c.log.Name()
 		w = startWriter(t, again.Path, h, last+1)
 		w.awaitWrites(t, 50)
 		last = w.stop(t)
 		c.must(t, "sync")
 		c.must(t, "verify")
-		content, _ := os.ReadFile(before)
+		content := c.logText(t)
 		if full, compared := plans(content, "full"), plans(content, "compare"); full != 1 || compared != 0 {
 			t.Errorf("after the restore replication did not go on incrementally: %d full copies, %d comparisons", full, compared)
 		}

@@ -114,19 +114,10 @@ func (d *deadManTest) startService() {
 	d.awaitLog("dead-man serves", before+1)
 }
 
-func (d *deadManTest) text() string {
-	d.t.Helper()
-	content, err := os.ReadFile(d.log.Name())
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	return string(content)
-}
-
 // count says how many lines of the log hold all words.
 func (d *deadManTest) count(words ...string) int {
 	n := 0
-	for line := range strings.Lines(d.text()) {
+	for line := range strings.Lines(d.logText(d.t)) {
 		all := true
 		for _, w := range words {
 			all = all && strings.Contains(line, w)
@@ -159,7 +150,7 @@ func (d *deadManTest) awaitCut() {
 // pid is the dead-man that the agent last said it has.
 func (d *deadManTest) pid() int {
 	d.t.Helper()
-	all := regexp.MustCompile(`the dead-man's service (?:is not there|looks after).* pid=(\d+)`).FindAllStringSubmatch(d.text(), -1)
+	all := regexp.MustCompile(`the dead-man's service (?:is not there|looks after).* pid=(\d+)`).FindAllStringSubmatch(d.logText(d.t), -1)
 	if len(all) == 0 {
 		d.t.Fatal("the agent names no dead-man")
 	}
@@ -186,8 +177,8 @@ func (d *deadManTest) finish() {
 	last := d.writer.stop(t)
 	d.must(t, "sync", "--timeout", "60s")
 	d.must(t, "verify")
-	text := d.text()
-	if full, compared := plans([]byte(text), "full"), plans([]byte(text), "compare"); full != 1 || compared != 0 {
+	text := d.logText(d.t)
+	if full, compared := plans(text, "full"), plans(text, "compare"); full != 1 || compared != 0 {
 		t.Errorf("not incremental: %d full copies, %d comparisons", full, compared)
 	}
 	void := regexp.MustCompile(voidCut+`.* epoch=(\d+) `).FindAllStringSubmatch(text, -1)

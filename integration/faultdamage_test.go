@@ -3,12 +3,9 @@ package integration
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
@@ -34,34 +31,10 @@ type damaged struct {
 	ssd, disk string // the volume's disk and the replica's
 }
 
-// edit changes one block of 4 KiB on a disk.
-func (d *damaged) edit(device string, at int64, change func(block []byte)) {
-	d.t.Helper()
-	file, err := os.OpenFile(device, os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	defer file.Close()
-	block := alignedBuffer(4096)
-	defer unix.Munmap(block)
-	if _, err := file.ReadAt(block, at); err != nil {
-		d.t.Fatal(err)
-	}
-	change(block)
-	if _, err := file.WriteAt(block, at); err != nil {
-		d.t.Fatal(err)
-	}
-}
-
-func (d *damaged) flip(device string, at int64) {
-	d.t.Helper()
-	d.edit(device, at&^4095, func(b []byte) { b[at&4095] ^= 0x10 })
-}
-
 func (d *damaged) zero(device string, from, to int64) {
 	d.t.Helper()
 	for ; from < to; from += 4096 {
-		d.edit(device, from, func(b []byte) { clear(b) })
+		editBlock(d.t, device, from, func(b []byte) { clear(b) })
 	}
 }
 
@@ -78,7 +51,7 @@ func (d *damaged) superblock() (s superblock) {
 	end := sectors(d.t, d.disk) * sector &^ (1<<20 - 1)
 	le := binary.LittleEndian
 	for _, at := range []int64{end - 1<<20, end - 512<<10} {
-		d.edit(d.disk, at, func(b []byte) {
+		editBlock(d.t, d.disk, at, func(b []byte) {
 			if string(b[:8]) != "BFSUPER1" || le.Uint64(b[16:]) < s.sequence {
 				s.other = at
 				return
@@ -114,7 +87,7 @@ func (d *damaged) eraBlock(field int) int64 {
 	at := l.Areas.Meta.Offset + 4096
 	block := uint64(0)
 	if field > 0 {
-		d.edit(d.ssd, at, func(b []byte) { block = binary.LittleEndian.Uint64(b[field:]) })
+		editBlock(d.t, d.ssd, at, func(b []byte) { block = binary.LittleEndian.Uint64(b[field:]) })
 		if block == 0 {
 			d.t.Fatalf("the era metadata names no block in field %d", field)
 		}
@@ -161,12 +134,12 @@ func TestFaultDamage(t *testing.T) {
 		held := uint64(0) // the last write that the replica holds when the agent ends
 		place := func(n int64) string { return fmt.Sprint(n) }
 		named := "" // the place of the damage, as it has to be named
-		replica := func(at int64) { named = place(at); d.flip(d.disk, at+40) }
+		replica := func(at int64) { named = place(at); flipBit(d.t, d.disk, at+40) }
 		era := func(field int) func() {
 			return func() {
 				at := d.eraBlock(field)
 				named = fmt.Sprintf("from byte %d, is damaged: era metadata block %d", d.eraBlock(0), (at-d.eraBlock(0))/4096)
-				d.flip(d.ssd, at+100)
+				flipBit(d.t, d.ssd, at+100)
 			}
 		}
 		journal := []string{late, "journal damaged at", "the older image", "still whole", "recover --drop-journal"}
@@ -176,7 +149,7 @@ func TestFaultDamage(t *testing.T) {
 				says: []string{late, "no valid superblock", "create --replica ebs data"}, wayOut: format, plan: "full"},
 			{name: "change map, a page flipped", do: func() { replica(d.superblock().mapAt) }, plan: "incremental"},
 			{name: "journal, a header flipped", pending: true, do: func() { replica(d.superblock().tail) }, says: journal, wayOut: drop, plan: "incremental"},
-			{name: "journal, a body flipped", pending: true, do: func() { at := d.superblock().tail; named = place(at); d.flip(d.disk, at+4096+77) },
+			{name: "journal, a body flipped", pending: true, do: func() { at := d.superblock().tail; named = place(at); flipBit(d.t, d.disk, at+4096+77) },
 				says: journal, wayOut: drop, plan: "incremental"},
 			{name: "journal, truncated", pending: true, do: func() { s := d.superblock(); named = place(s.tail); d.zero(d.disk, s.tail+8192, s.head) },
 				says: journal, wayOut: drop, plan: "incremental"},
@@ -194,12 +167,12 @@ func TestFaultDamage(t *testing.T) {
 			{name: "label, the newest slot flipped", down: true, do: func() {
 				_, at := d.label()
 				named = fmt.Sprintf("%s: slot %d: the volume label is damaged", d.ssd, at/(512<<10))
-				d.flip(d.ssd, at+200)
+				flipBit(d.t, d.ssd, at+200)
 			}, plan: "incremental"},
 			{name: "label, both slots flipped", down: true, do: func() {
 				named = d.ssd + ": slot"
-				d.flip(d.ssd, 200)
-				d.flip(d.ssd, 512<<10+200)
+				flipBit(d.t, d.ssd, 200)
+				flipBit(d.t, d.ssd, 512<<10+200)
 			}, says: []string{d.ssd, "the volume label is damaged", "restore --force data"}, wayOut: func() {
 				c.must(t, "restore", "--force") // what the replica lacks is lost with the label
 				judgeDevice(t, v.Path, h, held, held)
@@ -242,8 +215,8 @@ func TestFaultDamage(t *testing.T) {
 			c.must(t, "sync", "--timeout", "60s")
 			c.must(t, "verify")
 			log := c.logText(t)[from:]
-			full, compared := plans([]byte(log), "full"), plans([]byte(log), "compare")
-			t.Logf("MEASURED %s: %d full copies, %d comparisons, %d incremental epochs, %.1f s", f.name, full, compared, plans([]byte(log), "incremental"), time.Since(began).Seconds())
+			full, compared := plans(log, "full"), plans(log, "compare")
+			t.Logf("MEASURED %s: %d full copies, %d comparisons, %d incremental epochs, %.1f s", f.name, full, compared, plans(log, "incremental"), time.Since(began).Seconds())
 			if full > 0 != (f.plan == "full") || compared > 0 != (f.plan == "compare") {
 				t.Errorf("%s: %d full copies, %d comparisons, want %s", f.name, full, compared, f.plan)
 			}

@@ -73,7 +73,7 @@ func TestFaultAgentKilled(t *testing.T) {
 		sent, marked := epochBytes(t, log, "WireBytes"), epochBytes(t, log, "MarkedBytes")
 		up, cut := strings.Count(log, "msg=\"volume is up\""), strings.Count(log, "msg=cut ")
 		t.Logf("MEASURED %d kills in %d starts that came up, %d cuts, %d epochs: %d writes of %d KiB, %d KiB marked, %d KiB sent; the application waited at most %v",
-			faultKills, up, cut, plans([]byte(log), "incremental"), last, written>>10, marked>>10, sent>>10, longest.Round(time.Millisecond))
+			faultKills, up, cut, plans(log, "incremental"), last, written>>10, marked>>10, sent>>10, longest.Round(time.Millisecond))
 		if sent > written+written/4 {
 			t.Errorf("%d bytes were sent for %d written", sent, written)
 		}

@@ -31,7 +31,7 @@ func TestStackLeftInPart(t *testing.T) {
 		judgeDevice(t, v.Path, h, last, last)
 		c.must(t, "sync", "--timeout", "60s")
 		c.must(t, "verify")
-		content, _ := os.ReadFile(c.log.Name())
+		content := c.logText(t)
 		if full, compared := plans(content, "full"), plans(content, "compare"); full != 1 || compared != 0 {
 			t.Errorf("track was lost: %d full copies, %d comparisons", full, compared)
 		}

@@ -413,14 +413,11 @@ func (p *powerRig) caughtUp(t *testing.T) {
 	p.await(t, "up to date", time.Minute, upToDate)
 	p.must(t, "sync", "--timeout", "60s")
 	p.must(t, "verify")
-	content, err := os.ReadFile(p.log.Name())
-	if err != nil {
-		t.Fatal(err)
-	}
+	content := p.logText(t)
 	if full, compared := plans(content, "full"), plans(content, "compare"); full != p.fulls || compared != 0 {
 		t.Fatalf("it did not catch up incrementally: %d full copies, should be %d; %d comparisons", full, p.fulls, compared)
 	}
-	if lost := strings.Count(string(content), "tracking begins anew"); lost != 0 {
+	if lost := strings.Count(content, "tracking begins anew"); lost != 0 {
 		t.Fatalf("tracking was lost %d times", lost)
 	}
 }

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,7 +36,7 @@ func TestFaultPowerLossOfBoth(t *testing.T) {
 			{on: "ebs", what: "flush after applied superblock", few: 2},
 		}
 		for i := range powerNumber(t, powerLossesVar, len(points)) {
-			p.loseBoth(t, points[i%len(points)])
+			p.loseOwn(t, points[i%len(points)], p.all()...)
 		}
 		p.finish(t)
 	})
@@ -55,20 +54,26 @@ func (p *powerRig) write(t *testing.T) (w *writer, synced uint64) {
 	return w, synced
 }
 
-func (p *powerRig) loseBoth(t *testing.T, at powerPoint) {
+// loseOwn takes the power of disks that the volume can't do without, at once.
+func (p *powerRig) loseOwn(t *testing.T, at powerPoint, victims ...*volatileDisk) {
 	t.Helper()
-	t.Logf("power of both goes at a %s on %s", at.what, at.on)
+	t.Logf("power of %d goes at a %s on %s", len(victims), at.what, at.on)
 	w, synced := p.write(t)
-	epoch := p.awaitLoss(t, at, p.lose(at, p.all()...))
+	epoch := p.awaitLoss(t, at, p.lose(at, victims...))
 	<-w.done
 	if w.err == nil {
 		t.Fatal("the writer saw no error")
+	}
+	if len(victims) == 1 {
+		time.Sleep(300 * time.Millisecond) // an agent that is not stopped at once does no harm either
 	}
 	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
 	p.takeDown(t)
 	p.judge(t, w, synced, epoch)
 	p.flushed = max(p.flushed, synced)
-	p.powerOn(t)
+	for _, d := range victims {
+		d.powerOn(t)
+	}
 	p.start(t)
 	p.caughtUp(t)
 }
@@ -92,8 +97,7 @@ func (p *powerRig) finish(t *testing.T) {
 	p.start(t)
 	v := p.await(t, "up to date", time.Minute, upToDate)
 	judgeDevice(t, v.Path, p.h, last, last)
-	content, _ := os.ReadFile(p.log.Name())
-	if n := strings.Count(string(content), "new generation after a clean end"); n != 1 {
+	if n := strings.Count(p.logText(t), "new generation after a clean end"); n != 1 {
 		t.Errorf("%d starts after a clean end, should be one, the last", n)
 	}
 	p.must(t, "down")
@@ -126,29 +130,11 @@ func TestFaultPowerLossOfOne(t *testing.T) {
 			if at := points[i%len(points)]; at.on == "ebs" {
 				p.loseReplica(t, at)
 			} else {
-				p.loseOwn(t, at)
+				p.loseOwn(t, at, p.named(at.on))
 			}
 		}
 		p.finish(t)
 	})
-}
-
-// loseOwn takes the power of the SSD, or of the disk that its marks are on.
-func (p *powerRig) loseOwn(t *testing.T, at powerPoint) {
-	t.Helper()
-	victim := p.named(at.on)
-	t.Logf("power of %s goes at a %s", at.on, at.what)
-	w, synced := p.write(t)
-	epoch := p.awaitLoss(t, at, p.lose(at, victim))
-	<-w.done
-	time.Sleep(300 * time.Millisecond) // an agent that is not stopped at once does no harm either
-	p.flushed, p.issued = max(p.flushed, w.flushed()), max(p.issued, w.issued())
-	p.takeDown(t)
-	p.judge(t, w, synced, epoch)
-	p.flushed = max(p.flushed, synced)
-	victim.powerOn(t)
-	p.start(t)
-	p.caughtUp(t)
 }
 
 func (p *powerRig) loseReplica(t *testing.T, at powerPoint) {

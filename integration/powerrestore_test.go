@@ -22,16 +22,22 @@ func (p *powerRig) settled(t *testing.T) status.Volume {
 	})
 }
 
+// filledPowerRig is one whose volume holds the writes of its history up to last.
+func filledPowerRig(t *testing.T) (p *powerRig, last uint64) {
+	t.Helper()
+	p = newPowerRig(t, false, "20MiB")
+	p.create(t)
+	p.start(t)
+	w, _ := p.write(t)
+	w.awaitWrites(t, 500)
+	return p, w.stop(t)
+}
+
 // Power of the SSD goes while it is being restored: what is there is never
 // taken for a volume before it is one, and the restore, repeated, ends well.
 func TestFaultPowerLossInRestore(t *testing.T) {
 	inGuest(t, powerGuest, func(t *testing.T) {
-		p := newPowerRig(t, false, "20MiB")
-		p.create(t)
-		p.start(t)
-		w, _ := p.write(t)
-		w.awaitWrites(t, 500)
-		last := w.stop(t)
+		p, last := filledPowerRig(t)
 		p.must(t, "down")
 		if err := p.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the agent ended with %v", err)
@@ -172,12 +178,7 @@ func TestFaultPowerLossInCreate(t *testing.T) {
 // until it ends nobody takes the replica for a copy, and then it is one.
 func TestFaultPowerLossInFirstSync(t *testing.T) {
 	inGuest(t, powerGuest, func(t *testing.T) {
-		p := newPowerRig(t, false, "20MiB")
-		p.create(t)
-		p.start(t)
-		w, _ := p.write(t)
-		w.awaitWrites(t, 500)
-		last := w.stop(t)
+		p, last := filledPowerRig(t)
 		p.must(t, "sync", "--timeout", "60s")
 		p.takeDown(t)
 		for i, at := range []powerPoint{

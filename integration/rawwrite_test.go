@@ -35,8 +35,8 @@ func TestIdentityRawWriteIsNoticed(t *testing.T) {
 			c.must(t, "down")
 			c.must(t, "up")
 			v = c.await(t, "up to date", time.Minute, upToDate)
-			log, _ := os.ReadFile(c.log.Name())
-			if strings.Contains(string(log), "changed outside") || plans(log, "compare") > 0 {
+			log := c.logText(t)
+			if strings.Contains(log, "changed outside") || plans(log, "compare") > 0 {
 				t.Errorf("%s: a volume that only its own writers wrote to counts as changed outside", kind)
 			}
 			c.must(t, "down")
@@ -66,8 +66,8 @@ func TestIdentityRawWriteIsNoticed(t *testing.T) {
 			}
 			c.must(t, "sync", "--timeout", "60s")
 			c.must(t, "verify")
-			log, _ = os.ReadFile(c.log.Name())
-			if !strings.Contains(string(log), "changed outside") || plans(log, "compare") != 1 {
+			log = c.logText(t)
+			if !strings.Contains(log, "changed outside") || plans(log, "compare") != 1 {
 				t.Errorf("%s: %d comparisons; nothing was noticed", kind, plans(log, "compare"))
 			}
 			c.must(t, "down")

@@ -2,10 +2,8 @@ package integration
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,29 +23,6 @@ import (
 func spillConfig(ssd, ebs, spill string) string {
 	return fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: 96MiB\n    interval: 1h\n    replicas:\n      ebs:\n"+
 		"        device: %s\n        compression: none\n        journal: 16MiB\n        spill: %s\n        spill-limit: 128MiB\n", ssd, ebs, spill)
-}
-
-// writeNoise fills a stretch of a device with what follows from a seed.
-func writeNoise(t *testing.T, path string, seed uint64, offset, length int64) {
-	t.Helper()
-	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	random := rand.New(rand.NewPCG(seed, 7))
-	piece := alignedBuffer(1 << 20)
-	for at := offset; at < offset+length; at += int64(len(piece)) {
-		for i := 0; i < len(piece); i += 8 {
-			binary.LittleEndian.PutUint64(piece[i:], random.Uint64())
-		}
-		if _, err := f.WriteAt(piece, at); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := f.Sync(); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // imageDigest is of a device's first size bytes.
@@ -134,10 +109,9 @@ func TestIdentitySpill(t *testing.T) {
 		if n := allocatedBytes(t, file); n > 64<<10 {
 			t.Errorf("the unused spill file takes %d bytes", n)
 		}
-		writeNoise(t, v.Path, 1, 0, 64<<20)
+		noise(t, v.Path, 0, 64<<20, 1)
 		c.must(t, "sync", "--timeout", "60s")
-		content, _ := os.ReadFile(c.log.Name())
-		if plans(content, "incremental") == 0 {
+		if plans(c.logText(t), "incremental") == 0 {
 			t.Error("the epoch did not go by the journal")
 		}
 		c.must(t, "verify")
@@ -145,7 +119,7 @@ func TestIdentitySpill(t *testing.T) {
 		first := imageDigest(t, v.Path, size)
 
 		// In the middle of an epoch: the replica is what it was.
-		writeNoise(t, v.Path, 2, 16<<20, 72<<20)
+		noise(t, v.Path, 16<<20, 72<<20, 2)
 		c.killWhen(t, ebs, "spilled", func(protocol.ReplicaStatus) bool { return allocatedBytes(t, file) > 20<<20 })
 		c.must(t, "recover", ebs)
 		if imageDigest(t, ebs, size) != first {
@@ -156,7 +130,7 @@ func TestIdentitySpill(t *testing.T) {
 		c.must(t, "sync", "--timeout", "60s")
 
 		// Committed, and not applied.
-		writeNoise(t, v.Path, 3, 8<<20, 80<<20)
+		noise(t, v.Path, 8<<20, 80<<20, 3)
 		second := imageDigest(t, v.Path, size)
 		c.killWhen(t, ebs, "committed", func(s protocol.ReplicaStatus) bool {
 			return s.Committed != s.Applied && allocatedBytes(t, file) > 20<<20
@@ -169,7 +143,7 @@ func TestIdentitySpill(t *testing.T) {
 		c.refused(t, 3, []string{other, "no such file"}, "recover", "--spill", other, carried)
 		copyFile(t, file, other, 30<<20)
 		c.refused(t, 3, []string{other}, "recover", "--spill", other, carried)
-		flipByte(t, other, 20<<20)
+		flipBit(t, other, 20<<20)
 		c.refused(t, 3, []string{other, "checksum"}, "recover", "--spill", other, carried)
 		if err := os.Remove(other); err != nil {
 			t.Fatal(err)
@@ -211,28 +185,11 @@ func TestIdentitySpill(t *testing.T) {
 		if imageDigest(t, v.Path, size) != second {
 			t.Error("the restored volume is not the committed epoch")
 		}
-		writeNoise(t, v.Path, 4, 0, 64<<20)
+		noise(t, v.Path, 0, 64<<20, 4)
 		c.must(t, "sync", "--timeout", "60s")
 		c.must(t, "verify")
 		c.must(t, "down")
 	})
-}
-
-func flipByte(t *testing.T, path string, at int64) {
-	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	b := make([]byte, 1)
-	if _, err := f.ReadAt(b, at); err != nil {
-		t.Fatal(err)
-	}
-	b[0] ^= 4
-	if _, err := f.WriteAt(b, at); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // A spill file where it would be lost with the machine, or would wait for the
@@ -254,7 +211,7 @@ func TestIdentitySpillPlace(t *testing.T) {
 		if _, err := os.Stat(memory); err == nil {
 			t.Error("the spill file was made all the same")
 		}
-		writeNoise(t, v.Path, 1, 0, 64<<20)
+		noise(t, v.Path, 0, 64<<20, 1)
 		c.refused(t, 6, nil, "sync", "--timeout", "5s")
 		c.await(t, "behind, with the reason", time.Minute, func(v status.Volume) bool {
 			return strings.Contains(v.Replicas[0].Reason, "journal") && strings.Contains(v.Replicas[0].Reason, "tmpfs") && v.Replicas[0].Disk != "Inconsistent"

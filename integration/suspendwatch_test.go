@@ -111,7 +111,9 @@ func (w *suspendWatch) median() time.Duration {
 }
 
 // end stops the watch and fails the test if a device was suspended for longer
-// than the limit.
+// than the limit. A span may be shorter than measured by the time without a
+// look at its end: on a machine that does not run the guest for a while that
+// is most of it.
 func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 	t.Helper()
 	w.halt()
@@ -122,7 +124,7 @@ func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 	if w.count() == 0 {
 		t.Error("no suspend was seen: this watch proves nothing")
 	}
-	if w.longest() > limit {
-		t.Errorf("a device stayed suspended for %v, want at most %v", w.longest(), limit)
+	if w.longest() > limit+w.blind {
+		t.Errorf("a device stayed suspended for %v, want at most %v and the %v without a look", w.longest(), limit, w.blind)
 	}
 }

@@ -54,7 +54,7 @@ func Inspect(d blockdev.Device) (Content, string) {
 			return Unknown, fmt.Sprintf("%s: read at %d: %v", d.Name(), at, err)
 		}
 		if i := firstNonzero(b); i >= 0 {
-			what := "content that is not zero"
+			what := unknownContent
 			if at == 0 {
 				what = signature(b)
 			}
@@ -93,6 +93,8 @@ func firstNonzero(b []byte) int {
 	return -1
 }
 
+const unknownContent = "content that is not zero"
+
 // signature names what a device's first MiB begins with.
 func signature(b []byte) string {
 	at := func(offset int, magic string) bool {
@@ -118,5 +120,5 @@ func signature(b []byte) string {
 	case at(510, "\x55\xaa"):
 		return "an MBR partition table or a boot sector"
 	}
-	return "content that is not zero"
+	return unknownContent
 }

@@ -280,14 +280,15 @@ func (l *Label) endBytes() int64 {
 	return end + l.Areas.TailBytes
 }
 
-// ReadLabel reads a device's label: ErrNoLabel when there is no sign of one,
-// ErrBadLabel when there is no valid one, or one of a later version.
+// ReadLabel reads a device's label: ErrNoLabel when there is no sign of one, or
+// something else was written over a slot, ErrBadLabel when there is no valid one,
+// or one of a later version.
 func ReadLabel(d blockdev.Device) (*Label, error) {
 	if d.Size() < 2*slotStride {
 		return nil, fmt.Errorf("%s: %w: it has %d bytes, a label needs %d", d.Name(), ErrNoLabel, d.Size(), 2*slotStride)
 	}
 	var best *Label
-	var bad error
+	var bad, foreign error
 	for slot := range int64(2) {
 		b := blockdev.AlignedBuffer(slotBytes)
 		if _, err := d.ReadAt(b, slot*slotStride); err != nil {
@@ -304,9 +305,14 @@ func ReadLabel(d blockdev.Device) (*Label, error) {
 			best = l
 		case errors.Is(err, ErrBadLabel):
 			bad = fmt.Errorf("%s: slot %d: %w", d.Name(), slot, err)
+		case err != nil && overwritten(b):
+			foreign = fmt.Errorf("%s: %w: slot %d holds %s", d.Name(), ErrNoLabel, slot, signature(b))
 		}
 	}
 	switch {
+	case best != nil && foreign != nil:
+		// The disk is somebody else's by now: mkfs.xfs for one leaves the second slot.
+		return nil, foreign
 	case best != nil:
 		// Whatever the other slot held, this one names too much changed, and
 		// a replica that has got further than it knows is noticed.
@@ -318,6 +324,12 @@ func ReadLabel(d blockdev.Device) (*Label, error) {
 		return nil, bad
 	}
 	return nil, fmt.Errorf("%s: %w", d.Name(), ErrNoLabel)
+}
+
+// overwritten says whether a slot without a label holds something else. A label
+// whose write was torn is none: it begins with zeros, as a slot does at first.
+func overwritten(slot []byte) bool {
+	return firstNonzero(slot[:len(labelMagic)]) >= 0 || signature(slot) != unknownContent
 }
 
 // writeLabel writes the next version of the label and makes it durable. On an

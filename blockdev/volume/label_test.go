@@ -176,6 +176,44 @@ func TestReadLabelRefusesALaterVersion(t *testing.T) {
 	}
 }
 
+// A file system made over a volume's disk may leave the second slot. The disk is
+// no volume then: nothing is written to it, and udev does not hide it.
+func TestLabelDoesNotOutliveWhatIsWrittenOverIt(t *testing.T) {
+	whole := blocktest.NewMemory(16 << 20)
+	l := sampleLabel(t)
+	for range 2 {
+		if err := writeLabel(whole, l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name string
+		at   int64
+		what string
+	}{
+		{"xfs", 0, "XFSB"},
+		{"ext4", 1080, "\x53\xef"}, // its first sectors are zeros
+		{"gpt", 512, "EFI PART"},
+		{"what nobody knows", 0, "anything"},
+	} {
+		for slot := range int64(2) {
+			d := whole.Clone()
+			over := make([]byte, slotBytes)
+			copy(over[c.at:], c.what)
+			d.WriteAt(over, slot*slotStride)
+			if _, err := ReadLabel(d); !errors.Is(err, ErrNoLabel) {
+				t.Errorf("%s over slot %d: %v", c.name, slot, err)
+			}
+			if content, why := Inspect(d); content != Foreign {
+				t.Errorf("%s over slot %d: %s, %s", c.name, slot, content, why)
+			}
+			if role, _, err := Probe(d); role != "" || err != nil {
+				t.Errorf("%s over slot %d: role '%s', %v", c.name, slot, role, err)
+			}
+		}
+	}
+}
+
 func TestCutsAnswerTooMuchNeverTooLittle(t *testing.T) {
 	var c Cuts
 	if _, known := c.Since(5); known {

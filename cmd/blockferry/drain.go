@@ -21,9 +21,15 @@ import (
 const (
 	// drainEvery is how often a drain looks, and prints.
 	drainEvery = time.Second
-	// answerGrace is how much later than its limit the agent's answer may come.
-	answerGrace = 5 * time.Second
+	// downPatience is how long an agent has to take a volume down; it gives up
+	// sending after a minute by itself.
+	downPatience = 90 * time.Second
 )
+
+// answerGrace is how long the agent has for an answer that it need not wait for
+// itself, and how much later than its limit that of a drain may come. An agent
+// that hangs does not hold up a stop of the machine.
+var answerGrace = 5 * time.Second
 
 type drainOptions struct {
 	timeout time.Duration
@@ -55,7 +61,7 @@ func newDrain(g *globalOptions) *cobra.Command {
 
 // drain drains the volumes side by side: they share the limit.
 func (g *globalOptions) drain(ctx context.Context, c proto.ControlClient, name string, o drainOptions) error {
-	volumes, err := volumeStatuses(ctx, c, name)
+	volumes, err := promptStatuses(ctx, c, name)
 	if err != nil {
 		return err
 	}
@@ -80,12 +86,23 @@ func (g *globalOptions) drain(ctx context.Context, c proto.ControlClient, name s
 			}
 		case <-tick.C:
 			// An agent that does not answer is the drains' own finding.
-			if volumes, err := volumeStatuses(ctx, c, name); err == nil {
+			if volumes, err := promptStatuses(ctx, c, name); err == nil {
 				g.showDrain(show, volumes)
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// promptStatuses is volumeStatuses of an agent that does not hang.
+func promptStatuses(ctx context.Context, c proto.ControlClient, name string) ([]status.Volume, error) {
+	limited, cancel := context.WithTimeout(ctx, answerGrace)
+	defer cancel()
+	volumes, err := volumeStatuses(limited, c, name)
+	if exit.Of(err) == exit.Timeout && ctx.Err() == nil {
+		return nil, exit.Errorf(exit.Unreachable, "no answer within %s", answerGrace)
+	}
+	return volumes, err
 }
 
 // drained is how the drain of a volume ended.
@@ -139,9 +156,12 @@ func drainVolume(ctx context.Context, c proto.ControlClient, v status.Volume, o 
 			"%s: drained in %s: epoch %d is on %s", v.Name, progress.FormatDuration(now().Sub(begun)), reply.Epoch, strings.Join(reply.Committed, ", "))
 	case exit.Of(err) == exit.Timeout:
 		d.err = exit.Errorf(exit.Timeout, "volume '%s' is not drained within %s", v.Name, o.timeout)
-		if after, err := volumeStatuses(ctx, c, v.Name); err == nil && len(after) == 1 {
-			d.lost(after[0], v.Position)
+		after, err := promptStatuses(ctx, c, v.Name)
+		if err != nil {
+			d.err = errors.Join(d.err, fmt.Errorf("what is lost if its disk goes now is not known: %w", err))
+			return d
 		}
+		d.lost(after[0], v.Position)
 	default:
 		d.err = fmt.Errorf("volume '%s' is not drained: %w", v.Name, exit.FromWire(err))
 		return d
@@ -234,6 +254,8 @@ func positionText(p *status.Position) string {
 
 // down takes the volume down, in order; what is missing somewhere stays marked.
 func (d *drained) down(ctx context.Context, c proto.ControlClient, name string) {
+	ctx, cancel := context.WithTimeout(ctx, downPatience)
+	defer cancel()
 	done, err := c.Down(ctx, &proto.VolumeRequest{Volume: name, Force: d.err != nil})
 	if err != nil {
 		d.err = errors.Join(d.err, fmt.Errorf("it is still up: %w", exit.FromWire(err)))

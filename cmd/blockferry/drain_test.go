@@ -1,11 +1,84 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"google.golang.org/grpc"
+
+	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/status"
+	"blockferry/proto"
 )
+
+// hanging is an agent that answers so many times, with a volume that is up,
+// and then hangs as one that is stopped does.
+type hanging struct {
+	proto.UnimplementedControlServer
+	answers chan struct{}
+}
+
+func (h *hanging) Status(ctx context.Context, _ *proto.StatusRequest) (*proto.StatusReply, error) {
+	select {
+	case <-h.answers:
+		line, err := json.Marshal(status.Document{Volumes: []status.Volume{{Name: "data", Up: true, Stage: "up"}}})
+		return &proto.StatusReply{Json: line}, err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (h *hanging) Sync(ctx context.Context, _ *proto.SyncRequest) (*proto.SyncReply, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A stop of the machine does not wait for an agent that hangs, whenever it
+// begins to.
+func TestDrainEndsWithoutAnAnswer(t *testing.T) {
+	defer func(d time.Duration) { answerGrace = d }(answerGrace)
+	answerGrace = 300 * time.Millisecond
+	for answers, want := range []struct {
+		code exit.Code
+		says string
+	}{
+		{exit.Unreachable, "no answer within 300ms"},
+		{exit.Timeout, "is not drained within 200ms\nwhat is lost if its disk goes now is not known: no answer within 300ms"},
+	} {
+		socket := filepath.Join(t.TempDir(), "s")
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, agent := grpc.NewServer(), &hanging{answers: make(chan struct{}, answers)}
+		for range answers {
+			agent.answers <- struct{}{}
+		}
+		proto.RegisterControlServer(server, agent)
+		go func() { _ = server.Serve(l) }()
+		began := time.Now()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			out, errs, code := blockferry(t, "drain", "--down", "--timeout", "200ms", "--socket", socket)
+			if code != want.code || !strings.Contains(errs, want.says) {
+				t.Errorf("after %d answers: exit code %d\n%s%s", answers, code, out, errs)
+			}
+		}()
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			t.Errorf("after %d answers: a drain that hangs", answers)
+		}
+		t.Logf("after %d answers: ended after %v", answers, time.Since(began))
+		server.Stop()
+	}
+}
 
 // What is lost if the disk goes now is said per replica, and never as less
 // than it may be.

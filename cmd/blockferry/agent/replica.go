@@ -29,8 +29,8 @@ type localReplica struct {
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
 	advice  string
-	noSpill string        //  why the configured spill file is not used
-	fault   error         // why it could not be served the last time
+	noSpill string        // why the configured spill file is not used
+	fault   error         // why it could not be served, until it takes an epoch again
 	ready   chan struct{} // closed and replaced when the state changes
 }
 
@@ -154,6 +154,13 @@ func (l *localReplica) set(r *protocol.Replica, reason, advice string) {
 	l.replica, l.reason, l.advice = r, reason, advice
 	close(l.ready)
 	l.ready = make(chan struct{})
+}
+
+// committed forgets what was wrong before.
+func (l *localReplica) committed() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fault = nil
 }
 
 // adviseOpen says what to do about a replica whose disk is open and that is

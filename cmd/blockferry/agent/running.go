@@ -252,6 +252,11 @@ func (m *managed) events() protocol.PrimaryEvents {
 		},
 		Committed: func(replica string, e protocol.EpochStats) {
 			m.log.Debug("epoch committed", "replica", replica, "stats", e)
+			for _, l := range m.replicas {
+				if l.config.Name == replica {
+					l.committed()
+				}
+			}
 			say(replica, "epoch-committed", "epoch %d", e.Epoch)
 		},
 		Void: func(replica string, epoch uint64, err error) {

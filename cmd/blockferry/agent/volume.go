@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -24,7 +25,7 @@ type stage int
 
 const (
 	stageStarting  stage = iota // not looked at yet
-	stageAbsent                 // its disk is not there
+	stageAbsent                 // its disk, or one of its others, is not there
 	stageBlank                  // its disk is blank: create or restore
 	stageRefused                // its disk holds what is not this volume
 	stageRestoring              // it is being filled
@@ -277,14 +278,20 @@ func (m *managed) stackExists() (bool, error) {
 	return info.Exists && info.HasActive, err
 }
 
-// inspect says what the disk holds if it isn't a label.
+// inspect says which disk is missing, or what the volume's holds if it isn't a
+// label.
 func (m *managed) inspect() error {
 	v := m.config
-	disk, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
-	if errors.Is(err, fs.ErrNotExist) {
-		m.set(stageAbsent, v.Device+" is not there", fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
-		return exit.Errorf(exit.Refused, "%s is not there", v.Device)
+	for _, path := range []string{v.Device, v.CowDevice, v.MetadataDevice} {
+		if path == "" {
+			continue
+		}
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+			m.set(stageAbsent, path+" is not there", fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
+			return exit.Errorf(exit.Refused, "%s is not there", path)
+		}
 	}
+	disk, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return m.refuse(err)
 	}

@@ -1,0 +1,52 @@
+package agent
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"blockferry/cmd/blockferry/config"
+	"blockferry/protocol"
+)
+
+func aManaged(v *config.Volume) *managed {
+	return newManaged(&Agent{log: quiet(), hub: newHub()}, v)
+}
+
+// A disk that comes late is waited for, whichever of the volume's it is: a
+// volume that is refused ends the wait of its unit at boot.
+func TestEachMissingDiskIsWaitedFor(t *testing.T) {
+	dir := t.TempDir()
+	there, missing := filepath.Join(dir, "there"), filepath.Join(dir, "missing")
+	if err := os.WriteFile(there, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []config.Volume{
+		{Name: "data", Device: missing},
+		{Name: "data", Device: there, CowDevice: missing},
+		{Name: "data", Device: there, MetadataDevice: missing},
+	} {
+		m := aManaged(&v)
+		if err := m.inspect(); err == nil || m.at() != stageAbsent || !strings.Contains(m.why(), missing) {
+			t.Errorf("%+v: %v; %s: %s", v, err, stageWords[m.at()], m.why())
+		}
+	}
+}
+
+// What kept a replica's disk from being served is no advice any more once the
+// replica has taken an epoch since.
+func TestAdviceEndsWithItsFault(t *testing.T) {
+	m := aManaged(&config.Volume{Name: "data", Device: "/dev/a", Replicas: []*config.Replica{{Name: "ebs", Device: "/dev/b"}}})
+	l := m.replicas[0]
+	l.closed(fmt.Errorf("/dev/b: %w", fs.ErrNotExist))
+	if advice := l.adviseOpen("/dev/a", false); !strings.Contains(advice, "attach the disk") {
+		t.Errorf("after a fault: %s", advice)
+	}
+	m.events().Committed("ebs", protocol.EpochStats{})
+	if advice := l.adviseOpen("/dev/a", false); strings.Contains(advice, "attach") || !strings.Contains(advice, "/dev/b") {
+		t.Errorf("after an epoch: %s", advice)
+	}
+}
