@@ -37,6 +37,21 @@ func TestCreateAndEmptyFile(t *testing.T) {
 	if names, _ := filepath.Glob(filepath.Dir(path) + "/.*"); len(names) != 0 {
 		t.Errorf("left over: %v", names)
 	}
+	if err := f.InPlace(); err != nil {
+		t.Error(err)
+	}
+	if err := CreateFile(path, head, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.InPlace(); err == nil || !strings.Contains(err.Error(), "replaced") {
+		t.Errorf("replaced: %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.InPlace(); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), path) {
+		t.Errorf("removed: %v", err)
+	}
 	if err := CreateFile(filepath.Join(filepath.Dir(path), "none", "file"), head, 1<<20); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("in a folder that is not there: %v", err)
 	}

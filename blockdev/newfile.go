@@ -55,3 +55,19 @@ func (d *File) Empty(from, size int64) error {
 	d.size = size &^ (BlockSize - 1)
 	return nil
 }
+
+// InPlace is nil while the path that the file was opened by leads to it.
+func (d *File) InPlace() error {
+	mine, err := d.file.Stat()
+	if err != nil {
+		return err
+	}
+	there, err := os.Stat(d.path)
+	if err != nil {
+		return fmt.Errorf("%s was removed while it was in use: %w", d.path, err)
+	}
+	if !os.SameFile(mine, there) {
+		return fmt.Errorf("%s was replaced while it was in use", d.path)
+	}
+	return nil
+}

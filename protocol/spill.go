@@ -56,6 +56,8 @@ type SpillStore interface {
 	// Empty gives back the room of everything behind the header; it then reads as zeros, up to
 	// the file's full size. Nothing else is called meanwhile.
 	Empty() error
+	// InPlace is nil while the name it was opened by leads to it.
+	InPlace() error
 	Close() error
 }
 
@@ -166,9 +168,10 @@ func identifySpill(file SpillFile) (SpillStore, spillID, error) {
 // none or an older one of this replica. Nothing that is committed lies in it.
 // A file that is anything else is left alone. The error wraps ErrSpill.
 func (r *Replica) ensureSpill() error {
-	if r.spill != nil {
+	if r.spill != nil && r.spill.InPlace() == nil {
 		return nil
 	}
+	r.closeSpill() // removed or replaced: nobody would find it again
 	err := r.openOrMakeSpill()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -261,6 +264,10 @@ func (r *Replica) finishSpill(o *openEpoch) error {
 	}
 	if err := r.spill.Flush(); err != nil {
 		return fmt.Errorf("%w: flush: %w", ErrSpill, err)
+	}
+	// Whoever opens the replica after a crash has only the name.
+	if err := r.spill.InPlace(); err != nil {
+		return fmt.Errorf("%w %s: %w", ErrSpill, r.spillFile.Name(), err)
 	}
 	r.mu.Lock()
 	part.spill = r.sb.spill

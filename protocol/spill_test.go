@@ -21,14 +21,29 @@ type testSpill struct {
 	mem   *blocktest.Memory // nil: there is no file
 	arm   func(*blocktest.Memory)
 	made  int
+	// syncing is called before each flush, nil for nothing.
+	syncing func()
 }
 
 type testSpillStore struct {
 	*blocktest.Memory
+	file *testSpill
 }
 
 func (s testSpillStore) Empty() error {
 	return s.ZeroOut(spillHeaderBytes, s.Size()-spillHeaderBytes)
+}
+func (s testSpillStore) Flush() error {
+	if s.file.syncing != nil {
+		s.file.syncing()
+	}
+	return s.Memory.Flush()
+}
+func (s testSpillStore) InPlace() error {
+	if s.file.mem != s.Memory {
+		return errors.New("removed while it was in use")
+	}
+	return nil
 }
 func (s testSpillStore) Close() error { return nil }
 func (s testSpillStore) Name() string { return "/spill/file" }
@@ -38,7 +53,7 @@ func (s *testSpill) Open() (SpillStore, error) {
 	if s.mem == nil {
 		return nil, fs.ErrNotExist
 	}
-	return testSpillStore{s.mem}, nil
+	return testSpillStore{s.mem, s}, nil
 }
 
 func (s *testSpill) Create(header []byte) (SpillStore, error) {
@@ -54,7 +69,7 @@ func (s *testSpill) Create(header []byte) (SpillStore, error) {
 	}
 	s.mem = m
 	s.made++
-	return testSpillStore{m}, nil
+	return testSpillStore{m, s}, nil
 }
 
 // with is the spill file over another state of its content.
@@ -304,6 +319,39 @@ func TestSpillIsMadeAnewOnlyInItsOwnPlace(t *testing.T) {
 	if spill.made != 2 {
 		t.Error("the foreign file was written over")
 	}
+}
+
+// A file that is removed while the replica has it open takes nothing with it
+// that is committed: an epoch whose part is gone is void, and the next one
+// gets a new file.
+func TestSpillRemovedWhileInUse(t *testing.T) {
+	m := newModel(t, 8, testVolume)
+	dev := testDevice(m.size)
+	spill := &testSpill{limit: testSpillLimit}
+	must(t, m.playSteps(dev, spillScenario[:2], spill.options()))
+	r, err := OpenReplica(context.Background(), dev, spill.options())
+	must(t, err)
+	image, err := r.Hold(context.Background()) // keeps it from being applied
+	must(t, err)
+	spill.mem = nil
+	must(t, m.send(r, spills))
+	if err := m.checkWith(dev.Clone(), spill.clone().options()); err != nil {
+		t.Fatalf("removed between two epochs, then a crash: %v", err)
+	}
+	image.Release()
+	must(t, r.WaitApplied(context.Background(), m.acked.Epoch))
+
+	before := bytes.Clone(m.image)
+	spill.syncing = func() { spill.mem = nil }
+	if err := m.send(r, spills); !errors.Is(err, ErrJournalFull) || !errors.Is(err, ErrSpill) || !strings.Contains(err.Error(), "/spill/file") {
+		t.Errorf("removed before the commit: %v", err)
+	}
+	m.image, spill.syncing = before, nil
+	must(t, r.Abort())
+	must(t, m.checkOpen(r))
+	must(t, m.send(r, spills))
+	must(t, r.Close())
+	must(t, m.checkWith(dev, spill.options()))
 }
 
 // With neither room the replica keeps its image, says why, and goes on.

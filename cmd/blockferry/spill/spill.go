@@ -3,7 +3,9 @@ package spill
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 
 	"blockferry/blockdev"
 	"blockferry/protocol"
@@ -41,9 +43,16 @@ func (f *File) Open() (protocol.SpillStore, error) {
 	return &store{file, f.size()}, nil
 }
 
-// Create implements protocol.SpillFile.
+// Create implements protocol.SpillFile. What a link leads to is replaced, not
+// the link: the file belongs where it was looked at, not beside the link.
 func (f *File) Create(header []byte) (protocol.SpillStore, error) {
-	if err := blockdev.CreateFile(f.Path, header, f.size()); err != nil {
+	path := f.Path
+	if to, err := os.Readlink(path); err == nil {
+		if path, err = filepath.EvalSymlinks(path); err != nil {
+			return nil, fmt.Errorf("it is a link to %s, which is not there: mount what holds that, or name the file itself", to)
+		}
+	}
+	if err := blockdev.CreateFile(path, header, f.size()); err != nil {
 		return nil, err
 	}
 	return f.Open()
