@@ -208,7 +208,7 @@ func TestBootThousandCuts(t *testing.T) {
 			if !mounted(t, mountPoint) {
 				t.Fatalf("unmounted after %d cuts", epoch()-began)
 			}
-			time.Sleep(50 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 			if time.Since(looked) > 10*time.Second {
 				looked, rounds = time.Now(), rounds+1
 				onlyTheTop(t)
@@ -225,15 +225,13 @@ func TestBootThousandCuts(t *testing.T) {
 		if again := run(t, "systemctl", "show", "-P", "ActiveEnterTimestampMonotonic", "mnt-data.mount"); again != entered {
 			t.Errorf("the mount unit became active at %s, and again at %s", strings.TrimSpace(entered), strings.TrimSpace(again))
 		}
-		c.must(t, "pause") // udev is never done while there are cuts
-		run(t, "udevadm", "settle", "--timeout=90")
+		// Not settled: at this pace a guest's udevd is minutes behind its queue.
 		onlyTheTop(t)
 		links := strings.Fields(run(t, "udevadm", "info", "-q", "symlink", ubd(1)))
 		if len(links) == 0 || strings.Contains(strings.Join(links, " "), "by-uuid") {
 			t.Errorf("the replica's links: %v, want those by its place and none by its content", links)
 		}
 		t.Logf("the replica's links: %v", links)
-		c.must(t, "resume")
 		run(t, "systemctl", "stop", "blockferry-volume@data.service")
 		if mounted(t, mountPoint) {
 			t.Error("still mounted after its volume was stopped")
