@@ -208,7 +208,7 @@ func TestBootThousandCuts(t *testing.T) {
 			if !mounted(t, mountPoint) {
 				t.Fatalf("unmounted after %d cuts", epoch()-began)
 			}
-			time.Sleep(50 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 			if time.Since(looked) > 10*time.Second {
 				looked, rounds = time.Now(), rounds+1
 				onlyTheTop(t)
@@ -225,15 +225,13 @@ func TestBootThousandCuts(t *testing.T) {
 		if again := run(t, "systemctl", "show", "-P", "ActiveEnterTimestampMonotonic", "mnt-data.mount"); again != entered {
 			t.Errorf("the mount unit became active at %s, and again at %s", strings.TrimSpace(entered), strings.TrimSpace(again))
 		}
-		c.must(t, "pause") // udev is never done while there are cuts
-		run(t, "udevadm", "settle", "--timeout=90")
+		// Not settled: at this pace a guest's udevd is minutes behind its queue.
 		onlyTheTop(t)
 		links := strings.Fields(run(t, "udevadm", "info", "-q", "symlink", ubd(1)))
 		if len(links) == 0 || strings.Contains(strings.Join(links, " "), "by-uuid") {
 			t.Errorf("the replica's links: %v, want those by its place and none by its content", links)
 		}
 		t.Logf("the replica's links: %v", links)
-		c.must(t, "resume")
 		run(t, "systemctl", "stop", "blockferry-volume@data.service")
 		if mounted(t, mountPoint) {
 			t.Error("still mounted after its volume was stopped")
@@ -253,14 +251,17 @@ func TestBootThousandCuts(t *testing.T) {
 // An EC2 instance that is stopped under load and started again has an empty
 // SSD. Through the units alone everything is there again: every write that the
 // application had acknowledged, though the only cut is the one that the stop
-// takes, since the interval is an hour, and the replica's disk is too slow for
-// what the agent does by itself when it ends.
+// takes, since the interval is an hour, and the replica's disk is by then too
+// slow for what the agent does by itself when it ends.
 func TestBootStopAndStart(t *testing.T) {
 	const (
 		size      = 200 << 20
 		blankMark = uml.Dir + "/blank"
 		fstab     = "/dev/mapper/data " + mountPoint + " ext4 _netdev,nofail,x-systemd.requires=blockferry-volume@data.service,x-systemd.device-timeout=infinity 0 2\n"
 	)
+	slow := func(ms int) string {
+		return fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 %d", size/sector, ubd(1), ms)
+	}
 	config := strings.Replace(oneReplica(ubd(0), "/dev/mapper/slow"), "500ms", "1h\n    restore: auto", 1)
 	self, err := os.Executable()
 	if err != nil {
@@ -274,7 +275,7 @@ func TestBootStopAndStart(t *testing.T) {
 		"/etc/systemd/system/blank.service": "[Unit]\nDefaultDependencies=no\nBefore=blockferry.service\nConditionPathExists=" + blankMark +
 			"\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'cat /dev/zero > " + ubd(0) + " || sync'\n",
 		"/etc/systemd/system/slow.service": "[Unit]\nDefaultDependencies=no\nAfter=systemd-udevd.service\nBefore=blockferry.service\n" +
-			fmt.Sprintf("[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/dmsetup create slow --table '0 %d delay %[2]s 0 0 %[2]s 0 500'\n", size/sector, ubd(1)),
+			"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/dmsetup create slow --table '" + slow(0) + "'\n",
 		"/etc/systemd/system/blockferry.service.d/disks.conf": "[Unit]\nWants=blank.service slow.service\n",
 	})
 	inGuest(t, guest{Systemd: true, Files: files, Disks: []disk{{Size: size}, {Size: size}}, Modules: []string{"dm-delay"}, Timeout: 4 * time.Minute}, func(t *testing.T) {
@@ -300,6 +301,7 @@ func TestBootStopAndStart(t *testing.T) {
 			if err := os.WriteFile(blankMark, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
+			dmSwap(t, "slow", slow(3000))
 			t.Fatal(uml.RebootInOrder())
 		}
 		for deadline := time.Now().Add(90 * time.Second); !mounted(t, mountPoint); time.Sleep(100 * time.Millisecond) {

@@ -238,6 +238,7 @@ func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error
 	for boot := 0; boot < maxBoots; boot++ {
 		ended, err := h.boot(ctx, spec, dir, shared, disks, boot, console)
 		if err != nil {
+			showLogs(console, shared)
 			return result, err
 		}
 		if ended.Reboot {
@@ -253,6 +254,15 @@ func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error
 		return result, nil
 	}
 	return result, fmt.Errorf("guest %s rebooted %d times", spec.Name, maxBoots)
+}
+
+// showLogs adds the logs that a guest left which came to no end.
+func showLogs(out io.Writer, shared string) {
+	logs, _ := filepath.Glob(filepath.Join(shared, "*.log"))
+	for _, path := range logs {
+		text, _ := os.ReadFile(path)
+		fmt.Fprintf(out, "\n%s:\n%s", filepath.Base(path), text)
+	}
 }
 
 // boot runs one guest to its end.
