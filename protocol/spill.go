@@ -203,6 +203,13 @@ func (r *Replica) openOrMakeSpill() error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fail(fmt.Errorf("%w; it is left as it is: name another path, or remove it", err))
 	}
+	// The copy of the superblock that is not the newest may count on what was
+	// there, if the last apply did not get to it.
+	if sb.spill != [16]byte{} {
+		if err := r.writeSuper(1, func(*superblock) {}, nil); err != nil {
+			return err
+		}
+	}
 	if r.spill == nil {
 		id = sb.spillID()
 		rand.Read(id.spill[:]) // never fails

@@ -203,6 +203,22 @@ func committedSpill(t *testing.T) (*model, *blocktest.Memory, *testSpill) {
 	return m, carried, file
 }
 
+// The power may fail when one copy of the superblock knows that what was
+// spilled is applied, and the other does not: the file is emptied only when
+// both do, or the loss of the first would cost the image.
+func TestSpillIsKeptForTheOlderSuperblock(t *testing.T) {
+	m, dev, spill := committedSpill(t)
+	after := dev.Clone()
+	must(t, m.checkWith(after, spill.clone().options()))
+	older, newest := super(t, dev), super(t, after)
+	older.sequence, older.applying = newest.sequence-1, older.committed.Epoch
+	must(t, writeSuperblock(after, *older))
+	must(t, m.checkWith(after, spill.options()))
+	newest = super(t, after)
+	must(t, after.ZeroOut(superOffset(newest.layout, newest.sequence), superBytes))
+	must(t, m.checkWith(after, spill.options()))
+}
+
 // Rule 7: what is committed and lies in the spill file is never given up in
 // silence, whatever became of the file.
 func TestSpillMissingOrDamagedIsNamed(t *testing.T) {
