@@ -251,7 +251,7 @@ func TestDeadManAgentsGroupKilled(t *testing.T) {
 			<-d.ended
 			d.cli.agent = nil
 			d.writer.awaitWrites(t, 5)
-			if took > time.Second {
+			if took > 5*time.Second { // not at the limit
 				t.Errorf("resumed %s after the agent's group was killed", took)
 			}
 			t.Logf("resumed %s after the agent's group was killed", took)

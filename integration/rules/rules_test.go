@@ -249,7 +249,7 @@ func TestTopLevel(t *testing.T) {
 
 // Links between the pages, and the files they name, must exist.
 func TestPagesNameWhatExists(t *testing.T) {
-	named := regexp.MustCompile("\\]\\(([^)#:]+)\\)|`((?:cmd|blockdev|protocol|proto|integration)/[A-Za-z0-9_/.-]+)`")
+	named := regexp.MustCompile("\\]\\(([^)#:]+)(?:#[^)]*)?\\)|`((?:cmd|blockdev|protocol|proto|integration)/[A-Za-z0-9_/.-]+)`")
 	pages, err := filepath.Glob(root + "/docs/*.md")
 	if err != nil {
 		t.Fatal(err)
@@ -280,8 +280,8 @@ func TestPagesNameWhatExists(t *testing.T) {
 	}
 }
 
-// The tests that the promises name must exist: a renamed one takes its line
-// along. A name that ends in … stands for all that begin so.
+// The tests that the promises and the page of faults name must exist: a renamed
+// one takes its line along. A name that ends in … stands for all that begin so.
 func TestPromisesNameTests(t *testing.T) {
 	var source strings.Builder
 	eachGoFile(t, func(path string, text []byte) {
@@ -289,21 +289,23 @@ func TestPromisesNameTests(t *testing.T) {
 			source.Write(text)
 		}
 	})
-	page, err := os.ReadFile(root + "/docs/promises.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names := regexp.MustCompile("`(Test[A-Za-z0-9]+)(…?)`").FindAllStringSubmatch(string(page), -1)
-	for _, name := range names {
-		want := "\nfunc " + name[1]
-		if name[2] == "" {
-			want += "("
+	for _, page := range []string{"docs/promises.md", "docs/faults.md"} {
+		text, err := os.ReadFile(root + "/" + page)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if !strings.Contains(source.String(), want) {
-			t.Errorf("docs/promises.md names %s, which does not exist", name[0])
+		names := regexp.MustCompile("`(Test[A-Za-z0-9]+)(…?)`").FindAllStringSubmatch(string(text), -1)
+		for _, name := range names {
+			want := "\nfunc " + name[1]
+			if name[2] == "" {
+				want += "("
+			}
+			if !strings.Contains(source.String(), want) {
+				t.Errorf("%s names %s, which does not exist", page, name[0])
+			}
 		}
-	}
-	if len(names) == 0 {
-		t.Error("no test is named: this test checks nothing")
+		if len(names) == 0 {
+			t.Errorf("%s names no test: this test checks nothing of it", page)
+		}
 	}
 }
