@@ -102,6 +102,19 @@ func TestSocket(t *testing.T) {
 	if _, _, err := Listen(path, "agent", "--socket"); exit.Of(err) != exit.Refused {
 		t.Errorf("a foreign program's socket: %v", err)
 	}
+	// A file or a folder that was named by mistake is not removed.
+	file, folder := filepath.Join(t.TempDir(), "config"), t.TempDir()
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, wrong := range []string{file, folder} {
+		if _, _, err := Listen(wrong, "agent", "--socket"); exit.Of(err) != exit.Refused {
+			t.Errorf("no socket: %v", err)
+		}
+		if _, err := os.Stat(wrong); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // replicaAt is a replica in memory that holds the given history; nil: blank.

@@ -17,6 +17,9 @@ import (
 // its owner may connect. A socket that a killed program left behind is
 // replaced, one that answers is not. The function closes it.
 func Listen(path, program, flag string) (*net.UnixListener, func(), error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
+		return nil, nil, exit.Errorf(exit.Refused, "%s is there and is no socket (%s); it is left as it is, choose another path with %s", path, info.Mode(), flag)
+	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, exit.Errorf(exit.Prerequisite, "the folder of the socket: %w; create it, or choose another with %s", err, flag)
