@@ -204,10 +204,12 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, 
 		return nil, false, p.cfg.Interval - now.Sub(*tick)
 	}
 	if view {
-		// Who is ready gets it too: it costs nothing more.
+		// Who is ready gets it too, also if nothing was written since its last:
+		// otherwise this cut would leave it behind, and idle replicas would take
+		// turns for ever.
 		*tick = now
 		for _, w := range p.workers {
-			if w.wish != wishNone && !slices.Contains(joiners, w) && (w.wish == wishBarrier || useful(w)) {
+			if w.wish != wishNone && !slices.Contains(joiners, w) {
 				joiners = append(joiners, w)
 			}
 		}
