@@ -158,7 +158,7 @@ func TestStackCutsMountedFilesystems(t *testing.T) {
 							t.Errorf("cut %d of a frozen ext4 needs a replay", n)
 						}
 					}
-					fsck(t, kind, "/dev/mapper/vol-snap")
+					fsck(t, kind, c.View().Name())
 					if err := c.Valid(); err != nil {
 						t.Fatal(err)
 					}
