@@ -204,10 +204,12 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, 
 		return nil, false, p.cfg.Interval - now.Sub(*tick)
 	}
 	if view {
-		// Who is ready gets it too: it costs nothing more.
+		// Who is ready gets it too: it costs nothing more. A replica that needs
+		// nothing would be behind this cut, and want the next one: two of them
+		// would go on cutting an idle volume in turn.
 		*tick = now
 		for _, w := range p.workers {
-			if w.wish != wishNone && !slices.Contains(joiners, w) && (w.wish == wishBarrier || useful(w)) {
+			if w.wish != wishNone && !slices.Contains(joiners, w) {
 				joiners = append(joiners, w)
 			}
 		}
