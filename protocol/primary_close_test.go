@@ -57,32 +57,3 @@ func TestCleanEndIsFlushed(t *testing.T) {
 		t.Fatalf("the end is clean at %v, which was never flushed", s.Lineage.Tip())
 	}
 }
-
-// Two replicas of a volume that nobody writes to are both up to date, and no
-// further cut is taken, though one of them came late to the last.
-func TestIdleReplicasDoNotTakeTurns(t *testing.T) {
-	src := newMemSource(testVolumeSize, 64<<10)
-	wroteSome(src, 0, 500)
-	a, b := newNode(t, "ebs", testVolumeSize, 32<<20), newNode(t, "other", testVolumeSize, 32<<20)
-	r := startRig(t, src, &memState{}, []*node{a, b}, nil)
-	r.sync()
-	if err := r.p.Pause("other"); err != nil {
-		t.Fatal(err)
-	}
-	wroteSome(src, 10, 3)
-	eventually(t, "one of them has it", func() bool { return a.check(src) > b.check(src) })
-	if err := r.p.Resume("other"); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "both hold the last cut", func() bool { return a.check(src) == b.check(src) })
-	cuts := func() int {
-		src.mu.Lock()
-		defer src.mu.Unlock()
-		return src.cuts
-	}
-	before := cuts()
-	time.Sleep(20 * 20 * time.Millisecond) // twenty intervals
-	if n := cuts() - before; n > 2 {
-		t.Fatalf("%d cuts while nothing was written", n)
-	}
-}

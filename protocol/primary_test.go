@@ -289,6 +289,40 @@ func TestReplicasHoldOneCut(t *testing.T) {
 	}
 }
 
+// Two replicas that came to hold different cuts of a volume that nobody writes
+// to end on the same one, and then no more cuts are taken.
+func TestIdleReplicasMeet(t *testing.T) {
+	src := newMemSource(testVolumeSize, 64<<10)
+	r := startRig(t, src, &memState{}, []*node{newNode(t, "ebs", testVolumeSize, 32<<20), newNode(t, "peer", testVolumeSize, 32<<20)}, nil)
+	r.sync()
+	for range 3 {
+		if err := r.p.Pause("peer"); err != nil {
+			t.Fatal(err)
+		}
+		src.write(1)
+		time.Sleep(100 * time.Millisecond) // "ebs" gets it
+		if err := r.p.Resume("peer"); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); ; {
+			src.mu.Lock()
+			before := src.cuts
+			src.mu.Unlock()
+			time.Sleep(200 * time.Millisecond) // 10 intervals
+			src.mu.Lock()
+			n := src.cuts - before
+			src.mu.Unlock()
+			s := r.p.Status()
+			if n == 0 && s.Replicas[0].Disk == "UpToDate" && s.Replicas[1].Disk == "UpToDate" {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d cuts of an idle volume in 10 intervals; %+v", n, s.Replicas)
+			}
+		}
+	}
+}
+
 // The wire breaks at random places: the replica is never torn, and what is
 // sent afterwards is what changed, not everything.
 func TestBrokenStreams(t *testing.T) {

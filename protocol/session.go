@@ -373,10 +373,13 @@ func (s *Session) Committed(c EpochCommit) {
 	s.cfg.State, s.cfg.NeedsFull, s.cfg.Lineage = DiskConsistent, false, c.Lineage.Clone()
 }
 
+// clipBytes has room for two long paths and the cause at the end.
+const clipBytes = 1000
+
 // clip keeps what the other side says from filling our messages.
 func clip(s string) string {
-	if len(s) > 200 {
-		return s[:200] + "..."
+	if len(s) > clipBytes {
+		return s[:clipBytes] + "..."
 	}
 	return s
 }

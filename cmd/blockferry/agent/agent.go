@@ -88,7 +88,7 @@ func Run(ctx context.Context, o Options) error {
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
 	}
-	server := grpc.NewServer(grpc.UnaryInterceptor(wireUnary), grpc.StreamInterceptor(wireStream))
+	server := grpc.NewServer(grpc.UnaryInterceptor(a.wireUnary), grpc.StreamInterceptor(a.wireStream))
 	proto.RegisterControlServer(server, control{agent: a})
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -47,6 +48,27 @@ func TestSlowListenerIsCutOff(t *testing.T) {
 	case e := <-fast:
 		t.Errorf("an event after the end: %v", e)
 	default:
+	}
+}
+
+// A request that ends with the agent was not interrupted by its caller.
+func TestRequestEndsWithTheAgent(t *testing.T) {
+	a := &Agent{stopping: make(chan struct{})}
+	call := func(err error) exit.Code {
+		_, err = a.wireUnary(t.Context(), nil, nil, func(context.Context, any) (any, error) { return nil, fmt.Errorf("sync: %w", err) })
+		return exit.Of(err)
+	}
+	if code := call(context.Canceled); code != exit.Interrupted {
+		t.Errorf("its caller went away: %d", code)
+	}
+	close(a.stopping)
+	for _, err := range []error{context.Canceled, protocol.ErrStopped} {
+		if code := call(err); code != exit.Unreachable {
+			t.Errorf("the agent is ending (%v): %d", err, code)
+		}
+	}
+	if code := call(context.DeadlineExceeded); code != exit.Timeout {
+		t.Errorf("its limit passed: %d", code)
 	}
 }
 

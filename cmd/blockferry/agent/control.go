@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"google.golang.org/grpc"
@@ -10,6 +11,7 @@ import (
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/proto"
+	"blockferry/protocol"
 )
 
 // control answers the commands. Errors leave it with their exit code.
@@ -126,12 +128,25 @@ func (c control) Events(r *proto.EventsRequest, stream grpc.ServerStreamingServe
 	}
 }
 
-// wireUnary and wireStream give every error its code on the wire.
-func wireUnary(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	reply, err := handle(ctx, request)
-	return reply, exit.ToWire(err)
+// ended says of a request that the agent's end broke off that it was that, and
+// not its caller.
+func (a *Agent) ended(err error) error {
+	select {
+	case <-a.stopping:
+		if exit.Of(err) == exit.Interrupted || errors.Is(err, protocol.ErrStopped) {
+			return exit.Errorf(exit.Unreachable, "the agent is ending: %w", err)
+		}
+	default:
+	}
+	return err
 }
 
-func wireStream(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
-	return exit.ToWire(handle(server, stream))
+// wireUnary and wireStream give every error its code on the wire.
+func (a *Agent) wireUnary(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	reply, err := handle(ctx, request)
+	return reply, exit.ToWire(a.ended(err))
+}
+
+func (a *Agent) wireStream(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	return exit.ToWire(a.ended(handle(server, stream)))
 }

@@ -112,6 +112,8 @@ func (l *localReplica) warn(warnings []string, n int) int {
 func (l *localReplica) advise(err error) string {
 	again := fmt.Sprintf("it is tried again every %s", retryEvery)
 	switch {
+	case errors.Is(err, protocol.ErrSpill): // first: it may be one that does not exist, or can't be read
+		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, fs.ErrNotExist):
 		return "attach the disk; " + again
 	case errors.Is(err, protocol.ErrNoSuperblock):
@@ -121,8 +123,6 @@ func (l *localReplica) advise(err error) string {
 	case errors.Is(err, protocol.ErrChangedOutside):
 		return "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +
 			"; if the volume is lost, leave the disk as it is and look at another replica first: after that this one can't be restored from"
-	case errors.Is(err, protocol.ErrSpill):
-		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, protocol.ErrJournalDamaged):
 		return "to go back to the image it has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, unix.ENOSPC):

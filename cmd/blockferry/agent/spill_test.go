@@ -1,12 +1,23 @@
 package agent
 
 import (
+	"fmt"
+	"io/fs"
 	"strings"
 	"testing"
 
 	"blockferry/cmd/blockferry/config"
 	"blockferry/protocol"
 )
+
+// A missing spill file is not taken for a missing disk.
+func TestAdviseMissingSpill(t *testing.T) {
+	l := &localReplica{volume: &config.Volume{Name: "data"}, config: &config.Replica{Name: "ebs", Device: "/dev/ebs"}}
+	advice := l.advise(fmt.Errorf("%w /srv/spill: %w", protocol.ErrSpill, fs.ErrNotExist))
+	if !strings.Contains(advice, "bring its spill file back") {
+		t.Errorf("advice: %s", advice)
+	}
+}
 
 // A spill file is spoken of while it is in use and when it can't be used,
 // with what to do, and not otherwise.
