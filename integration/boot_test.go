@@ -240,7 +240,8 @@ func TestBootThousandCuts(t *testing.T) {
 			t.Errorf("left behind: %s", left)
 		}
 		log, _ := os.ReadFile(uml.Dir + "/agent.log")
-		for _, word := range []string{"busy", "could not be removed", "void"} {
+		// A cut may be void on a busy machine; udev is no reason for it.
+		for _, word := range []string{"busy", "could not be removed", "no such file"} {
 			if n := strings.Count(string(log), word); n > 0 {
 				t.Errorf("the agent's log says '%s' %d times", word, n)
 			}
