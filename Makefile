@@ -1,5 +1,5 @@
 # make demo   a disk is wiped under load and comes back        (3 minutes)
-# make test   lint, unit tests with -race, tests on real kernels (15 minutes)
+# make test   lint, unit tests with -race, tests on real kernels (25 minutes)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -25,7 +25,11 @@ const eraGrain = 64 << 10
 // eraMeta opens the metadata of a volume that is up, past the cache.
 func eraMeta(t *testing.T) *blockdev.File {
 	t.Helper()
-	f, err := blockdev.OpenFile("/dev/mapper/vol-meta", blockdev.OpenOptions{})
+	path, err := mapper(t).OwnNode("vol-meta")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := blockdev.OpenFile(path, blockdev.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

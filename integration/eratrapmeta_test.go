@@ -139,7 +139,11 @@ func TestEraTrapReadsAreNotStale(t *testing.T) {
 		ctl := mapper(t)
 		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
 		v := up(t, ctl, volume.Options{Device: ubd(0)})
-		buffered, err := os.Open("/dev/mapper/vol-data")
+		path, err := ctl.OwnNode("vol-data")
+		if err != nil {
+			t.Fatal(err)
+		}
+		buffered, err := os.Open(path)
 		if err != nil {
 			t.Fatal(err)
 		}

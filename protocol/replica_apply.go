@@ -193,7 +193,8 @@ func (r *Replica) applyNext(ctx context.Context) error {
 	}
 	if err == nil {
 		// Its flush makes the map durable too.
-		err = r.writeSuper(1, func(sb *superblock) { sb.applying = epoch }, nil)
+		// In both copies: without it half an apply looks like somebody else's writes.
+		err = r.writeSuper(2, func(sb *superblock) { sb.applying = epoch }, nil)
 	}
 	if err == nil {
 		err = r.applyData(ctx, p)
