@@ -185,7 +185,7 @@ func (r *restoreReader) read(p restorePiece) (reply restoreReply) {
 	}
 	reply.chunk = &proto.RestoreChunk{Message: &proto.RestoreChunk_Frames{Frames: &proto.Frames{Data: out}}}
 	for fr := NewFrameReader(out); fr.More(); reply.frames++ {
-		if _, err := fr.Next(); err != nil {
+		if _, err := fr.NextHeader(); err != nil { // only to count what was just made
 			return restoreReply{err: err}
 		}
 	}
