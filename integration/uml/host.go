@@ -126,7 +126,12 @@ func NewHost(limit int) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := lockFile(filepath.Join(dir, lockName))
+	// Locked before it has the name that a sweep looks for: another Host that
+	// begins at this moment would take it for one left behind.
+	lock, err := lockFile(filepath.Join(dir, lockName+".new"), os.O_CREATE)
+	if err == nil {
+		err = os.Rename(lock.Name(), filepath.Join(dir, lockName))
+	}
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -138,17 +143,17 @@ func NewHost(limit int) (*Host, error) {
 func sweep(place string) {
 	left, _ := filepath.Glob(filepath.Join(place, dirPrefix+"*", lockName))
 	for _, path := range left {
-		if lock, err := lockFile(path); err == nil {
+		if lock, err := lockFile(path, 0); err == nil {
 			os.RemoveAll(filepath.Dir(path))
 			lock.Close()
 		}
 	}
 }
 
-// lockFile makes a file and locks it for as long as it is open; an error says
-// that somebody else holds it.
-func lockFile(path string) (*os.File, error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// lockFile opens a file and locks it for as long as it is open; an error says
+// that it is not there or that somebody else holds it.
+func lockFile(path string, flags int) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|flags, 0o600)
 	if err != nil {
 		return nil, err
 	}

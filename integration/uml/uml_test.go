@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -27,6 +29,34 @@ func testHost(t *testing.T) *Host {
 	}
 	t.Cleanup(func() { h.Close() })
 	return h
+}
+
+// Each Host sweeps what killed ones left, and must never take another's
+// folder for such, however new it is.
+func TestHostsBeginTogether(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath(Binary); err != nil {
+		t.Skip(ErrNoGuest)
+	}
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			for range 50 {
+				h, err := NewHost(1)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := os.Stat(filepath.Join(h.Dir(), lockName)); err != nil {
+					t.Error(err)
+				}
+				if err := h.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 func TestRunReportsTheProgramsExitStatus(t *testing.T) {
@@ -82,7 +112,7 @@ func TestWhatAKilledHostLeftIsRemoved(t *testing.T) {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		lock, err := lockFile(filepath.Join(dir, lockName))
+		lock, err := lockFile(filepath.Join(dir, lockName), os.O_CREATE)
 		if err != nil {
 			t.Fatal(err)
 		}
