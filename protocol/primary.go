@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -408,7 +409,7 @@ func (p *Primary) close(seal func() error) (bool, error) {
 	if !p.unchangedLocked() || !p.lastCut.durable.Load() {
 		ctx, cancel := context.WithTimeout(context.Background(), p.cfg.CutLimit)
 		defer cancel()
-		cut, err := p.takeCut(ctx, false)
+		cut, err := p.takeCut(ctx, CutWish{})
 		if err == nil {
 			err = errors.Join(cut.FlushSource(), cut.Release())
 		}
@@ -430,9 +431,27 @@ func (p *Primary) close(seal func() error) (bool, error) {
 	return true, nil
 }
 
+// forget tells the source what no replica will ask about any more. One whose
+// position is not known may ask about anything.
+func (p *Primary) forget() {
+	f, ok := p.cfg.Source.(Forgetter)
+	if !ok {
+		return
+	}
+	oldest := uint64(math.MaxUint64)
+	p.mu.Lock()
+	for _, w := range p.workers {
+		oldest = min(oldest, w.holds)
+	}
+	p.mu.Unlock()
+	if oldest > 0 {
+		f.Forget(oldest)
+	}
+}
+
 // takeCut makes the next epoch's number durable, then takes the cut. Only the
 // cutter calls it, and close after it.
-func (p *Primary) takeCut(ctx context.Context, view bool) (Cut, error) {
+func (p *Primary) takeCut(ctx context.Context, wish CutWish) (Cut, error) {
 	p.mu.Lock()
 	next, err := p.state.UseEpoch()
 	p.mu.Unlock()
@@ -450,8 +469,8 @@ func (p *Primary) takeCut(ctx context.Context, view bool) (Cut, error) {
 	}
 	epoch := next.Lineage.Tip().Epoch
 	before := p.cfg.Clock.Now()
-	cut, err := p.cfg.Source.Cut(ctx, epoch, view)
-	if err == nil && view && cut.View() == nil {
+	cut, err := p.cfg.Source.Cut(ctx, epoch, wish)
+	if err == nil && wish.View && cut.View() == nil && cut.NoView() == nil {
 		err = errors.Join(errors.New("the source gave no view"), cut.Release())
 	}
 	if err != nil {
@@ -469,7 +488,7 @@ func (p *Primary) takeCut(ctx context.Context, view bool) (Cut, error) {
 	p.lastCut = &cutRecord{epoch: epoch, written: cut.WrittenBytes(), covers: before}
 	p.mu.Unlock()
 	if f := p.cfg.Events.Cut; f != nil {
-		f(CutInfo{epoch, view, cut.Stalled()})
+		f(CutInfo{epoch, cut.View() != nil, cut.Stalled()})
 	}
 	return cut, nil
 }

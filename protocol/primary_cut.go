@@ -3,6 +3,7 @@ package protocol
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -139,10 +140,10 @@ func (p *Primary) cutter(ctx context.Context) {
 	var pause time.Duration
 	for ctx.Err() == nil {
 		var joiners []*replicaWorker
-		var view bool
+		var wish CutWish
 		next := pause
 		if pause == 0 {
-			joiners, view, next = p.gather(&tick)
+			joiners, wish, next = p.gather(&tick)
 		}
 		if len(joiners) == 0 {
 			kick := p.kick
@@ -157,7 +158,7 @@ func (p *Primary) cutter(ctx context.Context) {
 			pause = 0
 			continue
 		}
-		cut, err := p.takeCut(ctx, view)
+		cut, err := p.takeCut(ctx, wish)
 		if err != nil {
 			pause = min(p.cfg.Interval, time.Second)
 			continue
@@ -176,9 +177,9 @@ func (p *Primary) cutter(ctx context.Context) {
 	}
 }
 
-// gather says for whom a cut is due now, and whether with a view; or how long to
+// gather says for whom a cut is due now, and what they want of it; or how long to
 // wait. tick is when the interval began.
-func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, wait time.Duration) {
+func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWish, wait time.Duration) {
 	now := p.cfg.Clock.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -197,13 +198,13 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, 
 		case w.wish == wishNone:
 		case w.urgent, w.wish == wishView && (w.holds < p.syncTo || due && useful(w)):
 			joiners = append(joiners, w)
-			view = view || w.wish == wishView
+			wish.View = wish.View || w.wish == wishView
 		}
 	}
 	if len(joiners) == 0 {
-		return nil, false, p.cfg.Interval - now.Sub(*tick)
+		return nil, wish, p.cfg.Interval - now.Sub(*tick)
 	}
-	if view {
+	if wish.View {
 		// Who is ready gets it too, also if nothing was written since its last:
 		// otherwise this cut would leave it behind, and idle replicas would take
 		// turns for ever.
@@ -213,8 +214,14 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, view bool, 
 				joiners = append(joiners, w)
 			}
 		}
+		wish.Since = math.MaxUint64
+		for _, w := range joiners {
+			if w.wish == wishView {
+				wish.Since, wish.LiveRounds = min(wish.Since, w.since), max(wish.LiveRounds, w.liveRounds)
+			}
+		}
 	}
-	return joiners, view, 0
+	return joiners, wish, 0
 }
 
 // share hands the cut to those of the joiners that still want it.
@@ -227,7 +234,7 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 	}
 	var takers []*replicaWorker
 	for _, w := range joiners {
-		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil) {
+		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil && cut.NoView() == nil) {
 			continue
 		}
 		takers = append(takers, w)

@@ -90,7 +90,11 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 			// It holds up the others for a small part of its own delay.
 			patience = w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
 		}
-		h, err := w.await(ctx, wish, urgent, patience)
+		since := a.base
+		if a.whole {
+			since = 0
+		}
+		h, err := w.await(ctx, wish, since, a.live, urgent, patience)
 		if err != nil {
 			return nil, err
 		}
@@ -126,13 +130,17 @@ func (a *attempt) step(ctx context.Context, h *cutHandle) (Lineage, error) {
 	}
 	size := totalBytes(ranges)
 	view := h.cut.View()
-	if a.liveNext && a.live > 0 && a.settled(size) {
+	noView := h.cut.NoView() // one was asked for
+	if a.liveNext && a.live > 0 && noView == nil && a.settled(size) {
 		a.liveNext = false
 		if view == nil {
 			return nil, nil // a frozen round comes next, since the same base
 		}
 	}
 	live := a.liveNext || view == nil
+	if noView != nil && a.live > 0 {
+		w.update(func() { w.reason = noView.Error() })
+	}
 	if a.round >= MaxRounds {
 		return nil, a.giveUp(ctx, h, fmt.Errorf("after %d rounds more is still written than the link takes", MaxRounds))
 	}
@@ -196,6 +204,7 @@ func (a *attempt) liveRound(ctx context.Context, h *cutHandle, r Round, size int
 	if _, err := a.link.SendRound(ctx, r); err != nil {
 		return a.giveUp(ctx, h, err)
 	}
+	a.w.judge(a.base, h.rec.epoch, r.Ranges, false)
 	a.whole, a.base, a.rest = false, h.rec.epoch, nil
 	a.round++
 	a.live++
@@ -277,6 +286,8 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	if ev := w.p.cfg.Events.Committed; ev != nil {
 		ev(w.cfg.Name, e)
 	}
+	w.p.forget()
+	w.judge(a.base, h.rec.epoch, r.Ranges, true)
 	if job != nil {
 		if err := w.verifySlice(ctx, a.link, h, job); err != nil {
 			return nil, err

@@ -357,7 +357,7 @@ func TestTrackingLost(t *testing.T) {
 // neither the cut nor the process.
 func TestCutSharedWithAQuickReplica(t *testing.T) {
 	src := newMemSource(testVolumeSize, BlockSize)
-	cut, err := src.Cut(t.Context(), 1, false)
+	cut, err := src.Cut(t.Context(), 1, CutWish{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,8 @@ type replicaWorker struct {
 	// Guarded by Primary.mu.
 	wish        cutWish
 	urgent      bool          // not only at the next interval
+	since       uint64        // with wishView: CutWish.Since, for it alone
+	liveRounds  int           // and CutWish.LiveRounds
 	patience    time.Duration // how long it may hold up others that are done
 	connected   bool
 	link        *Link
@@ -281,10 +283,10 @@ func (w *replicaWorker) linkErr() error {
 	return l.Err()
 }
 
-// await joins the next cut of a kind.
-func (w *replicaWorker) await(ctx context.Context, wish cutWish, urgent bool, patience time.Duration) (*cutHandle, error) {
+// await joins the next cut of a kind, a view for what changed since an epoch.
+func (w *replicaWorker) await(ctx context.Context, wish cutWish, since uint64, liveRounds int, urgent bool, patience time.Duration) (*cutHandle, error) {
 	w.update(func() {
-		w.wish, w.patience = wish, patience
+		w.wish, w.since, w.liveRounds, w.patience = wish, since, liveRounds, patience
 		w.urgent = urgent || w.verify != nil
 	})
 	w.p.wake()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 )
@@ -43,6 +44,11 @@ type verifyJob struct {
 	// Used by the replica's goroutine, read by Verify after done.
 	next   int64
 	idle   int
+	// Of a slice that was compared with the live image: where it began, the
+	// replica's epoch, and what differed. 0: there is none.
+	sliceFrom    int64
+	suspectSince uint64
+	suspects     []Range
 	result VerifyResult
 }
 
@@ -90,9 +96,21 @@ func (p *Primary) Verify(ctx context.Context, replica string, progress func(Veri
 
 // verifySlice compares the next slice on a cut that the replica has just
 // committed. Only a session that broke is an error of the session.
+//
+// A view that holds only what changed can't be compared with. The live image is
+// instead: what differs there is suspect until the next view, by when every
+// write has been marked that could have made the difference (judge).
 func (w *replicaWorker) verifySlice(ctx context.Context, link *Link, h *cutHandle, job *verifyJob) error {
-	if job.ctx.Err() != nil {
+	if job.ctx.Err() != nil || job.next >= w.p.size {
 		return nil
+	}
+	var image io.ReaderAt = w.p.cfg.Source
+	valid := func() error { return nil }
+	whole := h.cut.WholeView()
+	if whole {
+		image, valid = h.cut.View(), h.valid
+	} else {
+		h.done()
 	}
 	stop := make(chan struct{})
 	ended := make(chan struct{})
@@ -109,9 +127,9 @@ func (w *replicaWorker) verifySlice(ctx context.Context, link *Link, h *cutHandl
 	var mu sync.Mutex
 	var found []Range
 	ranges := []Range{{job.next, w.p.size - job.next}}
-	rest, err := link.CompareRound(ctx, Round{Source: h.cut.View(), Ranges: ranges, Stop: stop, ReadsDone: func() error {
+	rest, err := link.CompareRound(ctx, Round{Source: image, Ranges: ranges, Stop: stop, ReadsDone: func() error {
 		defer h.done()
-		return h.valid()
+		return valid()
 	}}, func(d []Range) {
 		mu.Lock()
 		found = append(found, d...)
@@ -126,14 +144,10 @@ func (w *replicaWorker) verifySlice(ctx context.Context, link *Link, h *cutHandl
 		return nil
 	case err != nil:
 		return err
+	case whole:
+		job.differ(uniteRanges(found, nil))
 	default:
-		found = uniteRanges(found, nil)
-		job.result.DifferentBytes += totalBytes(found)
-		for _, r := range found {
-			if len(job.result.Differences) < maxDifferences {
-				job.result.Differences = appendRange(job.result.Differences, r)
-			}
-		}
+		job.sliceFrom, job.suspectSince, job.suspects = job.next, h.rec.epoch, uniteRanges(found, nil)
 	}
 	before := job.next
 	job.next = w.p.size
@@ -146,13 +160,57 @@ func (w *replicaWorker) verifySlice(ctx context.Context, link *Link, h *cutHandl
 		w.endVerify(job, fmt.Errorf("no frozen view lasted long enough to compare anything at %d", job.next))
 		return nil
 	}
+	w.endSlice(job)
+	return nil
+}
+
+// judge decides about what a comparison with the live image found, with what
+// changed from one cut to the next that the replica was sent. Only a view is a border behind which no write of
+// before is left unmarked.
+func (w *replicaWorker) judge(since, epoch uint64, changed []Range, view bool) {
+	w.p.mu.Lock()
+	job := w.verify
+	w.p.mu.Unlock()
+	switch {
+	case job == nil || job.suspectSince == 0:
+		return
+	case job.suspectSince != since:
+		// What was written in between is not known: this slice once more.
+		job.next, job.suspects = job.sliceFrom, nil
+	default:
+		// What was written since is on its way to the replica anyhow.
+		job.suspects = subtractRanges(job.suspects, changed)
+		if !view {
+			job.suspectSince = epoch
+			return
+		}
+		job.differ(job.suspects)
+	}
+	job.suspectSince, job.suspects = 0, nil
+	w.endSlice(job)
+}
+
+// differ counts what was found to differ: ascending, disjoint.
+func (job *verifyJob) differ(found []Range) {
+	job.result.DifferentBytes += totalBytes(found)
+	for _, r := range found {
+		if len(job.result.Differences) < maxDifferences {
+			job.result.Differences = appendRange(job.result.Differences, r)
+		}
+	}
+}
+
+// endSlice says how far the job is, and ends it when nothing is left.
+func (w *replicaWorker) endSlice(job *verifyJob) {
+	if job.suspectSince != 0 {
+		return
+	}
 	if job.progress != nil {
 		job.progress(VerifyProgress{DoneBytes: job.next, TotalBytes: w.p.size, DifferentBytes: job.result.DifferentBytes})
 	}
 	if job.next >= w.p.size {
 		w.endVerify(job, nil)
 	}
-	return nil
 }
 
 func (w *replicaWorker) endVerify(job *verifyJob, err error) {

@@ -50,22 +50,47 @@ type Source interface {
 	io.ReaderAt // the live image: torn while writes go on, yet never older than the last completed write
 	// Size is the volume's size in bytes.
 	Size() int64
-	// Cut fixes a point in time and returns a frozen view of it. With view
-	// false only the tracker is told: the cut has a number and an exact
-	// barrier, but no image (View returns nil). The number must be larger
-	// than any used before.
-	Cut(ctx context.Context, epoch uint64, view bool) (Cut, error)
+	// Cut fixes a point in time. The number must be larger than any used
+	// before.
+	Cut(ctx context.Context, epoch uint64, wish CutWish) (Cut, error)
 	// WrittenBytes counts what was written to the volume since some fixed
 	// moment, in bytes; it never decreases while the volume is up.
 	WrittenBytes() (uint64, error)
+}
+
+// CutWish is what a cut is wanted for.
+type CutWish struct {
+	// View asks for a frozen image. Without it only the tracker is told: the
+	// cut has a number, and Changed an exact border.
+	View bool
+	// Since: of the image only that is read which changed after this cut, as
+	// far as the source can tell. 0: anything may be.
+	Since uint64
+	// LiveRounds is how often in a row those who wait read the live image
+	// instead. A source that can't freeze so much gives no view for a while, so
+	// that less is left; it has to decide when that goes on for too long.
+	LiveRounds int
+}
+
+// Forgetter is a Source that keeps what changed after each cut for as long as
+// somebody may ask. Forget says that every replica holds this cut or a later
+// one. It is called from several goroutines, and must not wait.
+type Forgetter interface {
+	Forget(upTo uint64)
 }
 
 // Cut is a point in time of a Source. It must be released, also when it is
 // not valid any more. View and Changed may be used from several goroutines.
 type Cut interface {
 	Epoch() uint64
-	// View is the frozen image, nil when none was asked for.
+	// View is the frozen image. It is nil when none was asked for, and when
+	// NoView says why there is none all the same: too much changed. The live
+	// image is to be read then, and another cut to be taken.
 	View() io.ReaderAt
+	NoView() error
+	// WholeView reports whether View holds all of the image, not only what
+	// changed after CutWish.Since.
+	WholeView() bool
 	// Changed lists, in ascending order, the ranges that may have changed
 	// between the cut of the given epoch and this one. It may name too much,
 	// never too little; when it can't, the error is ErrTrackingLost.

@@ -28,6 +28,28 @@ func uniteRanges(a, b []Range) []Range {
 	return out
 }
 
+// subtractRanges is what of a is not in b; both ascending and disjoint.
+func subtractRanges(a, b []Range) []Range {
+	var out []Range
+	for _, r := range a {
+		for len(b) > 0 && b[0].End() <= r.Offset {
+			b = b[1:]
+		}
+		for _, cut := range b {
+			if cut.Offset >= r.End() {
+				break
+			}
+			out = appendRange(out, Range{r.Offset, cut.Offset - r.Offset})
+			r = Range{max(r.Offset, cut.End()), r.End() - max(r.Offset, cut.End())}
+			if r.Length <= 0 {
+				break
+			}
+		}
+		out = appendRange(out, r)
+	}
+	return out
+}
+
 func totalBytes(ranges []Range) int64 {
 	var n int64
 	for _, r := range ranges {

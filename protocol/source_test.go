@@ -29,6 +29,12 @@ type memSource struct {
 	images  map[uint64][]uint64 // blocks as they were at each cut
 	view    *memCut
 	viewMax int64 // a view overflows once so many bytes were read of it; 0: never
+	// frozenMax makes views hold only what changed, and gives none when that is
+	// more. 0: views are whole. Below 0: never a view.
+	frozenMax  int64
+	noViews    int
+	lastNoView error
+	forgotten  uint64
 
 	lostBefore uint64 // the tracker can't tell about cuts before this one
 	cutErr     error
@@ -100,7 +106,7 @@ func (s *memSource) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-func (s *memSource) Cut(ctx context.Context, epoch uint64, view bool) (Cut, error) {
+func (s *memSource) Cut(ctx context.Context, epoch uint64, wish CutWish) (Cut, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.view != nil {
@@ -116,7 +122,15 @@ func (s *memSource) Cut(ctx context.Context, epoch uint64, view bool) (Cut, erro
 	s.cuts++
 	s.images[epoch] = append([]uint64(nil), s.blocks...)
 	c := &memCut{s: s, epoch: epoch, written: s.written}
-	if view {
+	if wish.View && s.frozenMax != 0 {
+		c.since = wish.Since
+		if n := totalBytes(s.changed(wish.Since)); n > s.frozenMax {
+			s.noViews++
+			c.noView = fmt.Errorf("%d bytes changed since epoch %d, only %d can be frozen", n, wish.Since, s.frozenMax)
+			s.lastNoView = c.noView
+		}
+	}
+	if wish.View && c.noView == nil {
 		s.views++
 		c.old = map[int64]uint64{}
 		s.view = c
@@ -130,8 +144,28 @@ func (s *memSource) image(epoch uint64) []uint64 {
 	return s.images[epoch]
 }
 
+// Forget implements Forgetter.
+func (s *memSource) Forget(upTo uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgotten = max(s.forgotten, upTo)
+}
+
+// changed is what the tracker names; mu is held.
+func (s *memSource) changed(since uint64) []Range {
+	var out []Range
+	for g, m := range s.marks {
+		if m > since {
+			out = append(out, Range{int64(g) * s.grain, s.grain})
+		}
+	}
+	return out
+}
+
 type memCut struct {
 	s        *memSource
+	since    uint64
+	noView   error
 	epoch    uint64
 	written  uint64
 	read     int64
@@ -148,6 +182,9 @@ func (c *memCut) View() io.ReaderAt {
 	}
 	return memView{c}
 }
+
+func (c *memCut) NoView() error   { return c.noView }
+func (c *memCut) WholeView() bool { return c.s.frozenMax == 0 }
 
 type memView struct{ c *memCut }
 
@@ -167,6 +204,10 @@ func (v memView) ReadAt(p []byte, off int64) (int, error) {
 			c.overflow = errors.New("the copy-on-write store is full")
 		}
 		k, ok := c.old[b]
+		if !c.WholeView() && c.s.marks[b*BlockSize/c.s.grain] <= c.since {
+			c.s.mu.Unlock()
+			return 0, fmt.Errorf("block %d did not change after epoch %d: the view does not hold it", b, c.since)
+		}
 		if !ok {
 			k = c.s.blocks[b] // wrong once the store is full: Valid tells
 		}
@@ -182,13 +223,10 @@ func (c *memCut) Changed(since uint64) ([]Range, error) {
 	if since < c.s.lostBefore {
 		return nil, fmt.Errorf("epoch %d: %w", since, ErrTrackingLost)
 	}
-	var out []Range
-	for g, m := range c.s.marks {
-		if m > since {
-			out = append(out, Range{int64(g) * c.s.grain, c.s.grain})
-		}
+	if since < c.s.forgotten {
+		return nil, fmt.Errorf("epoch %d was forgotten up to %d: %w", since, c.s.forgotten, ErrTrackingLost)
 	}
-	return out, nil
+	return c.s.changed(since), nil
 }
 
 func (c *memCut) Valid() error {

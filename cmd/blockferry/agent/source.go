@@ -67,8 +67,8 @@ func (s *source) lastCutStatus() *status.Cut {
 	return &status.Cut{Epoch: s.number, At: &at, StalledSeconds: &stalled}
 }
 
-func (s *source) Cut(ctx context.Context, epoch uint64, view bool) (protocol.Cut, error) {
-	c, err := s.Volume.Cut(ctx, epoch, view)
+func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (protocol.Cut, error) {
+	c, err := s.Volume.Cut(ctx, epoch, wish.View)
 	if err != nil {
 		return nil, err
 	}
@@ -82,6 +82,8 @@ func (s *source) Cut(ctx context.Context, epoch uint64, view bool) (protocol.Cut
 type cut struct{ c *volume.Cut }
 
 func (c cut) Epoch() uint64          { return c.c.Number() }
+func (c cut) NoView() error          { return nil }
+func (c cut) WholeView() bool        { return true }
 func (c cut) Valid() error           { return c.c.Valid() }
 func (c cut) FlushSource() error     { return c.c.FlushSource() }
 func (c cut) Stalled() time.Duration { return c.c.Stalled() }
