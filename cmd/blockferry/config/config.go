@@ -35,6 +35,12 @@ const (
 	MaxStallLimit     = time.Minute
 	DefaultStallLimit = time.Second
 
+	MinStallBudget     = time.Millisecond
+	DefaultStallBudget = 20 * time.Millisecond
+
+	// DefaultStateDir holds the state files of attached volumes.
+	DefaultStateDir = "/var/lib/blockferry"
+
 	// MaxSpillPath is the longest path of a spill file: the replica's disk keeps it.
 	MaxSpillPath = 212
 
@@ -54,6 +60,16 @@ type Volume struct {
 	Name string
 	// Device is the disk that holds the volume.
 	Device string
+	// Attach replicates Device as it is, mounted and in use, without a device
+	// above it.
+	Attach bool
+	// StateFile keeps what a label keeps otherwise; only with Attach.
+	StateFile string
+	// StallBudget is how long writers may be stopped to read what changed last;
+	// only with Attach. StallWhenBusy lets that take up to StallLimit when more
+	// is written than can be read in time.
+	StallBudget   time.Duration
+	StallWhenBusy bool
 	// SizeBytes is the volume's size, a multiple of 4096; 0 means as large as
 	// fits on all its devices.
 	SizeBytes int64

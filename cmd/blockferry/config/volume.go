@@ -26,8 +26,11 @@ func (r *reader) volumes(n ast.Node) {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "volume name '%s': %s", name, err)
 		}
-		v := &Volume{Name: name, Interval: time.Second, StallLimit: DefaultStallLimit, EraBlockBytes: MinEraBlockBytes}
+		v := &Volume{Name: name, Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
 		r.volume(pair, v)
+		if v.Attach && v.StateFile == "" {
+			v.StateFile = filepath.Join(DefaultStateDir, v.Name)
+		}
 		r.config.Volumes = append(r.config.Volumes, v)
 		return true
 	})
@@ -40,6 +43,10 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	what := "volume '" + v.Name + "'"
 	present := r.fields(pair.Value, what, []field{
 		r.disk("device", &v.Device, what),
+		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
+		r.disk("state-file", &v.StateFile, what),
+		r.duration("stall-budget", &v.StallBudget, MinStallBudget, MaxStallLimit),
+		r.choice("when-busy", func(s string) { v.StallWhenBusy = s == "stall" }, "report", "stall"),
 		r.size("size", &v.SizeBytes, MinVolumeBytes, MaxVolumeBytes, 4096),
 		r.duration("interval", &v.Interval, MinInterval, MaxInterval),
 		r.duration("stall-limit", &v.StallLimit, MinStallLimit, MaxStallLimit),
@@ -56,6 +63,15 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)
 	case present["replicas"] == nil:
 		r.fail(pair.Key, "%s needs 'replicas:', at least one", what)
+	}
+	mode, other, keys := "mapper", "attach", []string{"state-file", "stall-budget", "when-busy"}
+	if v.Attach {
+		mode, other, keys = "attach", "mapper", []string{"size", "cut", "era-block", "cow", "cow-device", "metadata-device", "restore"}
+	}
+	for _, key := range keys {
+		if present[key] != nil {
+			r.fail(present[key], "%s has 'mode: %s'; '%s' is for 'mode: %s'", what, mode, key, other)
+		}
 	}
 	if present["cow"] != nil && present["cow-device"] != nil {
 		r.fail(present["cow-device"], "%s has both 'cow' and 'cow-device'; keep one", what)
@@ -100,7 +116,7 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 	}
 }
 
-// disk reads the path of a device, or of a spill file, and refuses one that is used twice. Two paths of
+// disk reads the path of a device, or of a file of ours, and refuses one that is used twice. Two paths of
 // one disk are found later, when devices are opened.
 func (r *reader) disk(key string, into *string, what string) field {
 	return r.text(key, func(s string) error {
