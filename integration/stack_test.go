@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 )
@@ -28,7 +29,7 @@ func init() {
 	var err error
 	switch {
 	case os.Getenv(deadmanVar) != "":
-		err = volume.RunDeadMan(os.Stdin, os.Stdout)
+		err = deadman.Run(os.Stdin)
 	case os.Getenv(cutterVar) != "":
 		err = cutWithoutEnd(os.Getenv(cutterVar))
 	default:
@@ -52,16 +53,16 @@ func mapper(t *testing.T) *dm.Control {
 	return ctl
 }
 
-func newGuard() (*volume.Guard, error) {
+func newGuard() (*deadman.Guard, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	return volume.NewGuard(volume.GuardOptions{Command: []string{"/usr/bin/env", "-u", cutterVar, deadmanVar + "=1", self}})
+	return deadman.NewGuard(deadman.GuardOptions{Command: []string{"/usr/bin/env", "-u", cutterVar, deadmanVar + "=1", self}})
 }
 
 // guard starts a dead-man for the length of a test.
-func guard(t *testing.T) *volume.Guard {
+func guard(t *testing.T) *deadman.Guard {
 	t.Helper()
 	g, err := newGuard()
 	if err != nil {

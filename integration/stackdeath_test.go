@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 )
@@ -200,7 +201,7 @@ func TestStackDeadManFreesWriters(t *testing.T) {
 				t.Fatal(err)
 			}
 			out.await(t, "void")
-			if !strings.Contains(out.String(), volume.ErrLate.Error()) {
+			if !strings.Contains(out.String(), deadman.ErrLate.Error()) {
 				t.Errorf("the cut was void for another reason:\n%s", out)
 			}
 			out.Reset()
@@ -251,7 +252,7 @@ func TestStackSurvivesItsDeadMan(t *testing.T) {
 			}
 		}()
 		_, err := v.Cut(t.Context(), 1, true)
-		if !errors.Is(err, volume.ErrLate) {
+		if !errors.Is(err, deadman.ErrLate) {
 			t.Fatalf("without a dead-man: %v", err)
 		}
 		if err := <-killed; err != nil {

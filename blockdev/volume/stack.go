@@ -45,6 +45,12 @@ func deviceName(volume, role string) string {
 // rules know it.
 func deviceUUID(volume UUID, role string) string { return uuidPrefix + volume.String() + "-" + role }
 
+// IsVolume says of a device-mapper uuid whether it is that of a device that
+// applications open, of any volume.
+func IsVolume(uuid string) bool {
+	return strings.HasPrefix(uuid, uuidPrefix) && strings.HasSuffix(uuid, "-"+roleTop)
+}
+
 // Up puts the volume up: it builds what is not there and adopts what an
 // earlier process left, in whatever state. It refuses a device in use (and
 // says by whom), one with another volume's label, and inner devices that are

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 )
 
@@ -55,7 +56,7 @@ type Options struct {
 	// AllowOtherDisk takes a label that was written on a disk with another
 	// identity; tracking begins anew.
 	AllowOtherDisk bool
-	Guard          *Guard
+	Guard          *deadman.Guard
 	Log            *slog.Logger // nil: discarded
 }
 
@@ -74,8 +75,8 @@ func (o *Options) check() error {
 		return fmt.Errorf("a volume's name has 1 to 100 characters, not '%s'", o.Name)
 	case o.ChunkBytes < blockdev.BlockSize || o.ChunkBytes > maxChunkBytes || o.ChunkBytes&(o.ChunkBytes-1) != 0:
 		return fmt.Errorf("volume %s: chunks of %d bytes: want a power of two from 4 KiB to 1 MiB", o.Name, o.ChunkBytes)
-	case o.StallLimit < 10*time.Millisecond || o.StallLimit > maxStallLimit:
-		return fmt.Errorf("volume %s: a stall limit of %s: want 10 ms to %s", o.Name, o.StallLimit, maxStallLimit)
+	case o.StallLimit < 10*time.Millisecond || o.StallLimit > deadman.MaxLimit:
+		return fmt.Errorf("volume %s: a stall limit of %s: want 10 ms to %s", o.Name, o.StallLimit, deadman.MaxLimit)
 	case o.EraBlockBytes != 0 && checkEraBlock(o.EraBlockBytes) != nil:
 		return fmt.Errorf("volume %s: %w", o.Name, checkEraBlock(o.EraBlockBytes))
 	case o.Guard == nil:

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 )
 
@@ -29,7 +30,7 @@ var ErrNoDrain = errors.New("the device did not come to rest in time")
 // might have to come from a page on the way to the very device it stopped.
 type window struct {
 	volume  *Volume
-	guard   *Guard
+	guard   *deadman.Guard
 	limit   time.Duration
 	devices []string // inner to outer
 
@@ -71,17 +72,17 @@ func (v *Volume) newWindow(withView bool) (*window, error) {
 // run stops writers, does the inner calls and has the dead-man resume. nil
 // means that all of it happened while writers stood still.
 func (w *window) run() error {
-	if err := w.guard.arm(w.limit, w.devices...); err != nil {
+	if err := w.guard.Arm(w.limit, w.devices...); err != nil {
 		return err
 	}
 	var late error
 	rescue := w.rescue
-	quiet(func() {
+	deadman.Quiet(func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		start := time.Now()
 		w.inside()
-		late = w.guard.resume(rescue)
+		late = w.guard.Resume(rescue)
 		w.stalled = time.Since(start)
 	})
 	if w.at.IsZero() && w.err != nil {

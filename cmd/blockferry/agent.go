@@ -7,7 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"blockferry/blockdev/volume"
+	"blockferry/blockdev/deadman"
 	"blockferry/cmd/blockferry/agent"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -32,7 +32,7 @@ func newAgent(g *globalOptions) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return g.agent(cmd.Context(), log, volume.GuardOptions{
+			return g.agent(cmd.Context(), log, deadman.GuardOptions{
 				Socket: o.deadMan,
 				// A service manager that starts this starts the other, too.
 				ServiceExpected: cmd.Flags().Changed("dead-man-socket") || os.Getenv("NOTIFY_SOCKET") != "",
@@ -59,7 +59,7 @@ func (g *globalOptions) logger(o agentOptions) (*slog.Logger, error) {
 	return nil, exit.Errorf(exit.Usage, "--log-format '%s' is not one of text, json", o.logFormat)
 }
 
-func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan volume.GuardOptions) error {
+func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan deadman.GuardOptions) error {
 	c, err := config.Load(g.config)
 	if err != nil {
 		return err

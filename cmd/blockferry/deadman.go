@@ -8,6 +8,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/agent"
 )
@@ -26,7 +27,7 @@ func newDeadMan(g *globalOptions) *cobra.Command {
 		Args:   atMost(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("listen") {
-				return volume.RunDeadMan(os.Stdin, os.Stdout)
+				return deadman.Run(os.Stdin)
 			}
 			log, err := g.logger(agentOptions{logFormat: "text"})
 			if err != nil {
@@ -45,7 +46,7 @@ func serveDeadMan(ctx context.Context, socket string, log *slog.Logger) error {
 		return err
 	}
 	defer closeListener()
-	return volume.ServeDeadMan(ctx, l, log, func() {
+	return deadman.Serve(ctx, l, volume.IsVolume, log, func() {
 		log.Info("dead-man serves", "socket", socket, "pid", os.Getpid())
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.Warn("the service manager was not told", "error", err)

@@ -54,6 +54,8 @@ var layers = []layer{
 	{prefix: "blockdev/era", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume"}},
 	// The rooms below volume do not know the house that volume builds of them.
 	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era"}},
+	// The dead-man serves whoever stops writers.
+	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume"}},
 	{prefix: "cmd", may: []string{"cmd", "protocol", "proto", "blockdev"}, never: []string{"blockdev/blocktest"},
 		inTests: []string{"blockdev/blocktest"}},
 	{prefix: "integration", may: []string{""}},

@@ -16,8 +16,8 @@ import (
 
 	"google.golang.org/grpc"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
-	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
@@ -47,7 +47,7 @@ type Options struct {
 	Version string
 	System  *doctor.System
 	// DeadMan says who resumes devices that the agent left suspended.
-	DeadMan volume.GuardOptions
+	DeadMan deadman.GuardOptions
 }
 
 // Agent runs the volumes of one configuration.
@@ -76,7 +76,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	defer closeListener()
 	// What a cut needs must not have to be read from the disk it stopped.
-	if err := volume.LockMemory(); err != nil {
+	if err := deadman.LockMemory(); err != nil {
 		a.log.Warn("memory is not locked; a machine short of memory may void cuts", "error", err)
 	}
 	if a.dm, err = dm.Open(); err != nil {

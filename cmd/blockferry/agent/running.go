@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/proto"
@@ -25,12 +26,12 @@ type running struct {
 	primary *protocol.Primary
 	source  *source
 	state   *labelState
-	guard   *volume.Guard
+	guard   *deadman.Guard
 }
 
 // replicate starts a volume's primary. Replicas of this machine are fed by the
 // same calls as a peer's, without a socket in between.
-func (m *managed) replicate(stack *volume.Volume, guard *volume.Guard, state protocol.SourceState) (*running, error) {
+func (m *managed) replicate(stack *volume.Volume, guard *deadman.Guard, state protocol.SourceState) (*running, error) {
 	r := &running{source: &source{Volume: stack}, state: &labelState{StateStore: stackState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,

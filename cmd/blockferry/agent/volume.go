@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -202,7 +203,7 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	deadMan := m.agent.options.DeadMan
 	deadMan.Log = m.log
-	guard, err := volume.NewGuard(deadMan)
+	guard, err := deadman.NewGuard(deadMan)
 	if err != nil {
 		return m.refuse(err)
 	}

@@ -1,4 +1,4 @@
-package volume
+package deadman
 
 import (
 	"bytes"
@@ -70,7 +70,7 @@ func newTestGuard(t *testing.T, o GuardOptions) *Guard {
 
 func mustArm(t *testing.T, g *Guard, limit time.Duration) {
 	t.Helper()
-	if err := g.arm(limit, "vol"); err != nil {
+	if err := g.Arm(limit, "vol"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -80,7 +80,7 @@ func (f *fakeDevices) cut(t *testing.T, g *Guard) error {
 	t.Helper()
 	mustArm(t, g, 10*time.Second)
 	f.suspend("vol")
-	return g.resume(func() error { _, err := f.resume("vol"); return err })
+	return g.Resume(func() error { _, err := f.resume("vol"); return err })
 }
 
 func TestGuardBelievesOnlyInTime(t *testing.T) {
@@ -94,7 +94,7 @@ func TestGuardBelievesOnlyInTime(t *testing.T) {
 		for range 2 { // the second time a dead one was started again
 			mustArm(t, g, time.Second)
 			rescued := false
-			err := g.resume(func() error { rescued = true; return nil })
+			err := g.Resume(func() error { rescued = true; return nil })
 			if rescued != want.dead || errors.Is(err, ErrLate) != want.late || (err != nil) != want.late {
 				t.Errorf("%s: rescued %v, %v", answer, rescued, err)
 			}
@@ -102,7 +102,7 @@ func TestGuardBelievesOnlyInTime(t *testing.T) {
 	}
 	g := newTestGuard(t, GuardOptions{Command: shell("exit")})
 	for range 2 { // nobody is locked out after a failed arm
-		if err := g.arm(time.Second, "vol"); err == nil {
+		if err := g.Arm(time.Second, "vol"); err == nil {
 			t.Error("armed by a dead-man that does not answer")
 		}
 	}
@@ -125,7 +125,7 @@ func TestQuietTimesOverlap(t *testing.T) {
 			begun := make(chan struct{})
 			go func() {
 				defer close(ended[i])
-				quiet(func() {
+				Quiet(func() {
 					close(begun)
 					<-end[i]
 				})
@@ -156,13 +156,13 @@ func TestGuardWaitsNoLongerThanTheLimit(t *testing.T) {
 	mustArm(t, g, limit)
 	start := time.Now()
 	var after time.Duration
-	err := g.resume(func() error { after = time.Since(start); return nil })
+	err := g.Resume(func() error { after = time.Since(start); return nil })
 	if !errors.Is(err, ErrLate) || after < limit || after > limit+time.Second {
 		t.Errorf("rescued after %s, the limit is %s: %v", after, limit, err)
 	}
 	first := g.Pid()
 	mustArm(t, g, time.Second)
-	g.resume(func() error { return nil })
+	g.Resume(func() error { return nil })
 	if g.Pid() == first {
 		t.Error("the one that hung serves on")
 	}
@@ -177,9 +177,9 @@ func TestGuardResumesWithoutAllocation(t *testing.T) {
 		mustArm(t, g, 10*time.Second)
 		var before, after runtime.MemStats
 		var err error
-		quiet(func() {
+		Quiet(func() {
 			runtime.ReadMemStats(&before)
-			err = g.resume(rescue)
+			err = g.Resume(rescue)
 			runtime.ReadMemStats(&after)
 		})
 		if err != nil {
@@ -211,7 +211,7 @@ func startService(t *testing.T, socket string) *testService {
 	s := &testService{t: t, socket: socket, devices: &fakeDevices{suspended: map[string]bool{}}, stopped: make(chan struct{})}
 	stop := make(chan struct{})
 	s.stop = sync.OnceFunc(func() { close(stop) })
-	inner := &service{resumer: s.devices, now: bootTime, log: slog.New(slog.NewTextHandler(&s.log, nil))}
+	inner := &service{resumer: s.devices, freezer: &fakeMounts{frozen: map[string]bool{}}, now: bootTime, log: slog.New(slog.NewTextHandler(&s.log, nil))}
 	go func() { inner.serve(l, stop); close(s.stopped) }()
 	t.Cleanup(s.stop)
 	return s
@@ -241,23 +241,23 @@ func TestServiceServesSeveralGuards(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
 	a, b := s.guard(GuardOptions{}), s.guard(GuardOptions{})
 	for range 3 {
-		if err := a.arm(10*time.Second, "a"); err != nil {
+		if err := a.Arm(10*time.Second, "a"); err != nil {
 			t.Fatal(err)
 		}
-		if err := b.arm(10*time.Second, "b"); err != nil {
+		if err := b.Arm(10*time.Second, "b"); err != nil {
 			t.Fatal(err)
 		}
 		s.devices.suspend("a", "b")
 		for name, g := range map[string]*Guard{"a": a, "b": b} {
-			if err := g.resume(func() error { return errors.New("not called") }); err != nil {
+			if err := g.Resume(func() error { return errors.New("not called") }); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
 	}
-	if err := a.arm(10*time.Second, "a"); err != nil {
+	if err := a.Arm(10*time.Second, "a"); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.arm(100*time.Millisecond, "b"); err != nil {
+	if err := b.Arm(100*time.Millisecond, "b"); err != nil {
 		t.Fatal(err)
 	}
 	s.devices.suspend("a", "b")
@@ -267,10 +267,10 @@ func TestServiceServesSeveralGuards(t *testing.T) {
 			t.Fatalf("still suspended: %v", s.devices.suspended)
 		}
 	}
-	if err := b.resume(func() error { return nil }); !errors.Is(err, ErrLate) {
+	if err := b.Resume(func() error { return nil }); !errors.Is(err, ErrLate) {
 		t.Errorf("past its limit: %v", err)
 	}
-	if err := a.resume(func() error { return nil }); !errors.Is(err, ErrLate) {
+	if err := a.Resume(func() error { return nil }); !errors.Is(err, ErrLate) {
 		t.Errorf("a connection that closed: %v", err)
 	}
 }
@@ -286,7 +286,7 @@ func TestServiceStops(t *testing.T) {
 	if s.hasStopped(200 * time.Millisecond) {
 		t.Fatal("ended in the middle of a suspend")
 	}
-	if err := g.resume(func() error { return errors.New("not called") }); err != nil {
+	if err := g.Resume(func() error { return errors.New("not called") }); err != nil {
 		t.Errorf("the suspend under way: %v", err)
 	}
 	if !s.hasStopped(5 * time.Second) {
@@ -313,7 +313,7 @@ func TestServiceStops(t *testing.T) {
 		t.Fatal("ended before LATE was fetched")
 	}
 	g.link.conn.Close() // the agent is killed
-	_ = g.resume(func() error { return nil })
+	_ = g.Resume(func() error { return nil })
 	if !next.hasStopped(5 * time.Second) {
 		t.Fatal("does not end though its agents are gone")
 	}
@@ -426,7 +426,7 @@ func TestGuardFindsTheService(t *testing.T) {
 		own := g.Pid()
 		for range 2 {
 			mustArm(t, g, time.Second)
-			if err := g.resume(func() error { return nil }); err != nil || g.Pid() != own {
+			if err := g.Resume(func() error { return nil }); err != nil || g.Pid() != own {
 				t.Errorf("dead-man %d, was %d: %v", g.Pid(), own, err)
 			}
 		}
@@ -443,7 +443,7 @@ func TestGuardFindsTheService(t *testing.T) {
 		s.stop()
 		s.hasStopped(5 * time.Second)
 		mustArm(t, g, time.Second)
-		if err := g.resume(func() error { return nil }); err != nil {
+		if err := g.Resume(func() error { return nil }); err != nil {
 			t.Error(err)
 		}
 		if text := log.take(); strings.Contains(text, "level=WARN") != expected {
@@ -475,7 +475,7 @@ func TestGuardLeavesAServiceThatRefuses(t *testing.T) {
 	g := newTestGuard(t, GuardOptions{Socket: socket, Command: shell(obedient)})
 	for range 3 {
 		mustArm(t, g, time.Second)
-		if err := g.resume(func() error { return nil }); err != nil {
+		if err := g.Resume(func() error { return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -496,7 +496,7 @@ func TestGuardLeavesAServiceThatHangs(t *testing.T) {
 	start := time.Now()
 	for range 3 {
 		mustArm(t, g, time.Second)
-		if err := g.resume(func() error { return nil }); err != nil {
+		if err := g.Resume(func() error { return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,4 +1,4 @@
-package volume
+package deadman
 
 import (
 	"context"
@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"strings"
 	"sync"
 	"time"
 
@@ -30,26 +29,30 @@ const (
 	acceptPause = 100 * time.Millisecond
 )
 
-// ServeDeadMan is the whole life of a dead-man that is a service of its own:
-// it serves any number of agents' guards until ctx ends; then it returns as
-// soon as no suspend is under way. It is the only thing its process should do,
-// which is locked in memory and ignores the signals that end others. Only
-// processes of its own user, root, are answered. ready is called when devices
-// that nobody looks after are resumed and it is about to accept. The listener
-// is closed.
-func ServeDeadMan(ctx context.Context, l *net.UnixListener, log *slog.Logger, ready func()) error {
+// Serve is the whole life of a dead-man that is a service of its own: it
+// serves any number of agents' guards until ctx ends; then it returns as soon
+// as nothing is stopped. It is the only thing its process should do, which is
+// locked in memory and ignores the signals that end others. Only processes of
+// its own user, root, are answered. Devices that were left suspended and whose
+// device-mapper UUID is ours are resumed first; then ready is called, and it is
+// about to accept. The listener is closed.
+func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
-	control, err := becomeDeadMan()
-	if err != nil {
+	if err := becomeDeadMan(); err != nil {
 		return err
 	}
-	defer control.Close()
-	resumeOrphans(control, log)
+	var mapper dmResumer
+	defer mapper.close()
+	if err := mapper.ready(); err != nil {
+		log.Info("no device-mapper yet; it is looked for when a volume needs it", "error", err)
+	} else {
+		resumeOrphans(mapper.control, ours, log)
+	}
 	ready()
-	s := &service{resumer: dmResumer{control}, now: bootTime, log: log}
+	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log}
 	s.serve(l, ctx.Done())
 	return nil
 }
@@ -57,7 +60,7 @@ func ServeDeadMan(ctx context.Context, l *net.UnixListener, log *slog.Logger, re
 // resumeOrphans resumes the volumes that were left suspended: the dead-man
 // before this one may have been killed, and its agent stopped. Were a window
 // under way with another dead-man, its RESUME would find the device resumed.
-func resumeOrphans(control *dm.Control, log *slog.Logger) {
+func resumeOrphans(control *dm.Control, ours func(uuid string) bool, log *slog.Logger) {
 	names, err := control.List()
 	if err != nil {
 		log.Warn("devices that were left suspended are not looked for", "error", err)
@@ -65,7 +68,7 @@ func resumeOrphans(control *dm.Control, log *slog.Logger) {
 	}
 	for _, name := range names {
 		info, err := control.Info(name)
-		if err == nil && strings.HasPrefix(info.UUID, uuidPrefix) && strings.HasSuffix(info.UUID, "-"+roleTop) && info.Suspended && info.HasActive {
+		if err == nil && ours(info.UUID) && info.Suspended && info.HasActive {
 			err = control.Resume(name)
 			log.Warn("a volume was left suspended; it is resumed", "volume", name, "error", err)
 			continue
@@ -78,6 +81,7 @@ func resumeOrphans(control *dm.Control, log *slog.Logger) {
 
 type service struct {
 	resumer resumer
+	freezer freezer
 	now     func() time.Duration
 	log     *slog.Logger
 }
@@ -123,7 +127,9 @@ func (s *service) one(conn *net.UnixConn, stop <-chan struct{}) error {
 	if _, err := peer(conn); err != nil {
 		return err
 	}
-	return (&deadman{resumer: s.resumer, now: s.now, out: patient{conn}, stopping: stop}).run(conn)
+	in := &inbox{conn: conn}
+	defer in.close()
+	return (&deadman{resumer: s.resumer, freezer: s.freezer, now: s.now, out: patient{conn}, inbox: in, stopping: stop}).run(in)
 }
 
 // patient gives up on a reader that does not read: while it is waited for,

@@ -1,4 +1,4 @@
-package volume
+package deadman
 
 import (
 	"bytes"
@@ -7,10 +7,13 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -30,17 +33,20 @@ const (
 )
 
 // ErrLate says that the stall limit passed, that the dead-man died or that
-// somebody else resumed while the volume was suspended: what was done in that
-// time is worth nothing.
+// somebody else resumed while writers were stopped: what was done in that time
+// is worth nothing.
 var ErrLate = errors.New("the suspend did not hold until its end")
+
+// ErrFrozen says that somebody else had frozen a file system. It was left so.
+var ErrFrozen = errors.New("frozen by somebody else")
 
 // GuardOptions says where a guard finds its dead-man.
 type GuardOptions struct {
-	// Socket is where a dead-man's service answers (ServeDeadMan), "" for
+	// Socket is where a dead-man's service answers (Serve), "" for
 	// none. It is looked for before each suspend.
 	Socket string
 	// Command starts a dead-man while there is no service: its main must be
-	// RunDeadMan on its standard input and output. Its standard error is this
+	// Run on its standard input, which is a socket. Its standard error is this
 	// process's.
 	Command []string
 	// ServiceExpected has it logged as a warning when there is no service.
@@ -50,8 +56,8 @@ type GuardOptions struct {
 }
 
 // Guard is the agent's side of the dead-man: a connection to its service or to
-// a process of its own, made again when it ended. It serves one suspend at a
-// time.
+// a process of its own, made again when it ended. It serves one stop of writers
+// at a time: a suspend of devices, or a freeze of file systems.
 type Guard struct {
 	options GuardOptions
 
@@ -63,7 +69,9 @@ type Guard struct {
 	// These belong to who holds window.
 	deadline time.Time // of the suspend
 	notYet   time.Time // the service is left alone until then
-	request  [64]byte  // RESUME must not allocate
+	lost     error     // FREEZE was not answered
+	resume   [7]byte   // requests that must not allocate
+	freeze   [7]byte
 	reply    [maxLineBytes]byte
 }
 
@@ -180,11 +188,30 @@ func (g *Guard) fail(err error, fresh bool) {
 	}
 }
 
-// arm has the devices (inner to outer) resumed when limit passes or this
-// process ends. After it returned nil, resume must be called.
-func (g *Guard) arm(limit time.Duration, devices ...string) error {
+// Arm has the devices (inner to outer) resumed when limit passes or this
+// process ends. After it returned nil, Resume must be called; until then
+// nobody else is served.
+func (g *Guard) Arm(limit time.Duration, devices ...string) error {
+	return g.arm(limit, fmt.Sprintf("ARM %d %s\n", limit.Milliseconds(), strings.Join(devices, " ")), nil)
+}
+
+// ArmMounts has the file systems that the given files are on, each only once,
+// thawed when limit passes or this process ends, once Freeze has frozen them.
+// After it returned nil, Resume must be called. The files may be closed when
+// it returns.
+func (g *Guard) ArmMounts(limit time.Duration, files ...*os.File) error {
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fds[i] = int(f.Fd())
+	}
+	err := g.arm(limit, fmt.Sprintf("ARM-MOUNTS %d %d\n", limit.Milliseconds(), len(files)), unix.UnixRights(fds...))
+	runtime.KeepAlive(files)
+	return err
+}
+
+func (g *Guard) arm(limit time.Duration, line string, rights []byte) error {
 	g.window.Lock()
-	line := fmt.Sprintf("ARM %d %s\n", limit.Milliseconds(), strings.Join(devices, " "))
+	g.lost = nil
 	var err error
 	for try := range armTries {
 		if err = g.ensure(); err != nil {
@@ -193,9 +220,10 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
-		answer, err = g.ask([]byte(line), time.Now().Add(g.patience()))
+		answer, err = g.ask([]byte(line), rights, time.Now().Add(g.patience()))
 		if err == nil && string(answer) == "ARMED" {
-			copy(g.request[:], "RESUME\n")
+			copy(g.resume[:], "RESUME\n")
+			copy(g.freeze[:], "FREEZE\n")
 			return nil
 		}
 		if err == nil {
@@ -207,25 +235,43 @@ func (g *Guard) arm(limit time.Duration, devices ...string) error {
 	return fmt.Errorf("arm the dead-man: %w", err)
 }
 
-func (g *Guard) patience() time.Duration {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.link != nil && g.link.child == nil {
-		return servicePatience
+// Freeze has the dead-man freeze what ArmMounts named, all or nothing.
+// ErrFrozen: somebody else had frozen one. ErrLate: it took longer than the
+// limit, or the dead-man is dead. Whatever it returns, Resume must follow. It
+// waits for the kernel, which no limit ends, at most until the limit and a
+// tenth of a second; it allocates nothing unless it fails.
+func (g *Guard) Freeze() error {
+	answer, err := g.ask(g.freeze[:], nil, g.deadline.Add(resumeGrace))
+	if err != nil {
+		g.lost = err
+		return fmt.Errorf("%w: the dead-man is gone in the middle of a freeze: %w", ErrLate, err)
 	}
-	return answerPatience
+	if string(answer) == "FROZEN" {
+		return nil
+	}
+	if which, busy := bytes.CutPrefix(answer, []byte("BUSY ")); busy {
+		return fmt.Errorf("%s is %w: it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen", which, ErrFrozen)
+	}
+	if why, late := bytes.CutPrefix(answer, []byte("LATE ")); late {
+		return fmt.Errorf("%w: %s", ErrLate, why)
+	}
+	return fmt.Errorf("the dead-man answers '%s'", answer)
 }
 
-// resume has the devices resumed. Its error is ErrLate when the dead-man was
-// faster, or is dead; in the latter case rescue was called, which has to
-// resume them.
-func (g *Guard) resume(rescue func() error) error {
+// Resume has the devices resumed and the file systems thawed. Its error is
+// ErrLate when the dead-man was faster, or is dead; in the latter case rescue
+// was called, which has to resume them.
+func (g *Guard) Resume(rescue func() error) error {
 	defer g.window.Unlock()
 	limit := time.Now()
 	if limit.Before(g.deadline) {
 		limit = g.deadline
 	}
-	answer, err := g.ask(g.request[:len("RESUME\n")], limit.Add(resumeGrace))
+	var answer []byte
+	err := g.lost // its answer to FREEZE, should it come, is none to RESUME
+	if err == nil {
+		answer, err = g.ask(g.resume[:], nil, limit.Add(resumeGrace))
+	}
 	if why, late := bytes.CutPrefix(answer, []byte("LATE ")); err == nil && late {
 		return fmt.Errorf("%w: %s", ErrLate, why)
 	}
@@ -242,8 +288,18 @@ func (g *Guard) resume(rescue func() error) error {
 	return errors.Join(fmt.Errorf("%w: %w", ErrLate, err), rescued)
 }
 
-// ask sends a line and reads one; what it returns is valid until the next ask.
-func (g *Guard) ask(line []byte, deadline time.Time) ([]byte, error) {
+func (g *Guard) patience() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.link != nil && g.link.child == nil {
+		return servicePatience
+	}
+	return answerPatience
+}
+
+// ask sends a line, with descriptors if there are rights, and reads one; what
+// it returns is valid until the next ask.
+func (g *Guard) ask(line, rights []byte, deadline time.Time) ([]byte, error) {
 	g.mu.Lock()
 	l := g.link
 	g.mu.Unlock()
@@ -253,7 +309,13 @@ func (g *Guard) ask(line []byte, deadline time.Time) ([]byte, error) {
 	if err := l.conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
-	if _, err := l.conn.Write(line); err != nil {
+	var err error
+	if rights == nil {
+		_, err = l.conn.Write(line)
+	} else {
+		_, _, err = l.conn.WriteMsgUnix(line, rights, nil)
+	}
+	if err != nil {
 		return nil, err
 	}
 	for n := 0; n < len(g.reply); {
@@ -276,9 +338,9 @@ var noCollections struct {
 	percent int // the setting from before the first of them
 }
 
-// quiet runs f without garbage collection. Those of several guards may overlap:
+// Quiet runs f without garbage collection. Those of several guards may overlap:
 // the last to end restores the setting.
-func quiet(f func()) {
+func Quiet(f func()) {
 	n := &noCollections
 	n.Lock()
 	if n.count == 0 {
