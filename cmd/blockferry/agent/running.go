@@ -32,7 +32,7 @@ type running struct {
 // replicate starts a volume's primary. Replicas of this machine are fed by the
 // same calls as a peer's, without a socket in between.
 func (m *managed) replicate(stack *volume.Volume, guard *deadman.Guard, state protocol.SourceState) (*running, error) {
-	r := &running{source: &source{Volume: stack}, state: &labelState{StateStore: stackState{stack}}, guard: guard}
+	r := &running{source: &source{raised: stack, take: takeSnapshot(stack)}, state: &labelState{StateStore: stackState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
 		Interval: m.config.Interval, Events: m.events(),

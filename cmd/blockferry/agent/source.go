@@ -8,14 +8,42 @@ import (
 	"sync"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/protocol"
 )
 
+// raised is a volume that is up, on a stack of its own or attached to a device
+// that is in use as it is.
+type raised interface {
+	io.ReaderAt
+	Size() int64
+	UUID() volume.UUID
+	Path() string
+	WrittenBytes() (uint64, error)
+	TrackingLost() string
+	State() []byte
+	SetState(state []byte) error
+	Close() error
+}
+
+// taken is a cut of either.
+type taken interface {
+	Number() uint64
+	At() time.Time
+	Stalled() time.Duration
+	WrittenBytes() uint64
+	Changed(since uint64) ([]blockdev.Extent, error)
+	Valid() error
+	FlushSource() error
+	Release() error
+}
+
 // source is a volume as protocol sees it.
 type source struct {
-	*volume.Volume
+	raised
+	take func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error)
 
 	mu      sync.Mutex
 	lastCut uint64 // WrittenBytes at it
@@ -35,7 +63,7 @@ func (s *source) WrittenBytes() (uint64, error) {
 	defer s.mu.Unlock()
 	switch {
 	case !s.sealed:
-		return s.Volume.WrittenBytes()
+		return s.raised.WrittenBytes()
 	case s.written:
 		return s.lastCut + 1, nil
 	}
@@ -68,37 +96,48 @@ func (s *source) lastCutStatus() *status.Cut {
 }
 
 func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (protocol.Cut, error) {
-	c, err := s.Volume.Cut(ctx, epoch, wish.View)
+	c, err := s.take(ctx, epoch, wish)
 	if err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	s.lastCut, s.number, s.at, s.stalled = c.WrittenBytes(), epoch, c.At(), c.Stalled()
 	s.mu.Unlock()
-	return cut{c}, nil
+	return c, nil
+}
+
+// takeSnapshot cuts a volume on a stack of its own. Its view is whole.
+func takeSnapshot(v *volume.Volume) func(context.Context, uint64, protocol.CutWish) (cut, error) {
+	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
+		c, err := v.Cut(ctx, epoch, wish.View)
+		if err != nil {
+			return cut{}, err
+		}
+		made := cut{taken: c, whole: true}
+		if view := c.View(); view != nil {
+			made.view = view
+		}
+		return made, nil
+	}
 }
 
 // cut is a volume's cut as protocol sees it.
-type cut struct{ c *volume.Cut }
-
-func (c cut) Epoch() uint64          { return c.c.Number() }
-func (c cut) NoView() error          { return nil }
-func (c cut) WholeView() bool        { return true }
-func (c cut) Valid() error           { return c.c.Valid() }
-func (c cut) FlushSource() error     { return c.c.FlushSource() }
-func (c cut) Stalled() time.Duration { return c.c.Stalled() }
-func (c cut) WrittenBytes() uint64   { return c.c.WrittenBytes() }
-func (c cut) Release() error         { return c.c.Release() }
-
-func (c cut) View() io.ReaderAt {
-	if v := c.c.View(); v != nil {
-		return v
-	}
-	return nil // not an interface that holds a nil
+type cut struct {
+	taken
+	view   io.ReaderAt // nil: none
+	noView error
+	whole  bool
+	exact  bool
 }
 
+func (c cut) Epoch() uint64            { return c.Number() }
+func (c cut) View() io.ReaderAt        { return c.view }
+func (c cut) NoView() error            { return c.noView }
+func (c cut) WholeView() bool          { return c.whole }
+func (c cut) ChangedExact(uint64) bool { return c.exact }
+
 func (c cut) Changed(since uint64) ([]protocol.Range, error) {
-	extents, err := c.c.Changed(since)
+	extents, err := c.taken.Changed(since)
 	if errors.Is(err, volume.ErrTrackingLost) {
 		return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)
 	}
