@@ -13,6 +13,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/doctor"
 	"blockferry/protocol"
 )
 
@@ -76,6 +77,9 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
+	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
+		l.log.Warn("the replica "+words, "advice", doctor.JournalAdvice(l.volume.Name, l.config.Name))
+	}
 	warned := l.warn(s.Warnings, 0)
 	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
 	if l.opened != nil {

@@ -92,6 +92,11 @@ func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUI
 			return s.Restore, label.UUID, nil
 		}
 	}
+	if content == volume.Foreign {
+		if err := notAReplica(disk); err != nil {
+			return nil, none, exit.Errorf(exit.Refused, "%w; nothing was written; check the paths in the configuration; if that copy may be lost, overwrite the disk's last MiB first", err)
+		}
+	}
 	if content != volume.Blank && !force {
 		return nil, none, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
 	}

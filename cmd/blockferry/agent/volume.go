@@ -264,7 +264,7 @@ func (m *managed) refuse(err error) error {
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, volume.ErrOtherVolume):
-		advice = "check the paths in the configuration"
+		advice = "nothing is written to it; check the paths in the configuration, or which disk is attached where"
 	case errors.Is(err, unix.EBUSY):
 		advice = "end what uses it; it is tried again by itself"
 	}
@@ -303,8 +303,22 @@ func (m *managed) inspect() error {
 	case volume.Blank:
 		m.set(stageBlank, why, m.blankAdvice())
 		return exit.Errorf(exit.Refused, "%s; %s", why, m.blankAdvice())
+	case volume.Foreign:
+		if err := notAReplica(disk); err != nil {
+			return m.refuse(err)
+		}
 	}
 	return m.refuse(&foreignContent{why})
+}
+
+// notAReplica refuses a replica's disk in the place of a volume's: paths or
+// disks were exchanged, and what is there may be the only copy.
+func notAReplica(disk *blockdev.File) error {
+	of, found, err := protocol.ProbeReplica(disk)
+	if err != nil || !found {
+		return err
+	}
+	return fmt.Errorf("%w: %s holds a replica of volume %s, the volume's own disk is expected there", volume.ErrOtherVolume, disk.Name(), volume.UUID(of))
 }
 
 // blankAdvice says what a blank disk is waiting for.
