@@ -435,7 +435,16 @@ func TestDroppedEpochsStayDropped(t *testing.T) {
 	must(t, m.checkOpen(rolled))
 	other := dev.Clone()
 
-	dev.FailAt(blocktest.OpRead, 2, errors.New("for once")) // its first segment
+	for _, drop := range []bool{false, true} { // its first segment can't be read: only the operator drops it
+		dev.FailAt(blocktest.OpRead, 2, errors.New("for once"))
+		r, err := OpenReplica(context.Background(), dev, OpenOptions{DropJournal: drop})
+		if errors.Is(err, ErrUnreadable) == drop {
+			t.Fatalf("dropping %v: %v", drop, err)
+		}
+		if err == nil {
+			must(t, r.Close())
+		}
+	}
 	r := open(t, dev)
 	if st := r.Status(); st.Committed.Epoch != 1 {
 		t.Fatalf("%+v", st)
