@@ -27,6 +27,7 @@ const (
 	stageStarting  stage = iota // not looked at yet
 	stageAbsent                 // its disk, or one of its others, is not there
 	stageBlank                  // its disk is blank: create or restore
+	stageBusy                   // somebody else has one of its disks
 	stageRefused                // its disk holds what is not this volume
 	stageRestoring              // it is being filled
 	stageDown                   // the operator took it down
@@ -91,9 +92,12 @@ func (m *managed) run(ctx context.Context) {
 	wait := retryEvery
 	for ctx.Err() == nil {
 		m.look(ctx)
-		if m.at() == stageRefused {
+		switch m.at() {
+		case stageRefused:
 			wait = min(2*wait, retryRefused) // each try writes to the label
-		} else {
+		case stageBusy:
+			wait = retryBusy // udev or blkid are done in a moment
+		default:
 			wait = retryEvery
 		}
 		select {
@@ -154,14 +158,14 @@ func (m *managed) set(s stage, reason, advice string) {
 		words += ": " + reason
 	}
 	m.agent.hub.publish(m.config.Name, "", "volume-"+stageWords[s], words)
-	if s == stageRefused || s == stageAbsent {
+	if s == stageRefused || s == stageBusy || s == stageAbsent {
 		m.log.Warn("volume is "+stageWords[s], "reason", reason, "advice", advice)
 	} else {
 		m.log.Info("volume is "+stageWords[s], "reason", reason)
 	}
 }
 
-var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageRefused: "refused",
+var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageBusy: "busy", stageRefused: "refused",
 	stageRestoring: "restoring", stageDown: "down", stageUp: "up"}
 
 // bringUp builds or adopts the stack and starts replication; op is held. The
@@ -254,6 +258,7 @@ func (f *foreignContent) Error() string { return f.why }
 // refuse notes that the volume can't be brought up, and is that error.
 func (m *managed) refuse(err error) error {
 	advice := "see 'blockferry check' and the agent's log; it is tried again by itself, or with 'blockferry up " + m.config.Name + "'"
+	stage := stageRefused
 	var foreign *foreignContent
 	var stale *overtakenError
 	switch {
@@ -266,9 +271,9 @@ func (m *managed) refuse(err error) error {
 	case errors.Is(err, volume.ErrOtherVolume):
 		advice = "nothing is written to it; check the paths in the configuration, or which disk is attached where"
 	case errors.Is(err, unix.EBUSY):
-		advice = "end what uses it; it is tried again by itself"
+		stage, advice = stageBusy, "end what uses it; it is tried again by itself"
 	}
-	m.set(stageRefused, err.Error(), advice)
+	m.set(stage, err.Error(), advice)
 	return exit.Mark(exit.Refused, err)
 }
 
