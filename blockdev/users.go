@@ -39,13 +39,46 @@ func busyError(path string, cause error) error {
 	case err != nil:
 		return fmt.Errorf("open device: %s is in use (by what can't be told: %v): %w", path, err, cause)
 	case len(users) == 0:
-		return fmt.Errorf("open device: %s is in use by a program that has it opened exclusively: %w", path, cause)
+		return fmt.Errorf("open device: %s is in use by %s: %w", path, hostKernel.openedBy(path), cause)
 	}
 	var list []string
 	for _, u := range users {
 		list = append(list, u.String())
 	}
 	return fmt.Errorf("open device: %s is in use: %s: %w", path, strings.Join(list, ", "), cause)
+}
+
+// openedBy names the programs that have a device open, as far as /proc shows
+// them; which of them has it exclusively it does not show.
+func (k kernel) openedBy(path string) string {
+	const unknown = "a program that has it opened exclusively"
+	major, minor, err := k.device(path)
+	if err != nil {
+		return unknown
+	}
+	files, err := filepath.Glob(filepath.Join(k.proc, "[0-9]*/fd/*"))
+	if err != nil {
+		return unknown
+	}
+	var programs []string
+	for _, file := range files {
+		// A look at the link's text first: a stat may wait for a dead network file system.
+		if to, err := os.Readlink(file); err != nil || !strings.HasPrefix(to, "/dev/") {
+			continue
+		}
+		if a, b, err := k.device(file); err != nil || a != major || b != minor {
+			continue
+		}
+		process := filepath.Dir(filepath.Dir(file))
+		program := fmt.Sprintf("process %s (%s)", filepath.Base(process), firstText(process, "comm"))
+		if !slices.Contains(programs, program) {
+			programs = append(programs, program)
+		}
+	}
+	if len(programs) == 0 {
+		return unknown
+	}
+	return strings.Join(programs, ", ")
 }
 
 // Users lists what uses the block device at path, its partitions, or the disk

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/status"
 )
 
@@ -69,8 +70,29 @@ func TestBootDrain(t *testing.T) {
 		if out := c.must(t, "drain", "--down", "--timeout", "5s"); !strings.Contains(out, "data: nothing to drain, it is not up: down") {
 			t.Errorf("drain of a volume that is down: %s", out)
 		}
-		// Past the limit it is taken down, too: the stop goes on in order, and what is missing stays marked.
+		// Paused, it is taken down all the same, with what is lost said, and stays paused.
 		c.must(t, "up", "--wait")
+		w = startWriter(t, v.Path, h, last+1)
+		w.awaitWrites(t, 50)
+		c.must(t, "sync")
+		c.must(t, "pause")
+		w.awaitWrites(t, 50)
+		last = w.stop(t)
+		out, errs, code = c.try(t, "drain", "--down", "--timeout", "30s")
+		if code != 3 || !regexp.MustCompile(`(?m)^data: replica 'ebs' did not get there: if the disk goes now, the last [0-9.ms]+ and [0-9.]+[KM]iB of writes are lost`).MatchString(out) ||
+			!strings.Contains(out, "data: down") || !strings.Contains(errs, "paused; blockferry resume data") {
+			t.Errorf("drain --down of a paused volume: exit code %d\n%s%s", code, out, errs)
+		}
+		if _, err := os.Stat(v.Path); err == nil {
+			t.Errorf("%s is there after drain --down while paused", v.Path)
+		}
+		c.must(t, "up", "--wait")
+		if p := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up }); !p.Paused || p.Replicas[0].Replication != "PausedSyncS" {
+			t.Errorf("paused, down and up again: %+v", p)
+		}
+		c.must(t, "resume")
+		c.must(t, "drain")
+		// Past the limit it is taken down, too: the stop goes on in order, and what is missing stays marked.
 		w = startWriter(t, v.Path, h, last+1)
 		dmSwap(t, "slow", table(4000))
 		w.awaitWrites(t, 100)
@@ -125,6 +147,22 @@ func TestBootUpWaits(t *testing.T) {
 			t.Errorf("the agent ended with %v", err)
 		}
 		c.refused(t, 5, []string{"does not answer"}, "up", "--wait")
+
+		// Somebody has the disk for a moment, as blkid may at boot.
+		held, err := blockdev.OpenFile(ubd(0), blockdev.OpenOptions{Exclusive: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.start(t)
+		c.await(t, "known to be in use", time.Minute, func(v status.Volume) bool { return v.Stage == "busy" })
+		c.refused(t, 6, []string{"not up within 2s: busy", ubd(0), fmt.Sprintf("process %d (", os.Getpid()), "end what uses it"}, "up", "--wait", "--timeout", "2s")
+		time.AfterFunc(2*time.Second, func() { held.Close() })
+		c.must(t, "up", "--wait", "--timeout", "60s")
+		judgeDevice(t, "/dev/mapper/data", h, last, last)
+		c.must(t, "drain", "--down")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
 
 		if err := os.Remove(ssd); err != nil {
 			t.Fatal(err)

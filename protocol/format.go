@@ -93,6 +93,9 @@ func (o FormatOptions) check() error {
 	return nil
 }
 
+// JournalBytes is how large a journal becomes that is asked for with a size.
+func JournalBytes(asked int64) int64 { return roundUp(asked, layoutAlign) }
+
 // layoutFor places the areas at the end of a device.
 func layoutFor(deviceBytes int64, o FormatOptions) (layout, error) {
 	if err := o.check(); err != nil {
@@ -104,7 +107,7 @@ func layoutFor(deviceBytes int64, o FormatOptions) (layout, error) {
 			ErrTooSmall, deviceBytes, o.SizeBytes, need)
 	}
 	l := layout{size: o.SizeBytes, dataOffset: o.DataOffset, deviceBytes: end, superA: end - superAreaBytes, mapPageCount: mapPages(o.SizeBytes)}
-	l.journal.length = roundUp(o.JournalBytes, layoutAlign)
+	l.journal.length = JournalBytes(o.JournalBytes)
 	l.journal.offset = l.superA - l.journal.length
 	l.changeMap.length = mapAreaBytes(o.SizeBytes)
 	l.changeMap.offset = l.journal.offset - l.changeMap.length

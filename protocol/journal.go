@@ -2,7 +2,9 @@ package protocol
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"sync"
 )
 
@@ -217,7 +219,15 @@ func (r ring) each(b []byte, logical uint64, do func([]byte, int64) (int, error)
 }
 
 func (r ring) write(b []byte, logical uint64) error { return r.each(b, logical, r.store.WriteAt) }
-func (r ring) read(b []byte, logical uint64) error  { return r.each(b, logical, r.store.ReadAt) }
+func (r ring) read(b []byte, logical uint64) error {
+	return r.each(b, logical, func(b []byte, at int64) (int, error) {
+		n, err := r.store.ReadAt(b, at)
+		if err != nil && at <= r.store.Size()-int64(len(b)) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			err = fmt.Errorf("%w: %w", ErrUnreadable, err)
+		}
+		return n, err
+	})
+}
 
 // rewrite writes again what is read between two logical offsets.
 func (r ring) rewrite(from, to uint64) error {

@@ -87,16 +87,25 @@ func (d *JournalDamage) Error() string {
 	case d.Applied.IsZero():
 		left = "there was no image before"
 	}
-	wayOut := "open it dropping the damaged journal to sync again from there"
-	if errors.Is(d.Err, ErrSpill) {
+	what, wayOut := ErrJournalDamaged.Error(), "open it dropping the damaged journal to sync again from there"
+	switch {
+	case d.passing():
+		what, wayOut = "journal", "open it again; only if this does not pass, "+wayOut
+	case errors.Is(d.Err, ErrSpill):
 		wayOut = "bring the spill file back; only if it is lost, " + wayOut
 	}
-	return fmt.Sprintf("%s: %s at %d: committed epochs up to %s can't be read back: %v; %s; %s",
-		d.Store, ErrJournalDamaged, d.Offset, d.Lost, d.Err, left, wayOut)
+	lost := "committed epochs up to " + d.Lost.String()
+	if d.Lost.IsZero() {
+		lost = "epochs that may be committed"
+	}
+	return fmt.Sprintf("%s: %s at %d: %s can't be read back: %v; %s; %s", d.Store, what, d.Offset, lost, d.Err, left, wayOut)
 }
 
-// Is makes errors.Is(err, ErrJournalDamaged) true.
-func (d *JournalDamage) Is(target error) bool { return target == ErrJournalDamaged }
+// passing says that nothing is known to be damaged: another try may read it.
+func (d *JournalDamage) passing() bool { return errors.Is(d.Err, ErrUnreadable) }
+
+// Is makes errors.Is(err, ErrJournalDamaged) true, unless it may pass.
+func (d *JournalDamage) Is(target error) bool { return target == ErrJournalDamaged && !d.passing() }
 
 // Unwrap is the fault that was found.
 func (d *JournalDamage) Unwrap() error { return d.Err }
@@ -336,6 +345,9 @@ func readPending(ctx context.Context, sb *superblock, r ring) (out []*pendingEpo
 		var gone *spillFault
 		if errors.As(err, &gone) {
 			return out, damage(bad, gone.lost, err), nil
+		}
+		if errors.Is(err, ErrUnreadable) { // perhaps one that was acknowledged
+			return out, damage(bad, Position{}, err), nil
 		}
 		if err != nil {
 			return out, nil, nil // what was not committed is dropped

@@ -17,6 +17,10 @@ var ErrJournalFull = errors.New("journal full")
 // back from the journal. See JournalDamage.
 var ErrJournalDamaged = errors.New("journal damaged")
 
+// ErrUnreadable says that epochs which were acknowledged could not be read, for
+// a reason that may pass: that is no damage, and nothing is dropped for it.
+var ErrUnreadable = errors.New("can't be read at present")
+
 // ErrNeedsFull says that only a full epoch can follow: the replica is blank or
 // inconsistent, was changed outside, or went another way than the volume.
 var ErrNeedsFull = errors.New("needs a full sync")
@@ -175,7 +179,8 @@ type holdWaiter struct{ target uint64 }
 
 // OpenReplica opens a formatted device, applies what was committed and drops
 // what was not. Errors: ErrNoSuperblock, ErrJournalDamaged (a *JournalDamage)
-// and ErrChangedOutside, for which see OpenOptions, with ErrSpill if what is
+// and ErrChangedOutside, for which see OpenOptions, ErrUnreadable where another
+// try may do, with ErrSpill if what is
 // missing lies in the spill file; in these cases nothing
 // was written. ctx bounds only the opening.
 func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, error) {

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -56,7 +57,13 @@ func (r *Replica) recover(ctx context.Context, o OpenOptions) error {
 		if damage.ImageWhole || r.sb.state == DiskBlank && r.sb.applying == 0 {
 			why = whyNone
 		}
-		return r.dropJournal(why)
+		err := r.dropJournal(why)
+		if err == nil && damage.passing() {
+			// A sector that can't be read often can be once it is written, and the
+			// next opening looks here for an epoch.
+			err = r.ring.write(make([]byte, segHeaderBytes), r.sb.head.logical)
+		}
+		return err
 	}
 	return nil
 }
@@ -127,6 +134,14 @@ func (r *Replica) adopt(pending []*pendingEpoch) error {
 	return r.writeSuper(1, func(sb *superblock) {
 		sb.committed, sb.head = last.position(), last.end
 	}, then)
+}
+
+// readBackFailed tells damage from what the next opening may be able to read.
+func readBackFailed(err error) error {
+	if errors.Is(err, ErrUnreadable) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
 }
 
 // dropJournal forgets what is committed but not applied. With a reason the
@@ -239,7 +254,7 @@ func (r *Replica) applySegments(ctx context.Context, pipe *writePipe, from ring,
 		}
 		s, err := from.readHeader(at)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+			return readBackFailed(err)
 		}
 		at = s.next()
 		if s.kind != segFrames || s.maxRound < rounds[0] || s.minRound > rounds[1] {
@@ -247,7 +262,7 @@ func (r *Replica) applySegments(ctx context.Context, pipe *writePipe, from ring,
 		}
 		body, err = from.readBody(s, body)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrJournalDamaged, err)
+			return readBackFailed(err)
 		}
 		_, err = eachFrame(body, s, r.lay.size, func(f Frame) error {
 			if f.Round < rounds[0] || f.Round > rounds[1] {

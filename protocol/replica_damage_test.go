@@ -435,7 +435,16 @@ func TestDroppedEpochsStayDropped(t *testing.T) {
 	must(t, m.checkOpen(rolled))
 	other := dev.Clone()
 
-	dev.FailAt(blocktest.OpRead, 2, errors.New("for once")) // its first segment
+	for _, drop := range []bool{false, true} { // its first segment can't be read: only the operator drops it
+		dev.FailAt(blocktest.OpRead, 2, errors.New("for once"))
+		r, err := OpenReplica(context.Background(), dev, OpenOptions{DropJournal: drop})
+		if errors.Is(err, ErrUnreadable) == drop {
+			t.Fatalf("dropping %v: %v", drop, err)
+		}
+		if err == nil {
+			must(t, r.Close())
+		}
+	}
 	r := open(t, dev)
 	if st := r.Status(); st.Committed.Epoch != 1 {
 		t.Fatalf("%+v", st)
@@ -453,5 +462,45 @@ func TestDroppedEpochsStayDropped(t *testing.T) {
 	must(t, r.Close())
 	if st := open(t, other).Status(); st.State != DiskInconsistent || st.PendingEpochs != 0 || st.Committed.Epoch != 1 {
 		t.Fatalf("%+v", st)
+	}
+}
+
+// badSector can't be read until it is written.
+type badSector struct {
+	*blocktest.Memory
+	at int64 // -1: healed
+}
+
+func (b *badSector) ReadAt(p []byte, off int64) (int, error) {
+	if b.at >= off && b.at < off+int64(len(p)) {
+		return 0, errors.New("medium error")
+	}
+	return b.Memory.ReadAt(p, off)
+}
+
+func (b *badSector) WriteAt(p []byte, off int64) (int, error) {
+	if b.at >= off && b.at < off+int64(len(p)) {
+		b.at = -1
+	}
+	return b.Memory.WriteAt(p, off)
+}
+
+// A bad sector where the next epoch would begin keeps a replica from being
+// opened, as an acknowledged one may lie there; the operator's word ends that.
+func TestBadSectorBehindTheHead(t *testing.T) {
+	_, dev, r := synced(t, 41)
+	must(t, r.Close())
+	sb := super(t, dev)
+	bad := &badSector{dev, ring{area: sb.layout.journal}.place(sb.head.logical)}
+	for range 2 {
+		if _, err := OpenReplica(context.Background(), bad, OpenOptions{}); !errors.Is(err, ErrUnreadable) || !strings.Contains(err.Error(), "epochs that may be committed") {
+			t.Fatal(err)
+		}
+	}
+	r, err := OpenReplica(context.Background(), bad, OpenOptions{DropJournal: true})
+	must(t, err)
+	must(t, r.Close())
+	if s := open(t, bad).Status(); s.State != DiskConsistent || s.Committed != sb.committed {
+		t.Fatalf("%+v", s)
 	}
 }

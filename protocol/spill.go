@@ -148,12 +148,17 @@ var errNoSpillHeader = errors.New("it is no whole spill file")
 func identifySpill(file SpillFile) (SpillStore, spillID, error) {
 	store, err := file.Open()
 	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", ErrUnreadable, err)
+		}
 		return nil, spillID{}, err
 	}
 	b := make([]byte, spillHeaderBytes)
 	if store.Size() < spillHeaderBytes {
 		err = fmt.Errorf("%w: it has %d bytes", errNoSpillHeader, store.Size())
-	} else if _, err = store.ReadAt(b, 0); err == nil {
+	} else if _, err = store.ReadAt(b, 0); err != nil {
+		err = fmt.Errorf("%w: %w", ErrUnreadable, err)
+	} else {
 		var id spillID
 		if id, err = decodeSpillHeader(b); err == nil {
 			return store, id, nil

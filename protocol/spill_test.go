@@ -293,6 +293,71 @@ func TestSpillMissingOrDamagedIsNamed(t *testing.T) {
 	}
 }
 
+// What can't be read for a moment, in the spill file or in the journal, is not
+// taken for damage, and least of all for nothing: the next opening has it all.
+func TestWhatCantBeReadIsTriedAgain(t *testing.T) {
+	broken := errors.New("input/output error")
+	m, pristine, file := committedSpill(t)
+	for _, where := range []string{"disk", "spill file", "spill file, head lost", "disk, head lost"} {
+		faults := 0
+		for k := 0; ; k++ {
+			dev, spill := pristine.Clone(), file.clone()
+			if strings.HasSuffix(where, "head lost") {
+				sb := super(t, dev)
+				must(t, dev.ZeroOut(superOffset(sb.layout, sb.sequence), superBytes))
+			}
+			at := dev
+			if strings.HasPrefix(where, "spill") {
+				at = spill.mem
+			}
+			before := snapshot(t, dev)
+			at.FailAt(blocktest.OpRead, k, broken)
+			r, err := OpenReplica(context.Background(), dev, spill.options())
+			if at.FailurePending(blocktest.OpRead) {
+				must(t, err)
+				must(t, r.Close())
+				break
+			}
+			at.FailAt(blocktest.OpRead, 0, nil)
+			if err == nil { // a superblock's other copy stood in for it
+				must(t, r.Close())
+				if s := r.Status(); s.Committed != m.acked {
+					t.Fatalf("%s, read %d failed: it holds %v of %v", where, k, s.Committed, m.acked)
+				}
+				continue
+			}
+			faults++
+			if errors.Is(err, ErrJournalDamaged) || errors.Is(err, ErrNoSuperblock) {
+				t.Fatalf("%s, read %d failed: %v", where, k, err)
+			}
+			var d *JournalDamage
+			if errors.As(err, &d) && (!errors.Is(err, ErrUnreadable) || !strings.Contains(err.Error(), "open it again") || !bytes.Equal(before, snapshot(t, dev))) {
+				t.Fatalf("%s, read %d failed: %v", where, k, err)
+			}
+			if err := m.checkWith(dev.Clone(), spill.clone().options()); err != nil {
+				t.Fatalf("%s, read %d failed, opened again: %v", where, k, err)
+			}
+			if d == nil {
+				continue
+			}
+			// The operator can give it up all the same, and has a replica then.
+			o := spill.options()
+			o.DropJournal = true
+			at.FailAt(blocktest.OpRead, k, broken)
+			r, err = OpenReplica(context.Background(), dev, o)
+			must(t, err)
+			if s := r.Status(); s.State != DiskConsistent {
+				t.Fatalf("%s, read %d failed, dropped: %+v", where, k, s)
+			}
+			must(t, r.Close())
+		}
+		if faults == 0 {
+			t.Errorf("%s: no read failed", where)
+		}
+		t.Logf("%s: %d faults", where, faults)
+	}
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // A file that nothing needs may be missing: it is made anew. Whatever else

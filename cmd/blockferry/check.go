@@ -39,9 +39,9 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		kernel := system.Kernel()
 		findings = append(findings, kernel...)
 		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
+		disks := system.Volumes(c)
 		for _, v := range c.Volumes {
-			_, disks := system.Disks(v, doctor.AsFound)
-			findings = append(findings, disks...)
+			findings = append(findings, disks[v]...)
 			findings = append(findings, system.Spills(v)...)
 			findings = append(findings, doctor.Discards(v))
 		}

@@ -41,7 +41,7 @@ func newDrain(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drain [VOLUME]",
 		Short: "Bring all there is to the replicas before this machine or its disk goes",
-		Long:  "Cuts now and waits until every replica holds that cut; without VOLUME, of every\nvolume. Prints each second how far each replica is. If the limit passes first it\nends with 6 and says for each replica what is lost if the disk goes now. The\napplication may go on meanwhile: for a notice of maintenance or of a spot instance's\nend. With --down the volume is then taken down, for a stop of the machine; past the\nlimit too, what is missing stays marked. A volume that is not up has nothing to drain.",
+		Long:  "Cuts now and waits until every replica holds that cut; without VOLUME, of every\nvolume. Prints each second how far each replica is. If the limit passes first it\nends with 6 and says for each replica what is lost if the disk goes now. The\napplication may go on meanwhile: for a notice of maintenance or of a spot instance's\nend. With --down the volume is then taken down, for a stop of the machine; past the\nlimit too, and if it is paused, what is missing stays marked. A volume that is not up has nothing to drain.",
 		Args:  atMost(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if o.timeout < 0 {
@@ -139,6 +139,9 @@ func drainVolume(ctx context.Context, c proto.ControlClient, v status.Volume, o 
 	case v.Paused:
 		d.lost(v, v.Position)
 		d.err = exit.Errorf(exit.Refused, "volume '%s' is not drained: its replication is paused; blockferry resume %s", v.Name, v.Name)
+		if o.down {
+			d.down(ctx, c, v.Name)
+		}
 		return d
 	}
 	request, patience := &proto.SyncRequest{Volume: v.Name}, ctx

@@ -54,6 +54,8 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 	switch {
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return exit.Errorf(exit.Refused, "%s is no replica of blockferry: %w", path, err)
+	case errors.Is(err, protocol.ErrUnreadable):
+		return exit.Errorf(exit.Refused, "%w; see what the kernel's log says and repeat it; only if that is lost for good, to go back to the image before that, repeat with --drop-journal", err)
 	case errors.Is(err, protocol.ErrSpill):
 		return exit.Errorf(exit.Refused, "%w; name it with --spill FILE; only if it is lost for good, to go back to the image before that, repeat with --drop-journal", err)
 	case errors.Is(err, protocol.ErrJournalDamaged):

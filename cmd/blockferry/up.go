@@ -18,6 +18,9 @@ const (
 	// agentPatience is how long 'up --wait' takes an agent that does not answer
 	// for one that is being restarted.
 	agentPatience = 10 * time.Second
+	// busyPatience is how long 'up --wait' without a limit of its own waits for
+	// a disk that somebody else has: udev and blkid do for a moment.
+	busyPatience = time.Minute
 )
 
 type upOptions struct {
@@ -30,7 +33,7 @@ func newUp(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "up [VOLUME]",
 		Short: "Bring a volume up: /dev/mapper/VOLUME appears",
-		Long:  "Builds the volume's stack and starts replication. The agent does this by itself\nwhen it starts; 'up' is for after a 'down'. With --wait it ends when the volume is\nup: it waits for a disk that is not there yet and for a restore that the agent does\nby itself (restore: auto), and shows its progress. A blank disk that waits for the\noperator (restore: manual) and one that is refused end it at once.",
+		Long:  "Builds the volume's stack and starts replication. The agent does this by itself\nwhen it starts; 'up' is for after a 'down'. With --wait it ends when the volume is\nup: it waits for a disk that is not there yet and for a restore that the agent does\nby itself (restore: auto), and shows its progress; for a disk that somebody else\nhas until the limit, or a minute if there is none. A blank disk that waits for the\noperator (restore: manual) and one that is refused end it at once.",
 		Args:  atMost(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
@@ -67,6 +70,7 @@ func (g *globalOptions) upWait(ctx context.Context, name string, timeout time.Du
 	var v status.Volume
 	var refused error // what the agent answered to 'up'
 	answered, asked := now(), false
+	free := now() // when its disk was last not found in use
 	look := func(c proto.ControlClient) error {
 		found, err := volumeStatuses(ctx, c, name)
 		if err != nil {
@@ -86,6 +90,12 @@ func (g *globalOptions) upWait(ctx context.Context, name string, timeout time.Du
 		switch {
 		case err == nil:
 			answered = now()
+			if v.Stage != "busy" {
+				free = answered
+			}
+			if timeout == 0 && answered.Sub(free) > busyPatience {
+				return exit.Errorf(exit.Refused, "volume '%s' is busy: %s; %s", name, v.Reason, v.Advice)
+			}
 			if done, err := g.upState(p, &v, refused); done || err != nil {
 				return err
 			}

@@ -15,7 +15,7 @@ func newVerify(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify [VOLUME]",
 		Short: "Compare replicas with the volume, block by block",
-		Long:  "Compares the checksums of one point in time on both sides; writes go on meanwhile.\nChanges nothing. Ends with 4 if blocks differ, and names the first: that disk, or its\nmachine, can't be trusted. To fill a replica anew: blockferry down, then\nblockferry create --replica NAME --discard-my-data, then blockferry up.",
+		Long:  "Compares the checksums of one point in time on both sides; writes go on meanwhile.\nChanges nothing. Ends with 4 if blocks differ, and names the first: that disk, or its\nmachine, can't be trusted. To fill a replica anew: stop the agent,\nblockferry create --replica NAME --discard-my-data, start the agent.",
 		Args:  atMost(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := g.volumeName(args)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"blockferry/blockdev/blocktest"
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/protocol"
@@ -142,9 +143,15 @@ func TestSocket(t *testing.T) {
 // replicaAt is a replica in memory that holds the given history; nil: blank.
 func replicaAt(t *testing.T, name string, l protocol.Lineage) *localReplica {
 	t.Helper()
-	r := newLocalReplica(&Agent{log: quiet(), hub: newHub()}, &config.Volume{Name: "data"}, &config.Replica{Name: name})
+	return replicaOf(t, [16]byte{1}, name, l)
+}
+
+// replicaOf is the same for a replica of any volume.
+func replicaOf(t *testing.T, volume [16]byte, name string, l protocol.Lineage) *localReplica {
+	t.Helper()
+	r := newLocalReplica(&Agent{log: quiet(), hub: newHub()}, &config.Volume{Name: "data"}, &config.Replica{Name: name, Device: "/dev/" + name})
 	disk := blocktest.NewMemory(48 << 20)
-	if err := protocol.FormatReplica(disk, protocol.FormatOptions{VolumeUUID: [16]byte{1}, SizeBytes: 1 << 20, JournalBytes: protocol.MinJournalBytes}); err != nil {
+	if err := protocol.FormatReplica(disk, protocol.FormatOptions{VolumeUUID: volume, SizeBytes: 1 << 20, JournalBytes: protocol.MinJournalBytes}); err != nil {
 		t.Fatal(err)
 	}
 	replica, err := protocol.OpenReplica(t.Context(), disk, protocol.OpenOptions{})
@@ -194,6 +201,10 @@ func TestRestoreChoosesTheFurthest(t *testing.T) {
 		{"one is away", []*localReplica{replicaAt(t, "x", newer), away("y")}, "", "", []string{"'y' is not open (no such disk)", "may be newer", "--from x"}},
 		{"one is away, by name", []*localReplica{replicaAt(t, "x", newer), away("y")}, "x", "x", nil},
 		{"one is blank", []*localReplica{replicaAt(t, "x", newer), replicaAt(t, "y", nil)}, "", "x", nil},
+		{"of two volumes", []*localReplica{replicaAt(t, "x", old), replicaOf(t, [16]byte{2}, "y", newer)}, "", "",
+			[]string{"'x' on /dev/x holds volume 01000000-", "'y' on /dev/y holds volume 02000000-", "check the paths", "--from"}},
+		{"of two volumes, one blank", []*localReplica{replicaOf(t, [16]byte{2}, "x", nil), replicaAt(t, "y", newer)}, "", "", []string{"'x'", "'y'", "check the paths"}},
+		{"of two volumes, by name", []*localReplica{replicaAt(t, "x", old), replicaOf(t, [16]byte{2}, "y", newer)}, "x", "x", nil},
 		{"only a blank one", []*localReplica{replicaAt(t, "x", nil)}, "", "", []string{"nothing to restore from", "'x' is blank"}},
 	} {
 		m := &managed{config: &config.Volume{Name: "data"}, replicas: test.replicas}
@@ -212,6 +223,29 @@ func TestRestoreChoosesTheFurthest(t *testing.T) {
 			if !strings.Contains(err.Error(), w) {
 				t.Errorf("%s: '%s' is missing in: %v", test.name, w, err)
 			}
+		}
+	}
+}
+
+// A replica of another volume than what is known of this one is no replica of it.
+func TestRestoreKnowsItsVolume(t *testing.T) {
+	r := replicaOf(t, [16]byte{2}, "y", protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 5}})
+	for _, test := range []struct {
+		begun, up volume.UUID
+		refused   string // "": not
+	}{
+		{},
+		{volume.UUID{2}, volume.UUID{2}, ""},
+		{volume.UUID{1}, volume.UUID{}, "/dev/ssd holds the beginning of volume 01000000-"},
+		{volume.UUID{}, volume.UUID{1}, "'data' was, when it was last up, volume 01000000-"},
+	} {
+		m := &managed{config: &config.Volume{Name: "data", Device: "/dev/ssd"}, uuid: test.up}
+		err := m.sameVolume(test.begun, r, volume.UUID{2})
+		if test.refused == "" && err == nil {
+			continue
+		}
+		if exit.Of(err) != exit.Refused || test.refused == "" || !strings.Contains(err.Error(), test.refused) || !strings.Contains(err.Error(), "'y' on /dev/y holds volume 02000000-") {
+			t.Errorf("begun %s, up %s: %v", test.begun, test.up, err)
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/doctor"
 	"blockferry/protocol"
 )
 
@@ -76,6 +77,9 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
+	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
+		l.log.Warn("the replica "+words, "advice", doctor.JournalAdvice(l.volume.Name, l.config.Name))
+	}
 	warned := l.warn(s.Warnings, 0)
 	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
 	if l.opened != nil {
@@ -112,7 +116,10 @@ func (l *localReplica) warn(warnings []string, n int) int {
 func (l *localReplica) advise(err error) string {
 	again := fmt.Sprintf("it is tried again every %s", retryEvery)
 	switch {
-	case errors.Is(err, protocol.ErrSpill): // first: it may be one that does not exist, or can't be read
+	case errors.Is(err, protocol.ErrUnreadable): // first: what can't be read now is neither missing nor damaged
+		return "see what the kernel's log says of " + l.config.Device + l.spillToo() + "; " + again +
+			"; only if it is lost for good, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
+	case errors.Is(err, protocol.ErrSpill): // next: it may be one that does not exist, or can't be read
 		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, fs.ErrNotExist):
 		return "attach the disk; " + again
@@ -132,6 +139,14 @@ func (l *localReplica) advise(err error) string {
 			l.config.Name + " " + l.volume.Name + "; until then " + again
 	}
 	return again
+}
+
+// spillToo is for messages: the spill file's disk, if there is one.
+func (l *localReplica) spillToo() string {
+	if l.config.Spill == "" {
+		return ""
+	}
+	return " and of the disk of " + l.config.Spill
 }
 
 // closed notes why the replica is not served, once.

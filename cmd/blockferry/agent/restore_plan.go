@@ -44,7 +44,8 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 	} else if up {
 		return p, exit.Errorf(exit.Refused, "volume '%s' is up: its disk %s is not blank; take it down first if it is to be filled anew", m.config.Name, m.config.Device)
 	}
-	started, err := m.diskForRestore(force)
+	named := from != ""
+	started, begun, err := m.diskForRestore(force)
 	if err != nil {
 		return p, err
 	}
@@ -57,6 +58,11 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 	if p.from, p.status, err = m.choose(ctx, from); err != nil {
 		return p, err
 	}
+	if !named {
+		if err := m.sameVolume(begun, p.from, p.status.VolumeUUID); err != nil {
+			return p, err
+		}
+	}
 	p.resume = started != nil && started.Replica == p.from.config.Name && started.Lineage.Equal(p.status.Lineage)
 	p.overwrite = started != nil && !p.resume
 	p.layout, err = m.layoutFor(p.status.SizeBytes)
@@ -64,40 +70,66 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 }
 
 // diskForRestore refuses a disk that holds what is not to be lost. A restore
-// that was begun on it is returned.
-func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, error) {
+// that was begun on it is returned, with its volume.
+func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUID, error) {
+	var none volume.UUID
 	path := m.config.Device
 	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Exclusive: true})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
+		return nil, none, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
 	}
 	if err != nil {
-		return nil, exit.Mark(exit.Refused, err)
+		return nil, none, exit.Mark(exit.Refused, err)
 	}
 	defer disk.Close()
 	content, why := volume.Inspect(disk)
 	if content == volume.Labelled {
 		label, err := volume.ReadLabel(disk)
 		if err != nil {
-			return nil, err
+			return nil, none, err
 		}
 		if s, err := protocol.DecodeSourceState(label.State); err == nil && s.Restore != nil {
-			return s.Restore, nil
+			return s.Restore, label.UUID, nil
+		}
+	}
+	if content == volume.Foreign {
+		if err := notAReplica(disk); err != nil {
+			return nil, none, exit.Errorf(exit.Refused, "%w; nothing was written; check the paths in the configuration; if that copy may be lost, overwrite the disk's last MiB first", err)
 		}
 	}
 	if content != volume.Blank && !force {
-		return nil, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
+		return nil, none, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
 	}
-	return nil, nil
+	return nil, none, nil
+}
+
+// sameVolume refuses a replica of another volume than the one of which a restore
+// was begun on the disk (zero: none was) or that was up before.
+func (m *managed) sameVolume(begun volume.UUID, r *localReplica, of volume.UUID) error {
+	m.mu.Lock()
+	up := m.uuid
+	m.mu.Unlock()
+	for _, known := range []struct {
+		what string
+		uuid volume.UUID
+	}{{m.config.Device + " holds the beginning of", begun}, {"volume '" + m.config.Name + "' was, when it was last up,", up}} {
+		if !known.uuid.IsZero() && known.uuid != of {
+			return exit.Errorf(exit.Refused, "%s volume %s, replica '%s' on %s holds volume %s; check the paths in the configuration, or say with --from %[3]s that this one is right",
+				known.what, known.uuid, r.config.Name, r.config.Device, of)
+		}
+	}
+	return nil
 }
 
 // choose takes the replica that is furthest. Without a name every replica has
-// to be there: one that is missing may be the furthest.
+// to be there, as one that is missing may be the furthest, and to be of the same
+// volume: positions of two volumes say nothing of each other.
 func (m *managed) choose(ctx context.Context, name string) (*localReplica, protocol.ReplicaStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, replicaPatience)
 	defer cancel()
-	var best *localReplica
+	var best, first *localReplica
 	var have protocol.ReplicaStatus
+	var of volume.UUID // first's
 	var missing, blank []string
 	for _, r := range m.replicas {
 		if name != "" && r.config.Name != name {
@@ -105,7 +137,13 @@ func (m *managed) choose(ctx context.Context, name string) (*localReplica, proto
 		}
 		r.settled(ctx)
 		s, open, reason, _ := r.status()
+		if open && first == nil {
+			first, of = r, s.VolumeUUID
+		}
 		switch {
+		case open && of != s.VolumeUUID:
+			return nil, have, exit.Errorf(exit.Refused, "volume '%s': replica '%s' on %s holds volume %s, replica '%s' on %s holds volume %s; check the paths in the configuration, or say with --from which one is right",
+				m.config.Name, first.config.Name, first.config.Device, of, r.config.Name, r.config.Device, volume.UUID(s.VolumeUUID))
 		case !open:
 			missing = append(missing, fmt.Sprintf("'%s' is not open (%s)", r.config.Name, reason))
 			continue

@@ -47,7 +47,15 @@ func (m *managed) replicate(stack *volume.Volume, guard *deadman.Guard, state pr
 		})
 	}
 	var err error
-	r.primary, err = protocol.NewPrimary(c, state)
+	if r.primary, err = protocol.NewPrimary(c, state); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	paused := m.paused
+	m.mu.Unlock()
+	if paused { // before it was taken down; only the operator ends that
+		err = r.primary.Pause("")
+	}
 	return r, err
 }
 

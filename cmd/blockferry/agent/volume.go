@@ -28,6 +28,7 @@ const (
 	stageStarting  stage = iota // not looked at yet
 	stageAbsent                 // its disk, or one of its others, is not there
 	stageBlank                  // its disk is blank: create or restore
+	stageBusy                   // somebody else has one of its disks
 	stageRefused                // its disk holds what is not this volume
 	stageRestoring              // it is being filled
 	stageDown                   // the operator took it down
@@ -92,9 +93,12 @@ func (m *managed) run(ctx context.Context) {
 	wait := retryEvery
 	for ctx.Err() == nil {
 		m.look(ctx)
-		if m.at() == stageRefused {
+		switch m.at() {
+		case stageRefused:
 			wait = min(2*wait, retryRefused) // each try writes to the label
-		} else {
+		case stageBusy:
+			wait = retryBusy // udev or blkid are done in a moment
+		default:
 			wait = retryEvery
 		}
 		select {
@@ -155,14 +159,14 @@ func (m *managed) set(s stage, reason, advice string) {
 		words += ": " + reason
 	}
 	m.agent.hub.publish(m.config.Name, "", "volume-"+stageWords[s], words)
-	if s == stageRefused || s == stageAbsent {
+	if s == stageRefused || s == stageBusy || s == stageAbsent {
 		m.log.Warn("volume is "+stageWords[s], "reason", reason, "advice", advice)
 	} else {
 		m.log.Info("volume is "+stageWords[s], "reason", reason)
 	}
 }
 
-var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageRefused: "refused",
+var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageBusy: "busy", stageRefused: "refused",
 	stageRestoring: "restoring", stageDown: "down", stageUp: "up"}
 
 // bringUp builds or adopts the stack and starts replication; op is held. The
@@ -255,6 +259,7 @@ func (f *foreignContent) Error() string { return f.why }
 // refuse notes that the volume can't be brought up, and is that error.
 func (m *managed) refuse(err error) error {
 	advice := "see 'blockferry check' and the agent's log; it is tried again by itself, or with 'blockferry up " + m.config.Name + "'"
+	stage := stageRefused
 	var foreign *foreignContent
 	var stale *overtakenError
 	switch {
@@ -265,11 +270,11 @@ func (m *managed) refuse(err error) error {
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, volume.ErrOtherVolume):
-		advice = "check the paths in the configuration"
+		advice = "nothing is written to it; check the paths in the configuration, or which disk is attached where"
 	case errors.Is(err, unix.EBUSY):
-		advice = "end what uses it; it is tried again by itself"
+		stage, advice = stageBusy, "end what uses it; it is tried again by itself"
 	}
-	m.set(stageRefused, err.Error(), advice)
+	m.set(stage, err.Error(), advice)
 	return exit.Mark(exit.Refused, err)
 }
 
@@ -304,8 +309,22 @@ func (m *managed) inspect() error {
 	case volume.Blank:
 		m.set(stageBlank, why, m.blankAdvice())
 		return exit.Errorf(exit.Refused, "%s; %s", why, m.blankAdvice())
+	case volume.Foreign:
+		if err := notAReplica(disk); err != nil {
+			return m.refuse(err)
+		}
 	}
 	return m.refuse(&foreignContent{why})
+}
+
+// notAReplica refuses a replica's disk in the place of a volume's: paths or
+// disks were exchanged, and what is there may be the only copy.
+func notAReplica(disk *blockdev.File) error {
+	of, found, err := protocol.ProbeReplica(disk)
+	if err != nil || !found {
+		return err
+	}
+	return fmt.Errorf("%w: %s holds a replica of volume %s, the volume's own disk is expected there", volume.ErrOtherVolume, disk.Name(), volume.UUID(of))
 }
 
 // blankAdvice says what a blank disk is waiting for.

@@ -103,6 +103,17 @@ type Disk struct {
 	Content string
 	// Ours: the content is blockferry's.
 	Ours bool
+	// Parts are what the disk is to which volumes, by all that stands on it: a
+	// disk that served as one before may show both.
+	Parts []Part
+}
+
+// Part is what a disk is to a volume.
+type Part struct {
+	Role   string // a Role of package volume, or "replica"
+	Volume string // UUID; "": not known
+	// JournalBytes is the size of a replica's journal, 0: not known.
+	JournalBytes int64
 }
 
 // User is somebody who has a disk in use. Holder is the name of the device
@@ -218,35 +229,52 @@ const (
 // holding what the purpose wants. The disks are returned by path.
 func (s *System) Disks(v *config.Volume, purpose Purpose) (map[string]Disk, Findings) {
 	var f Findings
-	disks := map[string]Disk{}
+	disks := s.inspect(v.DiskUses())
 	for _, u := range v.DiskUses() {
-		d, ok := s.disk(&f, v, u, purpose)
-		if ok {
-			disks[u.Path] = d
-		}
+		s.disk(&f, v, u, purpose, disks)
 	}
-	return disks, f
+	return disks.found(), f
+}
+
+// Volumes looks at the disks of all volumes, as found. One that stands in
+// another's place is named with the place where it should be.
+func (s *System) Volumes(c *config.Config) map[*config.Volume]Findings {
+	disks := s.inspect(c.DiskUses())
+	all := map[*config.Volume]Findings{}
+	for _, v := range c.Volumes {
+		var f Findings
+		for _, u := range v.DiskUses() {
+			s.disk(&f, v, u, AsFound, disks)
+		}
+		all[v] = f
+	}
+	return all
 }
 
 // Disk looks at one disk of a volume as Disks does.
 func (s *System) Disk(v *config.Volume, path string, purpose Purpose) (Disk, Findings) {
 	var f Findings
-	var found Disk
+	var disks inspected
 	for _, u := range v.DiskUses() {
 		if u.Path == path {
-			found, _ = s.disk(&f, v, u, purpose)
+			disks = s.inspect([]config.DiskUse{u})
+			s.disk(&f, v, u, purpose, disks)
 		}
 	}
-	return found, f
+	return disks[path].Disk, f
 }
 
-func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose Purpose) (Disk, bool) {
-	d, err := s.Inspect(u.Path)
+func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose Purpose, disks inspected) {
+	d, err := disks[u.Path].Disk, disks[u.Path].err
 	if err != nil {
 		f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
-		return d, false
+		return
 	}
 	others := notOurs(v.Name, d.Users)
+	misplaced, journal := "", ""
+	if purpose == AsFound {
+		misplaced, journal = disks.misplaced(v, u), otherJournal(v, d)
+	}
 	switch {
 	case len(others) > 0:
 		f.refuse(exit.Refused, u.Path, u.What+" is in use: "+strings.Join(others, ", "), "unmount or detach it there first")
@@ -257,6 +285,8 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 			"nothing was written; if only another disk was lost, see 'blockferry restore' and 'blockferry create --replica'; if this copy may be lost for good, repeat with --discard-my-data")
 	case purpose == Empty && d.Content != "":
 		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "nothing was written; if it may be lost, repeat with --force")
+	case misplaced != "":
+		f.refuse(exit.Refused, u.Path, u.What+" "+misplaced, "nothing is written to it; check the paths in the configuration, or which disk is attached where")
 	case purpose == AsFound && d.Content != "" && !d.Ours && u.Path == v.Device:
 		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "if it may be lost, run: blockferry create --force "+v.Name)
 	case purpose == AsFound && d.Content == "" && u.Path == v.Device:
@@ -264,10 +294,11 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 	case purpose == AsFound && !d.Ours && isReplica(v, u.Path):
 		f.note(u.Path, u.What+" is no replica yet, it is "+contentWords(d.Content),
 			"for a new volume run: blockferry create "+v.Name+"; if only this disk was lost or exchanged: blockferry create --replica "+replicaAt(v, u.Path)+" "+v.Name)
+	case journal != "":
+		f.note(u.Path, u.What+" "+journal, JournalAdvice(v.Name, replicaAt(v, u.Path)))
 	default:
 		f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
 	}
-	return d, true
 }
 
 func replicaAt(v *config.Volume, path string) string {

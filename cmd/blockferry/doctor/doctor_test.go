@@ -250,3 +250,92 @@ func TestEveryRefusalHasAdvice(t *testing.T) {
 		t.Errorf("only %d refusals", refused)
 	}
 }
+
+// Disks that stand in each other's place are named, with what was expected.
+func TestMisplacedDisks(t *testing.T) {
+	label := func(v string) Disk {
+		return Disk{Content: "a label", Ours: true, Parts: []Part{{Role: "volume", Volume: v}}}
+	}
+	replica := func(v string) Disk {
+		return Disk{Content: "a replica", Ours: true, Parts: []Part{{Role: "replica", Volume: v}}}
+	}
+	area := func(role, v string) Disk { return Disk{Content: "content", Parts: []Part{{Role: role, Volume: v}}} }
+	c := &config.Config{Volumes: []*config.Volume{
+		{Name: "one", Device: "/dev/a", CowDevice: "/dev/cow", MetadataDevice: "/dev/meta", Replicas: []*config.Replica{{Name: "x", Device: "/dev/ax"}, {Name: "y", Device: "/dev/ay"}}},
+		{Name: "two", Device: "/dev/b", Replicas: []*config.Replica{{Name: "x", Device: "/dev/bx"}}},
+	}}
+	for _, test := range []struct {
+		name   string
+		change map[string]Disk
+		want   []string // each in one finding that refuses; none: no such finding
+	}{
+		{"in order", nil, nil},
+		{"an SSD and its replica", map[string]Disk{"/dev/b": replica("B"), "/dev/bx": label("B")}, []string{
+			"/dev/b: the device of volume 'two' holds a replica of volume B, the label of volume 'two' is expected there; there is one on /dev/bx, replica 'x'",
+			"/dev/bx: replica 'x' of volume 'two' holds the label of volume B, a replica of volume 'two' is expected there; there is one on /dev/b, the device"}},
+		{"the SSDs of two volumes", map[string]Disk{"/dev/a": label("B"), "/dev/b": label("A")}, []string{
+			"/dev/ax: replica 'x' of volume 'one' holds a replica of volume A, a replica of volume B is expected there, which the device of volume 'one', /dev/a, belongs to; there is one on /dev/bx, replica 'x' of volume 'two'",
+			"/dev/ay: ", "/dev/cow: ", "/dev/meta: ",
+			"/dev/bx: replica 'x' of volume 'two' holds a replica of volume B, a replica of volume A is expected there"}},
+		{"the replicas of two volumes", map[string]Disk{"/dev/ax": replica("B"), "/dev/bx": replica("A")}, []string{
+			"/dev/ax: replica 'x' of volume 'one' holds a replica of volume B, a replica of volume A", "/dev/bx: replica 'x' of volume 'two' holds a replica of volume A, a replica of volume B"}},
+		{"a replica of another volume", map[string]Disk{"/dev/ay": replica("C")}, []string{"/dev/ay: replica 'y' of volume 'one' holds a replica of volume C, a replica of volume A is expected"}},
+		{"likewise, the SSD blank", map[string]Disk{"/dev/a": {}, "/dev/cow": {}, "/dev/meta": {}, "/dev/ay": replica("C")}, []string{"/dev/ay: replica 'y' of volume 'one' holds a replica of volume C, a replica of volume A is expected there, which replica 'x'"}},
+		{"COW and metadata devices", map[string]Disk{"/dev/cow": area("metadata", "A"), "/dev/meta": area("cow", "A")}, []string{
+			"/dev/cow: the cow device of volume 'one' holds the era metadata of volume A, the COW area of volume A is expected", "/dev/meta: the metadata device of volume 'one' holds the COW area"}},
+		{"a replica that was a volume's disk before", map[string]Disk{"/dev/ax": {Content: "a replica", Ours: true, Parts: append(label("Z").Parts, replica("A").Parts...)}}, nil},
+		{"superblocks of a later version", map[string]Disk{"/dev/ax": replica("")}, nil},
+	} {
+		s := healthy()
+		s.Inspect = func(path string) (Disk, error) {
+			d, changed := test.change[path]
+			if !changed {
+				d = map[string]Disk{"/dev/a": label("A"), "/dev/ax": replica("A"), "/dev/ay": replica("A"), "/dev/cow": area("cow", "A"), "/dev/meta": area("metadata", "A"),
+					"/dev/b": label("B"), "/dev/bx": replica("B")}[path]
+			}
+			d.Path = path
+			return d, nil
+		}
+		var refused []string
+		for _, v := range c.Volumes {
+			for _, f := range s.Volumes(c)[v] {
+				if f.Level == Refuse {
+					refused = append(refused, f.Subject+": "+f.Message)
+				}
+			}
+		}
+		if len(refused) != len(test.want) {
+			t.Errorf("%s: %d refusals, want %d:\n%s", test.name, len(refused), len(test.want), strings.Join(refused, "\n"))
+		}
+		for _, want := range test.want {
+			if !slices.ContainsFunc(refused, func(s string) bool { return strings.HasPrefix(s, want) }) {
+				t.Errorf("%s: '%s' is missing in:\n%s", test.name, want, strings.Join(refused, "\n"))
+			}
+		}
+	}
+}
+
+// A journal that is not as large as configured is said, and keeps nothing from starting.
+func TestJournalOfAnotherSize(t *testing.T) {
+	for _, test := range []struct {
+		asked, have int64
+		differs     bool
+	}{
+		{0, 16 << 20, false}, {16 << 20, 16 << 20, false}, {16<<20 + 4096, 17 << 20, false}, {16 << 20, 0, false}, {32 << 20, 16 << 20, true}, {16 << 20, 32 << 20, true},
+	} {
+		s, v := healthy(), aVolume()
+		v.Replicas[0].JournalBytes = test.asked
+		s.Inspect = func(path string) (Disk, error) {
+			if path == "/dev/a" {
+				return Disk{Path: path, Content: "a label", Ours: true, Parts: []Part{{Role: "volume", Volume: "A"}}}, nil
+			}
+			return Disk{Path: path, Content: "a replica", Ours: true, Parts: []Part{{Role: "replica", Volume: "A", JournalBytes: test.have}}}, nil
+		}
+		_, f := s.Disks(v, AsFound)
+		said := f[1].Level == Note && strings.Contains(f[1].Message, "has a journal of "+config.FormatSize(test.have)+", the configuration says "+config.FormatSize(test.asked)) &&
+			strings.Contains(f[1].Advice, "create --replica ebs --discard-my-data data")
+		if f.Err() != nil || said != test.differs || !test.differs && f[1].Level != Good {
+			t.Errorf("asked for %d, has %d: %s", test.asked, test.have, f[1])
+		}
+	}
+}

@@ -76,7 +76,32 @@ func inspect(path string) (Disk, error) {
 		d.Users = append(d.Users, User{Words: u.String(), Holder: holderName(u)})
 	}
 	d.Content, d.Ours = content(f)
+	d.Parts = parts(f)
 	return d, nil
+}
+
+// parts says what a disk is to which volumes. What can't be read is none.
+func parts(f *blockdev.File) []Part {
+	var all []Part
+	if role, uuid, err := volume.Probe(f); err == nil && role != "" {
+		all = append(all, Part{Role: string(role), Volume: uuidText(uuid)})
+	}
+	of, found, err := protocol.ProbeReplica(f)
+	if err != nil || !found {
+		return all
+	}
+	p := Part{Role: roleReplica, Volume: uuidText(of)}
+	if s, err := protocol.PeekReplica(f); err == nil {
+		p.JournalBytes = s.JournalBytes
+	}
+	return append(all, p)
+}
+
+func uuidText(u volume.UUID) string {
+	if u.IsZero() {
+		return ""
+	}
+	return u.String()
 }
 
 // content says what a disk holds, and whether it is ours. It only reads.

@@ -26,7 +26,7 @@ type Volume struct {
 	Disk string `json:"disk"`
 	Up   bool   `json:"up"`
 	// Stage is where the agent is with it: starting (not looked at yet),
-	// absent, blank, refused, restoring, down or up.
+	// absent, blank, busy (somebody else has a disk), refused, restoring, down or up.
 	Stage string `json:"stage"`
 	// Restore says what happens to a blank disk: manual or auto.
 	Restore string `json:"restore"`
