@@ -36,7 +36,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 	}
 	findings := doctor.Findings{{Level: doctor.Good, Subject: g.config, Message: fmt.Sprintf("%d volume(s)", len(c.Volumes))}}
 	if !o.configOnly {
-		kernel := system.Kernel()
+		kernel := system.Kernel(c.Volumes...)
 		findings = append(findings, kernel...)
 		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
 		disks := system.Volumes(c)

@@ -81,7 +81,7 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 
 // checkCreate looks at everything and writes nothing.
 func checkCreate(system *doctor.System, c *config.Config, v *config.Volume, purpose doctor.Purpose) (layout.Plan, error) {
-	if err := system.Kernel().Err(); err != nil {
+	if err := system.Kernel(v).Err(); err != nil {
 		return layout.Plan{}, err
 	}
 	disks, findings := system.Disks(v, purpose)

@@ -67,7 +67,7 @@ type Agent struct {
 // Run is an agent's whole life. It returns when ctx ends, nil if it stopped
 // in an orderly way; volumes stay up.
 func Run(ctx context.Context, o Options) error {
-	kernel := o.System.Kernel()
+	kernel := o.System.Kernel(o.Config.Volumes...)
 	if err := kernel.Err(); err != nil {
 		return err
 	}

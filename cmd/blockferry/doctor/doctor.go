@@ -116,15 +116,28 @@ type Part struct {
 	JournalBytes int64
 }
 
-// User is somebody who has a disk in use. Holder is the name of the device
-// built on it, if that is what it is.
-type User struct{ Words, Holder string }
+// User is somebody who has a disk in use: Kind is blockdev.Use's. Holder is the
+// name of the device built on it, if that is what it is.
+type User struct{ Kind, Words, Holder string }
 
-// Kernel looks at root, kernel and modules. modules loads what is missing.
-func (s *System) Kernel() Findings {
+// Kernel looks at root, kernel and modules, as far as the volumes need them. It
+// loads modules that are missing.
+func (s *System) Kernel(volumes ...*config.Volume) Findings {
 	var f Findings
 	if s.Euid() != 0 {
-		f.refuse(exit.Prerequisite, "user", "device-mapper needs root", "run it with sudo")
+		f.refuse(exit.Prerequisite, "user", "device-mapper and BPF need root", "run it with sudo")
+		return f
+	}
+	attach := func(v *config.Volume) bool { return v.Attach }
+	if slices.ContainsFunc(volumes, attach) {
+		if s.Exists(kernelTypes) {
+			f.good("bpf", "the kernel describes its types in %s", kernelTypes)
+		} else {
+			f.refuse(exit.Prerequisite, "bpf", "this kernel does not describe its types: "+kernelTypes+" is not there, so changes can't be tracked on a device in use",
+				"boot a kernel with CONFIG_DEBUG_INFO_BTF, as the distributions' are, or use 'mode: mapper'")
+		}
+	}
+	if len(volumes) > 0 && !slices.ContainsFunc(volumes, func(v *config.Volume) bool { return !attach(v) }) {
 		return f
 	}
 	release, err := s.Release()
@@ -139,6 +152,9 @@ func (s *System) Kernel() Findings {
 	s.targets(&f, release)
 	return f
 }
+
+// kernelTypes is what BPF programs are fitted to a kernel with.
+const kernelTypes = "/sys/kernel/btf/vmlinux"
 
 // wanted maps each device-mapper target to the module that holds it.
 var wanted = []struct{ target, module string }{
@@ -270,6 +286,10 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 		f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
 		return
 	}
+	if v.Attach && u.Path == v.Device {
+		s.attached(f, u, d)
+		return
+	}
 	others := notOurs(v.Name, d.Users)
 	misplaced, journal := "", ""
 	if purpose == AsFound {
@@ -299,6 +319,24 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 	default:
 		f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
 	}
+}
+
+// attached looks at a device that is replicated as it is. What it holds is the
+// application's.
+func (s *System) attached(f *Findings, u config.DiskUse, d Disk) {
+	var users []string
+	for _, user := range d.Users {
+		users = append(users, user.Words)
+		if user.Kind != "mount" {
+			f.refuse(exit.Refused, u.Path, u.What+" is in use by what can't be stopped for a cut: "+user.Words, "only mounted file systems can; use 'mode: mapper' for the others")
+			return
+		}
+	}
+	if len(users) == 0 {
+		f.note(u.Path, u.What+" is not mounted: nobody who writes to it can be stopped for a cut", "mount it")
+		return
+	}
+	f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), strings.Join(users, ", "))
 }
 
 func replicaAt(v *config.Volume, path string) string {
@@ -367,6 +405,9 @@ func (s *System) Spills(v *config.Volume) Findings {
 // Discards says what becomes of them: dm-era marks only the first block of
 // one, so the stack does not take any.
 func Discards(v *config.Volume) Finding {
+	if v.Attach {
+		return Finding{Level: Good, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are tracked and replicated as zeros"}
+	}
 	return Finding{Level: Note, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are off while era alone tracks changes",
 		Advice: "nothing needs to be done; mount it without the option 'discard'"}
 }

@@ -84,7 +84,7 @@ func TestKernelFindings(t *testing.T) {
 		spoil func(*System)
 		want  []string
 	}{
-		{"not root", func(s *System) { s.Euid = func() int { return 1000 } }, []string{"needs root", "sudo"}},
+		{"not root", func(s *System) { s.Euid = func() int { return 1000 } }, []string{"need root", "sudo"}},
 		{"old kernel", func(s *System) { s.Release = func() (string, error) { return "5.10.0-32", nil } }, []string{"5.12", "boot a kernel"}},
 		{"no device-mapper", func(s *System) {
 			s.Targets = func() ([]string, error) { return nil, errors.New("no /dev/mapper/control") }
@@ -336,6 +336,50 @@ func TestJournalOfAnotherSize(t *testing.T) {
 			strings.Contains(f[1].Advice, "create --replica ebs --discard-my-data data")
 		if f.Err() != nil || said != test.differs || !test.differs && f[1].Level != Good {
 			t.Errorf("asked for %d, has %d: %s", test.asked, test.have, f[1])
+		}
+	}
+}
+
+// Attached volumes need BPF and no device-mapper, and file systems for users.
+func TestAttachedVolumes(t *testing.T) {
+	attached := aVolume()
+	attached.Attach = true
+	s := healthy()
+	s.Targets = func() ([]string, error) { return nil, errors.New("no device-mapper") }
+	if err := s.Kernel(attached).Err(); err != nil {
+		t.Errorf("without device-mapper: %v", err)
+	}
+	if err := s.Kernel(attached, aVolume()).Err(); err == nil {
+		t.Error("a volume beside it needs device-mapper")
+	}
+	s = healthy()
+	s.Exists = func(path string) bool { return path != kernelTypes }
+	if err := s.Kernel(attached).Err(); err == nil || !strings.Contains(err.Error(), "CONFIG_DEBUG_INFO_BTF") {
+		t.Errorf("without types: %v", err)
+	}
+	if err := s.Kernel(aVolume()).Err(); err != nil {
+		t.Errorf("one on a mapper: %v", err)
+	}
+	for _, c := range []struct {
+		users []User
+		level Level
+	}{
+		{nil, Note},
+		{[]User{{"mount", "a mounted on /srv", ""}}, Good},
+		{[]User{{"mount", "a mounted on /srv", ""}, {"swap", "a1 used as swap", ""}}, Refuse},
+		{[]User{{"holder", "a held by holder md0", "md0"}}, Refuse},
+	} {
+		s := healthy()
+		s.Inspect = func(path string) (Disk, error) {
+			d := Disk{Path: path, SizeBytes: 1 << 30}
+			if path == attached.Device {
+				d.Users, d.Content = c.users, "an ext4 file system"
+			}
+			return d, nil
+		}
+		_, f := s.Disks(attached, Empty)
+		if len(f) != 2 || f[0].Level != c.level || f[1].Level != Good {
+			t.Errorf("users %v: %v", c.users, f)
 		}
 	}
 }

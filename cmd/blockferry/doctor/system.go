@@ -73,7 +73,7 @@ func inspect(path string) (Disk, error) {
 		return Disk{}, err
 	}
 	for _, u := range uses {
-		d.Users = append(d.Users, User{Words: u.String(), Holder: holderName(u)})
+		d.Users = append(d.Users, User{Kind: u.Kind, Words: u.String(), Holder: holderName(u)})
 	}
 	d.Content, d.Ours = content(f)
 	d.Parts = parts(f)
