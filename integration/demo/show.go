@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strconv"
 	"strings"
 	"time"
 
@@ -18,29 +17,29 @@ import (
 	"blockferry/integration/rig"
 )
 
-const (
-	ssdDisk = "/dev/ubda" // below the mapped device 'ssd', so that it can fail
-	ebsDisk = "/dev/ubdb"
-	ssd     = "/dev/mapper/ssd"
-	volume  = "/dev/mapper/data"
-	folder  = "/mnt/data"
+// clockSlack is what may lie between a cut and the time noted for it.
+const clockSlack = 300 * time.Millisecond
 
-	configuration = `volumes:
-  data:
-    device: ` + ssd + `
-    size: 640MiB
-    interval: 1s
-    replicas:
-      ebs:
-        device: ` + ebsDisk + `
-        compression: s2
-`
-	// clockSlack is what may lie between a cut and the time noted for it.
-	clockSlack = 300 * time.Millisecond
-)
+// stage is the machine that the demo is shown on.
+type stage interface {
+	// configuration is blockferry's there.
+	configuration() string
+	// device is what the application uses, folder where it is mounted.
+	device() string
+	folder() string
+	// raise ends with a file system, mounted, that is replicated.
+	raise(ctx context.Context, d *demo) error
+	// lose takes the SSD away under load. From its first moment on nothing more
+	// becomes durable; lost is called then.
+	lose(d *demo, lost func()) error
+	// replace ends what a restart of the machine ends, and puts a new, empty SSD
+	// in the lost one's place.
+	replace(d *demo) error
+}
 
 // demo is the state of one showing.
 type demo struct {
+	stage
 	rig    rig.Rig
 	log    bytes.Buffer // the agent's
 	ledger *load.Ledger
@@ -52,21 +51,15 @@ func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
 func head(text string) { say("\n== %s", text) }
 
-// show runs in the guest.
-func show(ctx context.Context) (err error) {
-	d := &demo{
-		rig:   rig.Rig{Binary: os.Getenv(binaryVar), Config: "/run/blockferry/demo.yaml"},
-		cutAt: map[uint64]time.Duration{},
-	}
+// show is the whole demo.
+func show(ctx context.Context, on stage, r rig.Rig, seconds int) (err error) {
+	d := &demo{stage: on, rig: r, cutAt: map[uint64]time.Duration{}}
 	defer func() {
+		err = errors.Join(err, d.rig.StopAgent())
 		if err != nil {
 			say("\nThe agent's log ends with:\n%s", lastLines(d.log.String(), 25))
 		}
 	}()
-	seconds, err := strconv.Atoi(os.Getenv(secondsVar))
-	if err != nil {
-		return err
-	}
 	head("An SSD and a slower disk; blockferry keeps the SSD's volume on both")
 	if err := d.setUp(ctx); err != nil {
 		return err
@@ -90,29 +83,12 @@ func lastLines(text string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-func ssdTable(target string) string { return fmt.Sprintf("0 %d %s", ssdBytes/512, target) }
-
 func (d *demo) setUp(ctx context.Context) error {
-	if err := rig.Do("dmsetup", "create", "ssd", "--table", ssdTable("linear "+ssdDisk+" 0")); err != nil {
+	if err := d.rig.Configure(d.configuration()); err != nil {
 		return err
 	}
-	if err := d.rig.Configure(configuration); err != nil {
-		return err
-	}
-	say("%s", strings.TrimSpace(configuration))
-	if err := d.rig.Run(ctx, "create", "data"); err != nil {
-		return err
-	}
-	if err := d.rig.StartAgent(ctx, &d.log); err != nil {
-		return err
-	}
-	if err := rig.AwaitFile(volume, 20*time.Second); err != nil {
-		return err
-	}
-	if err := rig.Do("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", volume); err != nil {
-		return err
-	}
-	if err := mount(); err != nil {
+	say("%s", strings.TrimSpace(d.configuration()))
+	if err := d.raise(ctx, d); err != nil {
 		return err
 	}
 	return d.rig.Await(ctx, "replicated for the first time", time.Minute, func(v status.Volume) bool {
@@ -120,12 +96,16 @@ func (d *demo) setUp(ctx context.Context) error {
 	})
 }
 
-func mount() error {
-	if err := os.MkdirAll(folder, 0o755); err != nil {
+func makeFileSystem(device string) error {
+	return rig.Do("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", device)
+}
+
+func (d *demo) mount() error {
+	if err := os.MkdirAll(d.folder(), 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount(volume, folder, "ext4", 0, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", volume, err)
+	if err := unix.Mount(d.device(), d.folder(), "ext4", 0, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", d.device(), err)
 	}
 	return nil
 }
@@ -136,7 +116,7 @@ func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration,
 	loadCtx, stop := context.WithCancel(ctx)
 	defer stop()
 	d.ledger = load.NewLedger()
-	d.load = &load.Load{Dir: folder, Ledger: d.ledger}
+	d.load = &load.Load{Dir: d.folder(), Ledger: d.ledger}
 	if err := d.load.Start(loadCtx); err != nil {
 		return 0, err
 	}
@@ -148,13 +128,8 @@ func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration,
 			return 0, err
 		}
 	}
-	// From the first moment on nothing more becomes durable: the error table
-	// stands before the disk is zeroed.
-	if err := rig.SwapTable("ssd", ssdTable("error")); err != nil {
-		return 0, err
-	}
-	wiped := d.ledger.Now()
-	if err := rig.Zero(ssdDisk, ssdBytes); err != nil {
+	var wiped time.Duration
+	if err := d.lose(d, func() { wiped = d.ledger.Now() }); err != nil {
 		return 0, err
 	}
 	records, bytes := d.ledger.Totals()
@@ -213,7 +188,7 @@ func (d *demo) showLag(ctx context.Context) error {
 // restore puts a working, empty disk in the SSD's place, has blockferry fill
 // it, and returns the epoch that came back.
 func (d *demo) restore(ctx context.Context) (uint64, error) {
-	if err := unix.Unmount(folder, 0); err != nil {
+	if err := unix.Unmount(d.folder(), 0); err != nil {
 		return 0, fmt.Errorf("unmount: %w", err)
 	}
 	epoch, err := d.restart(ctx)
@@ -227,7 +202,7 @@ func (d *demo) restore(ctx context.Context) (uint64, error) {
 		return 0, fmt.Errorf("blockferry restore: %w", err)
 	}
 	say("restored in %.1f s", time.Since(began).Seconds())
-	return epoch, rig.AwaitFile(volume, 20*time.Second)
+	return epoch, rig.AwaitFile(d.device(), 20*time.Second)
 }
 
 // restart does to blockferry what a restart of the machine does: the agent is
@@ -235,15 +210,7 @@ func (d *demo) restore(ctx context.Context) (uint64, error) {
 // it finds is a new one. It returns the epoch that the replica holds.
 func (d *demo) restart(ctx context.Context) (uint64, error) {
 	d.rig.KillAgent()
-	for _, name := range []string{"data", "data-snap", "data-era", "data-base", "data-cow", "data-meta", "data-data"} { // from the top down
-		if rig.Do("dmsetup", "info", name) != nil {
-			continue // which inner ones there are depends on when the disk was lost
-		}
-		if err := rig.Do("dmsetup", "remove", "--force", name); err != nil {
-			return 0, err
-		}
-	}
-	if err := rig.SwapTable("ssd", ssdTable("linear "+ssdDisk+" 0")); err != nil {
+	if err := d.replace(d); err != nil {
 		return 0, err
 	}
 	if err := d.rig.StartAgent(ctx, &d.log); err != nil {
@@ -262,17 +229,17 @@ func (d *demo) restart(ctx context.Context) (uint64, error) {
 
 // compare judges the restored file system.
 func (d *demo) compare(ctx context.Context, wiped time.Duration, epoch uint64) error {
-	if err := mount(); err != nil { // replays ext4's journal
+	if err := d.mount(); err != nil { // replays ext4's journal
 		return err
 	}
-	found, err := load.ReadBack(folder)
+	found, err := load.ReadBack(d.folder())
 	if err != nil {
 		return err
 	}
-	if err := unix.Unmount(folder, 0); err != nil {
+	if err := unix.Unmount(d.folder(), 0); err != nil {
 		return fmt.Errorf("unmount: %w", err)
 	}
-	if out, err := exec.CommandContext(ctx, "e2fsck", "-fn", volume).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "e2fsck", "-fn", d.device()).CombinedOutput(); err != nil {
 		return fmt.Errorf("e2fsck -fn: %w\n%s", err, out)
 	}
 	say("e2fsck -fn: clean")

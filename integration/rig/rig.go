@@ -44,6 +44,8 @@ func Build(dir string) (string, error) {
 type Rig struct {
 	Binary string
 	Config string // path of the configuration file
+	// Socket is the agent's; "": the default.
+	Socket string
 	// Verbose has the agent log in detail, as JSON.
 	Verbose bool
 
@@ -61,7 +63,15 @@ func (r *Rig) Configure(yaml string) error {
 
 // Command prepares a blockferry command.
 func (r *Rig) Command(ctx context.Context, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, r.Binary, append([]string{"--config", r.Config}, args...)...)
+	return exec.CommandContext(ctx, r.Binary, append(r.flags(), args...)...)
+}
+
+func (r *Rig) flags() []string {
+	flags := []string{"--config", r.Config}
+	if r.Socket != "" {
+		flags = append(flags, "--socket", r.Socket)
+	}
+	return flags
 }
 
 // Run runs a blockferry command to its end. The error holds what it printed.
@@ -75,7 +85,7 @@ func (r *Rig) Run(ctx context.Context, args ...string) error {
 
 // StartAgent starts the agent and waits until it answers.
 func (r *Rig) StartAgent(ctx context.Context, log io.Writer) error {
-	args := []string{"--config", r.Config, "agent"}
+	args := append(r.flags(), "agent")
 	if r.Verbose {
 		args = append(args, "--verbose", "--log-format", "json")
 	}
