@@ -27,11 +27,12 @@
 //     count as before the cut (which names it too early, and so may miss it).
 //   - A cut that is given up is not sealed. What its exchanges took belongs to
 //     the next cut.
-//   - The coverage begins at the first Seal after Open, or after anything that
-//     voided it: that Seal returns nil, and Changed answers from its number on.
-//   - The Seal that finds events lost returns ErrUncovered; that cut needs
-//     another source (the era's marks, or a full compare). So does every cut
-//     whose base is before the coverage.
+//   - The coverage begins at the first Seal after Open that returns nil: Changed
+//     answers from its number on. An earlier base needs another source (the era's
+//     marks, or a full compare).
+//   - The Seal that finds events lost, or the first after Void, returns
+//     ErrUncovered; that cut needs another source too. The next Seal begins a new
+//     coverage.
 //   - Between Exchange in the window and Seal no other call is needed; the check
 //     of the statistics is made within Exchange, where nothing is in flight and
 //     it is exact, and again in Seal if it was not.
