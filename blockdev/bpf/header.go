@@ -13,7 +13,6 @@ import (
 //	8 length of the volume   9 grain   10 digest of the disk's serial number and worldwide name   (6 to 9 in bytes)
 //	16 state   17 first cut covered   18 last cut sealed   19 1: taken from active since the last cut
 //	20 sectors written that the disk's statistics are ahead of the counts   21 the same, discarded   22 misses then
-//	23 sectors written, counted at the last check   24 the same, discarded
 //	64-127 why the last coverage ended, text padded with zeros
 type header []uint64
 
@@ -28,7 +27,6 @@ const (
 	headLast     = 18
 	headOpen     = 19
 	headBase     = 20 // three words
-	headChecked  = 23 // two words
 	headReason   = 64
 
 	headIdentityEnd = 11

@@ -80,13 +80,13 @@ func (l *ledger) trouble() uint64 { return l.sum(slotStrange) + l.sum(slotFull) 
 // lead is by how many sectors the statistics are ahead of the counts; still says
 // that nothing was counted while they were read, without which it says nothing.
 // It allocates nothing unless it fails.
-func (l *ledger) lead() (lead, counted sectors, still bool, err error) {
+func (l *ledger) lead() (lead sectors, still bool, err error) {
 	before := l.counted()
 	statistics, err := l.statistics()
 	if err != nil {
-		return sectors{}, sectors{}, false, err
+		return sectors{}, false, err
 	}
-	return statistics.minus(before), before, before == l.counted(), nil
+	return statistics.minus(before), before == l.counted(), nil
 }
 
 func (l *ledger) statistics() (sectors, error) {
@@ -137,7 +137,7 @@ func (l *ledger) kept() error {
 func (l *ledger) begin() (lead sectors, err error) {
 	seen := 0
 	for end := time.Now().Add(agreePatience); seen < 8 || time.Now().Before(end) && seen < 64; {
-		now, _, still, err := l.lead()
+		now, still, err := l.lead()
 		if err != nil {
 			return sectors{}, err
 		}
@@ -166,33 +166,33 @@ const (
 	differs
 )
 
-// compare looks once.
-func (l *ledger) compare(begin sectors) (v verdict, counted, more sectors, err error) {
-	lead, counted, still, err := l.lead()
+// compare looks once; more is by what the statistics are further ahead.
+func (l *ledger) compare(begin sectors) (v verdict, more sectors, err error) {
+	lead, still, err := l.lead()
 	more = lead.minus(begin)
 	switch {
 	case err != nil, !still:
-		return unclear, counted, more, err
+		return unclear, more, err
 	case more == sectors{}:
-		return agrees, counted, more, nil
+		return agrees, more, nil
 	case int64(more.written) > 0 || int64(more.discarded) > 0:
-		return differs, counted, more, nil
+		return differs, more, nil
 	}
-	return unclear, counted, more, nil
+	return unclear, more, nil
 }
 
 // agree compares until both agree, for agreePatience at most; the answer is why
 // they do not, or "".
-func (l *ledger) agree(begin sectors) (counted sectors, why string) {
+func (l *ledger) agree(begin sectors) string {
 	for end := time.Now().Add(agreePatience); ; {
-		v, counted, more, err := l.compare(begin)
+		v, more, err := l.compare(begin)
 		switch {
 		case err != nil:
-			return counted, err.Error()
+			return err.Error()
 		case v == agrees:
-			return counted, ""
+			return ""
 		case v == differs || time.Now().After(end):
-			return counted, differenceOf(more)
+			return differenceOf(more)
 		}
 	}
 }

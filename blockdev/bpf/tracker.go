@@ -186,15 +186,10 @@ func (t *Tracker) check() string {
 	if misses != t.misses {
 		return fmt.Sprintf("%d events were missed, or named no sectors", misses-t.misses)
 	}
-	counted, why := t.ledger.counted(), ""
-	if !t.agreed {
-		counted, why = t.ledger.agree(t.begin)
+	if t.agreed {
+		return ""
 	}
-	if why == "" {
-		t.coverage.head.put(headChecked, counted.written)
-		t.coverage.head.put(headChecked+1, counted.discarded)
-	}
-	return why
+	return t.ledger.agree(t.begin)
 }
 
 // Adopted says whether the coverage goes on from what was pinned, and from which
@@ -223,7 +218,7 @@ func (t *Tracker) Exchange() error {
 	t.coverage.exchange()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v, _, more, err := t.ledger.compare(t.begin)
+	v, more, err := t.ledger.compare(t.begin)
 	t.agreed = v == agrees
 	if v == differs && t.lost == "" {
 		t.lost = differenceOf(more)
@@ -271,6 +266,12 @@ func (t *Tracker) Covered() (first, last uint64, ok bool) { return t.coverage.bo
 // Changed is what changed after cut since and before cut upTo, ascending and
 // disjoint: at least that. ErrUncovered if it is not known.
 func (t *Tracker) Changed(since, upTo uint64) ([]blockdev.Extent, error) {
+	t.mu.Lock()
+	why := t.lost
+	t.mu.Unlock()
+	if why != "" {
+		return nil, fmt.Errorf("%w: %s: %s", ErrUncovered, t.where.target.Device, why)
+	}
 	return t.coverage.changed(since, upTo)
 }
 
