@@ -118,7 +118,7 @@ func (s shapeOfMaps) fits(name string, m *ebpf.Map) bool {
 }
 
 // load makes maps and programs and starts the programs. Nothing is pinned.
-func load(w where, s shapeOfMaps) (k *kernel, err error) {
+func load(w where, s shapeOfMaps) (_ *kernel, err error) {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
 		return nil, fmt.Errorf("programs of fine tracking: %w", err)
@@ -156,7 +156,7 @@ func load(w where, s shapeOfMaps) (k *kernel, err error) {
 		return nil, fmt.Errorf("the kernel refuses the programs of fine tracking (want Linux 5.17 or newer with BTF, and root): %w", err)
 	}
 	defer loaded.Close()
-	k = &kernel{maps: map[string]*ebpf.Map{}}
+	k := &kernel{maps: map[string]*ebpf.Map{}}
 	defer func() {
 		if err != nil {
 			k.close()
@@ -200,7 +200,7 @@ func (k *kernel) pin(folder string, names []string) error {
 var errNothingPinned = errors.New("nothing is pinned")
 
 // openPinned opens what pin left, if it is whole and belongs together.
-func openPinned(folder string, names []string, s shapeOfMaps) (k *kernel, err error) {
+func openPinned(folder string, names []string, s shapeOfMaps) (_ *kernel, err error) {
 	entries, err := os.ReadDir(folder)
 	if err != nil {
 		return nil, err
@@ -208,7 +208,7 @@ func openPinned(folder string, names []string, s shapeOfMaps) (k *kernel, err er
 	if len(entries) == 0 {
 		return nil, errNothingPinned
 	}
-	k = &kernel{maps: map[string]*ebpf.Map{}}
+	k := &kernel{maps: map[string]*ebpf.Map{}}
 	defer func() {
 		if err != nil {
 			k.close()
@@ -261,7 +261,10 @@ func openPinned(folder string, names []string, s shapeOfMaps) (k *kernel, err er
 			return nil, fmt.Errorf("%s is not what the programs write to", name)
 		}
 	}
-	return k, k.mapAll(s)
+	if err := k.mapAll(s); err != nil {
+		return nil, err
+	}
+	return k, nil
 }
 
 // unpin removes all that stands in a folder, links first: what is pinned ends

@@ -77,7 +77,10 @@ func Open(target Target) (_ *Tracker, err error) {
 	if err := t.release(); err != nil {
 		return nil, err
 	}
-	return t, t.beginAnew(s)
+	if err := t.beginAnew(s); err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
 // adopt takes what is pinned, or says why it can't be gone on with.
@@ -303,8 +306,14 @@ func (t *Tracker) release() (err error) {
 }
 
 // Close lets go of the tracker; tracking goes on in the kernel.
+// A second Close does nothing.
 func (t *Tracker) Close() error {
-	return errors.Join(t.release(), t.lock.Close())
+	err := t.release()
+	if t.lock != nil {
+		err = errors.Join(err, t.lock.Close())
+		t.lock = nil
+	}
+	return err
 }
 
 // Remove ends the tracking and closes.
