@@ -126,3 +126,20 @@ func lockPin(folder string) (*os.File, error) {
 	}
 	return f, nil
 }
+
+// EnsureMounted mounts a bpffs on a folder that has none, as machines without
+// systemd leave it.
+func EnsureMounted(folder string) error {
+	var st unix.Statfs_t
+	err := unix.Statfs(folder, &st)
+	if err == nil && int64(st.Type) == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	if err == nil {
+		err = unix.Mount("bpf", folder, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=700")
+	}
+	if err != nil {
+		return fmt.Errorf("mount a bpffs on %s, to pin fine tracking in: %w", folder, err)
+	}
+	return nil
+}

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,11 +29,16 @@ type Cut struct {
 	number    uint64
 	withView  bool
 	view      *blockdev.File
-	snapBlock uint64 // of the metadata snapshot
+	rolled    bool // it began an era
+	fine      bool // fine tracking covers it
+	marksMu   sync.Mutex
+	hasMarks  bool   // a metadata snapshot was asked for
+	snapBlock uint64 // of the metadata snapshot, 0: none was taken yet
 	at        time.Time
 	stalled   time.Duration
 	written   uint64
-	cuts      Cuts // up to and with this one
+	cuts      Cuts // up to and with this one, as far as they began an era
+	void      bool
 	released  bool
 }
 
@@ -68,7 +74,7 @@ func (v *Volume) Cut(ctx context.Context, number uint64, withView bool) (*Cut, e
 		return c, nil
 	}
 	v.countStats(func(s *Stats) { s.VoidCuts++ })
-	c.cuts = nil
+	c.void = true
 	if left := c.release(); left != nil {
 		err = errors.Join(err, fmt.Errorf("what it leaves could not be removed: %w", left))
 	}
@@ -76,11 +82,16 @@ func (v *Volume) Cut(ctx context.Context, number uint64, withView bool) (*Cut, e
 }
 
 func (v *Volume) newestCut() uint64 {
-	cuts := v.labelNow().Cuts
-	if len(cuts) == 0 {
-		return 0
+	newest := v.newest
+	if cuts := v.labelNow().Cuts; len(cuts) > 0 {
+		newest = max(newest, cuts[len(cuts)-1].Number)
 	}
-	return cuts[len(cuts)-1].Number
+	if v.fine != nil {
+		if _, last, ok := v.fine.tracker.Covered(); ok {
+			newest = max(newest, last)
+		}
+	}
+	return newest
 }
 
 func (c *Cut) take() error {
@@ -96,7 +107,9 @@ func (c *Cut) take() error {
 	if v.options.FreezeFilesystem {
 		v.syncMounts()
 	}
-	w, err := v.newWindow(c.withView)
+	c.rolled = v.rollNow()
+	c.hasMarks = c.rolled
+	w, err := v.newWindow(c.withView, c.rolled)
 	if err != nil {
 		return err
 	}
@@ -104,12 +117,39 @@ func (c *Cut) take() error {
 		return err
 	}
 	c.at, c.stalled, c.written = w.at, w.stalled, w.written
+	v.newest = c.number
+	c.sealFine()
 	return c.afterWindow()
 }
 
-// afterWindow finds out which era the cut began, and records it. Only now:
-// an entry of a cut that never was would lose writes.
+// afterWindow finishes what the window began.
 func (c *Cut) afterWindow() error {
+	v := c.volume
+	c.cuts = v.labelNow().Cuts
+	if c.rolled {
+		if err := c.recordEra(); err != nil {
+			return err
+		}
+	}
+	if c.withView {
+		path, err := v.ctl.OwnNode(deviceName(v.options.Name, roleSnap))
+		if err != nil {
+			return err
+		}
+		if c.view, err = blockdev.OpenFile(path, blockdev.OpenOptions{}); err != nil {
+			return err
+		}
+		if err := c.Valid(); err != nil {
+			return err
+		}
+	}
+	v.countStats(func(s *Stats) { s.Cuts++ })
+	return nil
+}
+
+// recordEra finds out which era the cut began, and records it. Only now: an
+// entry of a cut that never was would lose writes.
+func (c *Cut) recordEra() error {
 	v := c.volume
 	status, err := v.eraStatus()
 	if err != nil {
@@ -131,25 +171,16 @@ func (c *Cut) afterWindow() error {
 	}); err != nil {
 		return err
 	}
-	if c.withView {
-		path, err := v.ctl.OwnNode(deviceName(v.options.Name, roleSnap))
-		if err != nil {
-			return err
-		}
-		if c.view, err = blockdev.OpenFile(path, blockdev.OpenOptions{}); err != nil {
-			return err
-		}
-		if err := c.Valid(); err != nil {
-			return err
-		}
+	v.rollNext.Store(false)
+	if v.fine != nil {
+		v.fine.rolled = time.Now()
 	}
-	v.countStats(func(s *Stats) { s.Cuts++ })
 	return nil
 }
 
 // failed says that the cut is void, or was released in part: there is only
 // something left to clear away.
-func (c *Cut) failed() bool { return c.cuts == nil }
+func (c *Cut) failed() bool { return c.void }
 
 // Number is the cut's number.
 func (c *Cut) Number() uint64 { return c.number }
@@ -182,11 +213,18 @@ func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
 	if since > c.number {
 		return nil, fmt.Errorf("volume %s: cut %d: asked for changes since the later cut %d", v.options.Name, c.number, since)
 	}
+	if extents, ok := c.changedFine(since); ok {
+		return extents, nil
+	}
 	from, known := c.cuts.Since(since)
 	if !known {
 		return nil, fmt.Errorf("volume %s: %w: tracking began after cut %d", v.options.Name, ErrTrackingLost, since)
 	}
-	extents, err := era.Changed(v.eras, c.snapBlock, from)
+	block, err := c.marks()
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: cut %d: the era's marks: %w", v.options.Name, c.number, err)
+	}
+	extents, err := era.Changed(v.eras, block, from)
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w: %w (on %s, from byte %d; if this is said again and again: blockferry down, then up, begins tracking anew)",
 			v.options.Name, ErrTrackingLost, err, v.meta.Name(), v.labelNow().Areas.Meta.Offset+auxIDBytes)
@@ -245,7 +283,9 @@ func (c *Cut) release() error {
 		errs = append(errs, c.view.Close())
 		c.view = nil
 	}
-	errs = append(errs, v.dropMetadataSnapshot())
+	if c.hasMarks {
+		errs = append(errs, v.dropMetadataSnapshot())
+	}
 	if c.withView {
 		err := v.baseToLinear(v.options.StallLimit / 2)
 		if err == nil {
@@ -258,7 +298,7 @@ func (c *Cut) release() error {
 		c.released = true
 		v.cut = nil
 	} else {
-		c.cuts = nil // unusable, only to be cleared away
+		c.void = true // unusable, only to be cleared away
 	}
 	return err
 }

@@ -27,6 +27,7 @@ func (v *Volume) Down() error {
 	if err := refuseOpen(v.ctl, v.options.Name); err != nil {
 		return err
 	}
+	v.goingDown = true
 	if err := v.Close(); err != nil {
 		v.log.Warn("close before down", "error", err) // what matters is taken down all the same
 	}

@@ -376,8 +376,11 @@ func (v *Volume) openStack() error {
 	if v.stat, err = os.Open(fmt.Sprintf("/sys/dev/block/%s/stat", v.devices[roleTop].Dev())); err != nil {
 		return err
 	}
-	_, err = v.ctl.EnsureNode(v.options.Name)
-	return err
+	if _, err = v.ctl.EnsureNode(v.options.Name); err != nil {
+		return err
+	}
+	v.openFine()
+	return nil
 }
 
 // Rescue resumes what a dead process left suspended of a volume, inner to

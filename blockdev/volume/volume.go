@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,6 +49,11 @@ type Options struct {
 	ChunkBytes int64
 	// StallLimit is how long writers may be stopped for a cut; 0: 1 s.
 	StallLimit time.Duration
+	// FinePins is a folder on a bpffs in which fine tracking is pinned; "": the
+	// era tracks alone. Where the kernel can't track finely it is the same.
+	FinePins string
+	// RollEvery is how often an era is begun while fine tracking answers; 0: 1 min.
+	RollEvery time.Duration
 	// FreezeFilesystem freezes a mounted file system for each cut, so that an
 	// image needs no log replay. It costs far longer stalls.
 	FreezeFilesystem bool
@@ -66,6 +72,9 @@ func (o *Options) check() error {
 	}
 	if o.StallLimit == 0 {
 		o.StallLimit = defaultStallLimit
+	}
+	if o.RollEvery == 0 {
+		o.RollEvery = defaultRollEvery
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -102,6 +111,11 @@ type Volume struct {
 
 	devices map[string]dm.Info // by role
 
+	fine      *fineTracker // nil: the era tracks alone
+	newest    uint64       // cut of this process
+	rollNext  atomic.Bool
+	goingDown bool
+
 	labelMu sync.Mutex
 	label   Label
 	lost    string // why tracking began anew when the volume came up
@@ -116,6 +130,8 @@ type Volume struct {
 // Stats are values kept at cuts; reading them asks the kernel nothing.
 type Stats struct {
 	Cuts, VoidCuts uint64
+	// FineGaps counts cuts for which fine tracking had lost events.
+	FineGaps uint64
 	// Of all times in which writers were stopped, also those that ended a view.
 	LongestStall, StalledTotal time.Duration
 	// MetaUsedBlocks of MetaTotalBlocks (4 KiB each) of era metadata are in
@@ -184,6 +200,9 @@ func (v *Volume) SetState(state []byte) error {
 // answered by ErrTrackingLost. For what changes the volume's content beside
 // its own stack.
 func (v *Volume) ForgetCuts() error {
+	if v.fine != nil {
+		v.fine.tracker.Void("the table of cuts was dropped")
+	}
 	return v.changeLabel(func(l *Label) { l.Cuts = nil })
 }
 
@@ -264,7 +283,7 @@ func (v *Volume) Close() error {
 }
 
 func (v *Volume) closeFiles() error {
-	var errs []error
+	errs := []error{v.closeFine()}
 	seen := map[*blockdev.File]bool{}
 	for _, f := range []*blockdev.File{v.data, v.eras, v.cow, v.meta, v.disk} {
 		if f != nil && !seen[f] {

@@ -38,6 +38,10 @@ type window struct {
 	inner    []*dm.Request // while the top is suspended, in order
 	rescuers []*dm.Request // resume all, should the dead-man be dead
 
+	// exchange takes what fine tracking marked; nil without it. Its error is
+	// the seal's to tell.
+	exchange func() error
+
 	buffer  [512]byte
 	written uint64
 	at      time.Time // writers stood still
@@ -45,7 +49,7 @@ type window struct {
 	err     error
 }
 
-func (v *Volume) newWindow(withView bool) (*window, error) {
+func (v *Volume) newWindow(withView, roll bool) (*window, error) {
 	o := v.options
 	name := func(role string) string { return deviceName(o.Name, role) }
 	w := &window{volume: v, guard: o.Guard, limit: o.StallLimit, devices: []string{name(roleTop)}}
@@ -61,8 +65,13 @@ func (v *Volume) newWindow(withView bool) (*window, error) {
 		// origin's resume suspends, exchanges and resumes in one call.
 		w.inner = append(w.inner, request(v.ctl.ResumeRequest(name(roleSnap))), request(v.ctl.ResumeRequest(name(roleBase))))
 	}
-	// The roll of the era: sound only here, where nothing is in flight.
-	w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
+	if roll {
+		// Sound only here, where nothing is in flight.
+		w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
+	}
+	if v.fine != nil {
+		w.exchange = v.fine.tracker.Exchange
+	}
 	for _, device := range w.devices {
 		w.rescuers = append(w.rescuers, request(v.ctl.ResumeRequest(device)))
 	}
@@ -119,6 +128,9 @@ func (w *window) inside() {
 		return
 	}
 	w.at = time.Now()
+	if w.exchange != nil {
+		_ = w.exchange()
+	}
 	for _, r := range w.inner {
 		if w.err = r.Do(); w.err != nil {
 			return

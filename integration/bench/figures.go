@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"blockferry/integration/uml"
 )
 
@@ -25,6 +27,7 @@ var figures = []figure{
 			"The default is 64 KiB, the smallest: at 1,000 random writes a second it has 64 MB/s read from the replica, which a common EBS volume gives; 256 KiB would need four times that. " +
 			"A volume whose writes stay close together, or one with a fast replica, is better off with a larger `era-block`.",
 		disks:   []uml.Disk{{Size: afterCutBytes + 768<<20}, {Size: afterCutBytes + 768<<20}, {Size: afterCutBytes}},
+		limit:   20 * time.Minute,
 		measure: eraBlock,
 	},
 	{

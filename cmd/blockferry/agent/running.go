@@ -101,6 +101,7 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	if err := stack.Opened(); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
+	stack.RollNext()
 	patience := downSend
 	if force {
 		patience = stopSend // the disk may be gone

@@ -25,6 +25,7 @@ type raised interface {
 	TrackingLost() string
 	State() []byte
 	SetState(state []byte) error
+	Forget(upTo uint64)
 	Close() error
 }
 
@@ -113,7 +114,7 @@ func takeSnapshot(v *volume.Volume) func(context.Context, uint64, protocol.CutWi
 		if err != nil {
 			return cut{}, err
 		}
-		made := cut{taken: c, whole: true}
+		made := cut{taken: c, whole: true, exact: c.Exact}
 		if view := c.View(); view != nil {
 			made.view = view
 		}
@@ -127,14 +128,14 @@ type cut struct {
 	view   io.ReaderAt // nil: none
 	noView error
 	whole  bool
-	exact  bool
+	exact  func(since uint64) bool
 }
 
-func (c cut) Epoch() uint64            { return c.Number() }
-func (c cut) View() io.ReaderAt        { return c.view }
-func (c cut) NoView() error            { return c.noView }
-func (c cut) WholeView() bool          { return c.whole }
-func (c cut) ChangedExact(uint64) bool { return c.exact }
+func (c cut) Epoch() uint64                  { return c.Number() }
+func (c cut) View() io.ReaderAt              { return c.view }
+func (c cut) NoView() error                  { return c.noView }
+func (c cut) WholeView() bool                { return c.whole }
+func (c cut) ChangedExact(since uint64) bool { return c.exact(since) }
 
 func (c cut) Changed(since uint64) ([]protocol.Range, error) {
 	extents, err := c.taken.Changed(since)

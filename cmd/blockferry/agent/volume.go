@@ -13,12 +13,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/protocol"
+)
+
+const (
+	bpffs   = "/sys/fs/bpf"
+	pinRoot = bpffs + "/blockferry"
 )
 
 // stage is where a volume stands in the agent.
@@ -213,7 +220,7 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
-		EraBlockBytes: v.EraBlockBytes, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
+		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
 		Guard: guard, Log: m.agent.log,
 	})
 	if err != nil {
@@ -249,6 +256,18 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	m.set(stageUp, "", "")
 	return nil
+}
+
+// finePins is where fine tracking is pinned, "" if it can't be.
+func (m *managed) finePins() string {
+	if m.config.EraOnly || !m.agent.options.System.Exists(doctor.KernelTypes) {
+		return ""
+	}
+	if err := bpf.EnsureMounted(bpffs); err != nil {
+		m.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
+		return ""
+	}
+	return pinRoot
 }
 
 // foreignContent says that a disk holds what is not ours.

@@ -80,6 +80,8 @@ type Volume struct {
 	// StallLimit is how long writers may be stopped for a cut; a cut that takes
 	// longer is void.
 	StallLimit time.Duration
+	// EraOnly leaves fine tracking out, where the kernel could do it.
+	EraOnly bool
 	// EraBlockBytes is the grain of the kernel's mark, a multiple of 64 KiB.
 	EraBlockBytes int64
 	// CowBytes is the size of the area that keeps what is overwritten while

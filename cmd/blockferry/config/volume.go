@@ -51,6 +51,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.duration("interval", &v.Interval, MinInterval, MaxInterval),
 		r.duration("stall-limit", &v.StallLimit, MinStallLimit, MaxStallLimit),
 		r.choice("cut", func(s string) { v.FreezeFilesystem = s == "filesystem" }, "block", "filesystem"),
+		r.choice("tracker", func(s string) { v.EraOnly = s == "era" }, "auto", "era"),
 		r.size("era-block", &v.EraBlockBytes, MinEraBlockBytes, MaxEraBlockBytes, MinEraBlockBytes),
 		r.size("cow", &v.CowBytes, MinCowBytes, MaxCowBytes, 4096),
 		r.disk("cow-device", &v.CowDevice, what),
@@ -66,7 +67,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	}
 	mode, other, keys := "mapper", "attach", []string{"state-file", "stall-budget", "when-busy"}
 	if v.Attach {
-		mode, other, keys = "attach", "mapper", []string{"size", "cut", "era-block", "cow", "cow-device", "metadata-device", "restore"}
+		mode, other, keys = "attach", "mapper", []string{"size", "cut", "tracker", "era-block", "cow", "cow-device", "metadata-device", "restore"}
 	}
 	for _, key := range keys {
 		if present[key] != nil {

@@ -130,10 +130,10 @@ func (s *System) Kernel(volumes ...*config.Volume) Findings {
 	}
 	attach := func(v *config.Volume) bool { return v.Attach }
 	if slices.ContainsFunc(volumes, attach) {
-		if s.Exists(kernelTypes) {
-			f.good("bpf", "the kernel describes its types in %s", kernelTypes)
+		if s.Exists(KernelTypes) {
+			f.good("bpf", "the kernel describes its types in %s", KernelTypes)
 		} else {
-			f.refuse(exit.Prerequisite, "bpf", "this kernel does not describe its types: "+kernelTypes+" is not there, so changes can't be tracked on a device in use",
+			f.refuse(exit.Prerequisite, "bpf", "this kernel does not describe its types: "+KernelTypes+" is not there, so changes can't be tracked on a device in use",
 				"boot a kernel with CONFIG_DEBUG_INFO_BTF, as the distributions' are, or use 'mode: mapper'")
 		}
 	}
@@ -153,8 +153,8 @@ func (s *System) Kernel(volumes ...*config.Volume) Findings {
 	return f
 }
 
-// kernelTypes is what BPF programs are fitted to a kernel with.
-const kernelTypes = "/sys/kernel/btf/vmlinux"
+// KernelTypes is what BPF programs are fitted to a kernel with.
+const KernelTypes = "/sys/kernel/btf/vmlinux"
 
 // wanted maps each device-mapper target to the module that holds it.
 var wanted = []struct{ target, module string }{

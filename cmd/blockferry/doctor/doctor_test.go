@@ -353,7 +353,7 @@ func TestAttachedVolumes(t *testing.T) {
 		t.Error("a volume beside it needs device-mapper")
 	}
 	s = healthy()
-	s.Exists = func(path string) bool { return path != kernelTypes }
+	s.Exists = func(path string) bool { return path != KernelTypes }
 	if err := s.Kernel(attached).Err(); err == nil || !strings.Contains(err.Error(), "CONFIG_DEBUG_INFO_BTF") {
 		t.Errorf("without types: %v", err)
 	}

@@ -1,0 +1,169 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/bpf"
+)
+
+// defaultRollEvery is how old the newest entry in the table of cuts gets while
+// fine tracking answers. The older it is, the more has to be compared when that
+// ends; each roll makes the first write to each block wait for a commit.
+const defaultRollEvery = time.Minute
+
+// fineTracker says exactly what changed, as long as it knows. The era's marks
+// are the truth below it: they survive the machine, and answer whatever this
+// can't.
+type fineTracker struct {
+	tracker *bpf.Tracker
+	covered bool      // the last cut was sealed
+	rolled  time.Time // the era, at a cut
+}
+
+// openFine begins or goes on with fine tracking. Without it the volume works as
+// well, only coarser.
+func (v *Volume) openFine() {
+	root := v.options.FinePins
+	if root == "" {
+		return
+	}
+	// Coverage is in numbers of cuts, and those are of one era metadata.
+	name := v.label.UUID.String()
+	keep := name + "-" + v.label.EraID.String()
+	if err := dropPins(root, name, keep); err != nil {
+		v.log.Warn("pins of earlier tracking are left", "error", err)
+	}
+	t, err := bpf.Open(bpf.Target{
+		Device: v.options.Device, Offset: v.label.Areas.Data.Offset, Length: v.label.Areas.Data.Length, Pin: filepath.Join(root, keep),
+	})
+	if err != nil {
+		v.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
+		return
+	}
+	v.fine = &fineTracker{tracker: t}
+	if first, last, ok := t.Adopted(); ok {
+		v.fine.covered = true
+		v.log.Info("fine tracking goes on", "first-cut", first, "last-cut", last)
+	} else {
+		v.log.Info("fine tracking begins", "reason", t.Fresh())
+	}
+}
+
+// dropPins ends tracking that is pinned for a volume under another name than
+// keep.
+func dropPins(root, volume, keep string) error {
+	found, err := os.ReadDir(root)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range found {
+		if strings.HasPrefix(e.Name(), volume+"-") && e.Name() != keep {
+			errs = append(errs, os.RemoveAll(filepath.Join(root, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rollNow says whether the next cut begins an era. While fine tracking answers
+// that need not be; a cut without it needs one of its own.
+func (v *Volume) rollNow() bool {
+	f := v.fine
+	return f == nil || !f.covered || v.rollNext.Load() || time.Since(f.rolled) >= v.options.RollEvery
+}
+
+// RollNext has the next cut begin an era, whatever tracks what: the marks can
+// then prove that nothing was written after it.
+func (v *Volume) RollNext() { v.rollNext.Store(true) }
+
+// Forget says that nobody will ask for what changed before a cut. It may be
+// called at any time.
+func (v *Volume) Forget(upTo uint64) {
+	if v.fine != nil {
+		v.fine.tracker.Forget(upTo)
+	}
+}
+
+// sealFine closes the cut for fine tracking. What it does not know the era
+// answers.
+func (c *Cut) sealFine() {
+	v := c.volume
+	if v.fine == nil {
+		return
+	}
+	err := v.fine.tracker.Seal(c.number)
+	c.fine, v.fine.covered = err == nil, err == nil
+	if err != nil {
+		v.log.Warn("fine tracking has a gap; what the era marks is compared before it is sent", "cut", c.number, "error", err)
+		v.countStats(func(s *Stats) { s.FineGaps++ })
+	}
+}
+
+// Exact says whether Changed(since) names only blocks that were written.
+func (c *Cut) Exact(since uint64) bool {
+	if !c.fine {
+		return false
+	}
+	first, last, ok := c.volume.fine.tracker.Covered()
+	return ok && first <= since && c.number <= last
+}
+
+// changedFine answers from fine tracking, if that knows.
+func (c *Cut) changedFine(since uint64) ([]blockdev.Extent, bool) {
+	if !c.fine {
+		return nil, false
+	}
+	extents, err := c.volume.fine.tracker.Changed(since, c.number)
+	if err != nil {
+		return nil, false
+	}
+	return blockdev.Clip(extents, c.volume.Size()), true
+}
+
+// marks is the block of the metadata snapshot to read the era's marks from. A
+// cut that began no era takes one when it is asked: outside of any barrier, so
+// that it names too much.
+func (c *Cut) marks() (uint64, error) {
+	c.marksMu.Lock()
+	defer c.marksMu.Unlock()
+	if c.snapBlock != 0 {
+		return c.snapBlock, nil
+	}
+	v := c.volume
+	if err := v.eraAnswers(); err != nil {
+		return 0, err
+	}
+	c.hasMarks = true
+	if err := v.ctl.Message(deviceName(v.options.Name, roleEra), 0, "take_metadata_snap"); err != nil {
+		return 0, err
+	}
+	status, err := v.eraStatus()
+	if err == nil && status.snapshot == 0 {
+		err = fmt.Errorf("%s has no metadata snapshot though it took one", deviceName(v.options.Name, roleEra))
+	}
+	c.snapBlock = status.snapshot
+	return c.snapBlock, err
+}
+
+// closeFine lets go of fine tracking. It goes on in the kernel, unless the
+// stack is to go.
+func (v *Volume) closeFine() error {
+	f := v.fine
+	v.fine = nil
+	switch {
+	case f == nil:
+		return nil
+	case v.goingDown:
+		return f.tracker.Remove()
+	}
+	return f.tracker.Close()
+}
