@@ -308,7 +308,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd)
+	waitErr := runOnThread(cmd, func() { wakeOften(ctx, cmd.Process) })
 
 	text, err := os.ReadFile(mark)
 	if err != nil {
@@ -325,15 +325,61 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 }
 
 // runOnThread runs a command on a thread that lives as long as the command:
-// Pdeathsig is sent when the thread that started the child ends.
-func runOnThread(cmd *exec.Cmd) error {
+// Pdeathsig is sent when the thread that started the child ends. meanwhile runs
+// beside it, on a goroutine of its own.
+func runOnThread(cmd *exec.Cmd, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		done <- cmd.Run()
+		if err := cmd.Start(); err != nil {
+			done <- err
+			return
+		}
+		go meanwhile()
+		done <- cmd.Wait()
 	}()
 	return <-done
+}
+
+// wakePause is how long a guest may stand still for want of its timer.
+const wakePause = 2 * time.Second
+
+// wakeOften keeps a guest from standing still for good. Now and then its
+// kernel loses the one signal of its timer: then it idles at full speed, and
+// waits for a timer that is not set. Any further signal of that kind gets it
+// going again, and to a guest that is well it is one among hundreds.
+func wakeOften(ctx context.Context, guest *os.Process) {
+	ticker := time.NewTicker(wakePause)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		// Without its handler, as at the very beginning, the signal would end it.
+		if ready, err := handles(guest.Pid, syscall.SIGALRM); err != nil {
+			return // it has ended
+		} else if ready && guest.Signal(syscall.SIGALRM) != nil {
+			return
+		}
+	}
+}
+
+// handles says whether a process has a handler for a signal.
+func handles(pid int, signal syscall.Signal) (bool, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return false, err
+	}
+	_, after, found := strings.Cut(string(text), "\nSigCgt:")
+	mask, _, _ := strings.Cut(after, "\n")
+	caught, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+	if !found || err != nil {
+		return false, fmt.Errorf("process %d: the signals that it catches are '%s'", pid, mask)
+	}
+	return caught>>(uint(signal)-1)&1 == 1, nil
 }
 
 func makeSparse(path string, size int64) error {

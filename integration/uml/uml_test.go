@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -57,6 +58,34 @@ func TestHostsBeginTogether(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// A guest is woken by the signal of its timer, which must not reach a process
+// that has no handler for it.
+func TestWakeOften(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	begin := func(script string) *exec.Cmd {
+		cmd := exec.Command("/bin/bash", "-c", script)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		go wakeOften(ctx, cmd.Process)
+		return cmd
+	}
+	waits := begin("trap 'exit 7' ALRM; while :; do sleep 0.1; done")
+	early := begin("exec sleep 6")
+	defer cancel()
+	timer := time.AfterFunc(20*time.Second, func() { _ = waits.Process.Kill() })
+	defer timer.Stop()
+	if err := waits.Wait(); waits.ProcessState.ExitCode() != 7 {
+		t.Errorf("a process that waits for its timer's signal: %v", err)
+	}
+	time.Sleep(wakePause)
+	_ = early.Process.Kill()
+	if err := early.Wait(); early.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Errorf("a process without a handler: %v", err)
+	}
 }
 
 func TestRunReportsTheProgramsExitStatus(t *testing.T) {
