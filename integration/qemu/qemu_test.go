@@ -52,13 +52,13 @@ func TestInner(t *testing.T) {
 		image[0x24c], image[0x24d] = byte(length), byte(length>>8)
 		return append(append(image, payload...), 1, 2, 3, 4)
 	}
-	elf := compress("\x7fELF and more")
+	elf, text := compress("\x7fELF and more"), compress("text")
 	if got, err := inner(file(elf, len(elf)+4)); err != nil || string(got) != "\x7fELF and more" {
 		t.Errorf("%q, %v", got, err)
 	}
 	for what, image := range map[string][]byte{
 		"too short": make([]byte, 600), "no header": make([]byte, 2000), "payload beyond its end": file(elf, 60000),
-		"cut short": file(elf, len(elf)-10), "no ELF": file(compress("text"), 60), "not compressed": file(bytes.Repeat([]byte("x"), 100), 100),
+		"cut short": file(elf, len(elf)-10), "no ELF": file(text, len(text)), "not compressed": file(bytes.Repeat([]byte("x"), 100), 100),
 	} {
 		if got, err := inner(image); err == nil {
 			t.Errorf("%s: %q", what, got)
