@@ -25,6 +25,7 @@ type guest struct {
 	Disks   []disk // /dev/ubda, /dev/ubdb, … (ubd); under qemu vd
 	Modules []string
 	Timeout time.Duration // default 3 minutes
+	Env     []string
 	// Systemd boots the guest by systemd and udevd, with blockferry, its units
 	// and its rules where a package puts them, and with these files.
 	Systemd bool
@@ -212,6 +213,7 @@ func guestSpec(name string, g guest) uml.Spec {
 	} else {
 		spec.Env = append(spec.Env, binaryVar+"="+uml.GuestPath(binary))
 	}
+	spec.Env = append(spec.Env, g.Env...)
 	for _, name := range []string{powerLossesVar, powerSeedVar} {
 		if value := os.Getenv(name); value != "" {
 			spec.Env = append(spec.Env, name+"="+value)

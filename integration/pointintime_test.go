@@ -135,13 +135,15 @@ func TestPointInTimeFilesystems(t *testing.T) {
 
 // overwrite writes pieces of 512 B to 4 MiB to random places of a file of
 // 64 MiB, and makes some durable, until stopped.
-func overwrite(path string, stop chan struct{}) error {
+func overwrite(path string, stop chan struct{}) error { return overwriteIn(path, 64<<20, stop) }
+
+func overwriteIn(path string, size int64, stop chan struct{}) error {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	h := history{Seed: 9, Size: 64 << 20}
+	h := history{Seed: 9, Size: size}
 	buffer := make([]byte, maxWriteBytes)
 	for k := uint64(1); ; k++ {
 		select {

@@ -17,10 +17,21 @@ import (
 // The kernel that users have: Debian's, with preemption and two CPUs. It boots
 // once for all that is tested on it.
 func TestDebianKernel(t *testing.T) {
-	inQemu(t, guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}}}, func(t *testing.T) {
+	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Timeout: 5 * time.Minute}
+	if !uml.Inside() {
+		mustHost(t, emulator)
+		tests, err := builtBPFTests()
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.Env = []string{bpfTestsVar + "=" + uml.GuestPath(tests)}
+	}
+	inQemu(t, g, func(t *testing.T) {
 		t.Run("HasWhatTestsNeed", checkDebianKernel)
 		t.Run("FrozenView", func(t *testing.T) { checkFrozenView(t, vd(0)) })
 		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 5) })
+		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
+		t.Run("TrackerBelowEra", func(t *testing.T) { checkTrackerBelowEra(t, vd(3)) })
 	})
 }
 
