@@ -11,18 +11,19 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
 	systemctl=systemd udevadm=udev fio=fio clang=clang llvm-strip=llvm
+QEMU_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race integration bench bench-report fuzz deps generate proto proto-check bpf bpf-check rules clean
+.PHONY: build demo test lint unit race integration bench bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
 
-demo: deps # ends in one line; not 0 on any difference
+demo: uml-deps # ends in one line; not 0 on any difference
 	go run ./integration/demo
 
 test: deps lint unit race integration
@@ -45,7 +46,7 @@ race:
 integration: # RUN=REGEXP chooses tests
 	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 60m $(if $(RUN),-run '$(RUN)') ./integration/...
 
-bench: deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. RECORD=docs keeps the result there
+bench: uml-deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. RECORD=docs keeps the result there
 	go run ./integration/bench $(if $(QUICK),-quick) $(if $(RECORD),-record $(RECORD)) $(FIGURE)
 
 bench-report: # measures everything and writes docs/benchmarks.md: 25 minutes on a quiet machine
@@ -57,7 +58,11 @@ fuzz: # each fuzz test for FUZZTIME
 	    echo "== $$package $$name"; go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$package"; \
 	  done; done
 
-deps:
+deps: uml-deps # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
+	@integration/deps $(QEMU_DEPS)
+	go run ./integration/qemu/kernel
+
+uml-deps:
 	@integration/deps $(DEPS)
 
 $(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum

@@ -40,6 +40,9 @@ func ramDisks(t *testing.T, n int, size int64) []string {
 // ubd is the guest's i-th disk.
 func ubd(i int) string { return "/dev/ubd" + string(rune('a'+i)) }
 
+// vd is the same under qemu.
+func vd(i int) string { return "/dev/vd" + string(rune('a'+i)) }
+
 func awaitFile(t *testing.T, path string) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {

@@ -15,15 +15,17 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/integration/qemu"
 	"blockferry/integration/uml"
 )
 
 // guest says what kind of guest a test needs.
 type guest struct {
 	Memory  string // default 1000M
-	Disks   []disk // /dev/ubda, /dev/ubdb, …
+	Disks   []disk // /dev/ubda, /dev/ubdb, … (ubd); under qemu vd
 	Modules []string
 	Timeout time.Duration // default 3 minutes
+	Env     []string
 	// Systemd boots the guest by systemd and udevd, with blockferry, its units
 	// and its rules where a package puts them, and with these files.
 	Systemd bool
@@ -57,6 +59,19 @@ var (
 	errNoHost error
 )
 
+// emulator is the same for guests under qemu, which count among host's. It is
+// made when the first test needs it.
+var (
+	emulator = sync.OnceValues(func() (*uml.Host, error) {
+		h, err := qemu.NewHost(host)
+		madeEmulator = h
+		return h, err
+	})
+	madeEmulator *uml.Host
+)
+
+func umlHost() (*uml.Host, error) { return host, errNoHost }
+
 func TestMain(m *testing.M) {
 	uml.Init()
 	if path := os.Getenv(applicationVar); path != "" {
@@ -84,7 +99,11 @@ func runWithHost(m *testing.M) (int, error) {
 		return 1, err
 	}
 	defer host.Close()
-	return m.Run(), nil
+	code := m.Run()
+	if madeEmulator != nil {
+		err = madeEmulator.Close()
+	}
+	return code, err
 }
 
 // builtBinary builds the real binary, once per run.
@@ -105,18 +124,26 @@ var builtBinary = sync.OnceValues(func() (string, error) {
 // usual, and what is logged appears in the host's log.
 func inGuest(t *testing.T, g guest, fn func(t *testing.T)) {
 	t.Helper()
+	inGuestOf(t, umlHost, g, fn)
+}
+
+// inQemu is inGuest with Debian's own kernel under qemu: two CPUs, preemption,
+// BPF tracing; disks are /dev/vda, /dev/vdb and so on (vd). It is slow. Only one
+// such guest runs at a time.
+func inQemu(t *testing.T, g guest, fn func(t *testing.T)) {
+	t.Helper()
+	inGuestOf(t, emulator, g, fn)
+}
+
+func inGuestOf(t *testing.T, hosts func() (*uml.Host, error), g guest, fn func(t *testing.T)) {
+	t.Helper()
 	if uml.Inside() {
 		// Registered first, so it runs last.
 		t.Cleanup(func() { leaveOutcome(t) })
 		fn(t)
 		return
 	}
-	if host == nil {
-		if os.Getenv(requireVar) != "" {
-			t.Fatal(errNoHost)
-		}
-		t.Skip(errNoHost)
-	}
+	of := mustHost(t, hosts)
 	t.Parallel()
 	spec := guestSpec(t.Name(), g)
 	outcome := "none: the test did not run in the guest"
@@ -127,7 +154,7 @@ func inGuest(t *testing.T, g guest, fn func(t *testing.T)) {
 		}
 		return nil
 	}
-	result, err := host.Run(t.Context(), spec)
+	result, err := of.Run(t.Context(), spec)
 	if result.Retried {
 		t.Logf("RETRIED: the first guest gave no end mark, this is the second guest's outcome")
 	}
@@ -138,6 +165,23 @@ func inGuest(t *testing.T, g guest, fn func(t *testing.T)) {
 	if result.Exit != 0 || outcome != "pass" {
 		t.Fatalf("in the guest: exit status %d, outcome %s", result.Exit, outcome)
 	}
+}
+
+// mustHost skips the test, or fails it, where there can be no guests.
+func mustHost(t *testing.T, hosts func() (*uml.Host, error)) *uml.Host {
+	t.Helper()
+	err := errNoHost // without it not even the binary can be built
+	var h *uml.Host
+	if err == nil {
+		h, err = hosts()
+	}
+	if errors.Is(err, uml.ErrNoGuest) && os.Getenv(requireVar) == "" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
 }
 
 // guestSpec starts this very test binary again, for one test.
@@ -169,6 +213,7 @@ func guestSpec(name string, g guest) uml.Spec {
 	} else {
 		spec.Env = append(spec.Env, binaryVar+"="+uml.GuestPath(binary))
 	}
+	spec.Env = append(spec.Env, g.Env...)
 	for _, name := range []string{powerLossesVar, powerSeedVar} {
 		if value := os.Getenv(name); value != "" {
 			spec.Env = append(spec.Env, name+"="+value)

@@ -55,42 +55,47 @@ func (c *cli) syncAndSettle(t *testing.T, replica string) {
 // writes, each acknowledged before the next is issued; at every cut the
 // replica's data area must hold all up to some number and none after.
 func TestPointInTimeNumberedWrites(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 200 << 20}, {Size: 200 << 20}}, Timeout: 12 * time.Minute}, func(t *testing.T) {
-		c := newCLI(t, onlyOnSync(ubd(0), ubd(1), oddVolumeBytes))
-		c.must(t, "create")
-		c.start(t)
-		v := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
-		h := history{Seed: 2, Size: sectors(t, v.Path) * sector, Pause: 2 * time.Millisecond}
-		if h.Size != oddVolumeBytes {
-			t.Fatalf("the volume has %d bytes, want %d", h.Size, oddVolumeBytes)
+	disks := []disk{{Size: pointInTimeDisk}, {Size: pointInTimeDisk}}
+	inGuest(t, guest{Disks: disks, Timeout: 12 * time.Minute}, func(t *testing.T) { checkNumberedWrites(t, ubd(0), ubd(1), cutsProven) })
+}
+
+const pointInTimeDisk = 200 << 20
+
+func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int) {
+	c := newCLI(t, onlyOnSync(ssd, ebs, oddVolumeBytes))
+	c.must(t, "create")
+	c.start(t)
+	v := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
+	h := history{Seed: 2, Size: sectors(t, v.Path) * sector, Pause: 2 * time.Millisecond}
+	if h.Size != oddVolumeBytes {
+		t.Fatalf("the volume has %d bytes, want %d", h.Size, oddVolumeBytes)
+	}
+	w := startWriter(t, v.Path, h, 1)
+	w.awaitWrites(t, 50)
+	var k uint64
+	for cut := range cuts {
+		atLeast := w.acked()
+		c.syncAndSettle(t, ebs)
+		now := judgeDevice(t, ebs, h, atLeast, w.issued())
+		if now.Partial {
+			// The one write in progress may be cut between its bios; the
+			// drain before a cut makes even that impossible for O_DIRECT.
+			t.Logf("cut %d: write %d was in progress", cut, now.K+1)
 		}
-		w := startWriter(t, v.Path, h, 1)
-		w.awaitWrites(t, 50)
-		var k uint64
-		for cut := range cutsProven {
-			atLeast := w.acked()
-			c.syncAndSettle(t, ubd(1))
-			now := judgeDevice(t, ubd(1), h, atLeast, w.issued())
-			if now.Partial {
-				// The one write in progress may be cut between its bios; the
-				// drain before a cut makes even that impossible for O_DIRECT.
-				t.Logf("cut %d: write %d was in progress", cut, now.K+1)
-			}
-			if now.Latest < k {
-				t.Fatalf("cut %d holds write %d, an earlier one held %d", cut, now.Latest, k)
-			}
-			k = now.K
+		if now.Latest < k {
+			t.Fatalf("cut %d holds write %d, an earlier one held %d", cut, now.Latest, k)
 		}
-		last := w.stop(t)
-		t.Logf("%d cuts, %d writes", cutsProven, last)
-		if last < 500 {
-			t.Errorf("only %d writes in %d cuts: that is no load", last, cutsProven)
-		}
-		c.syncAndSettle(t, ubd(1))
-		judgeDevice(t, ubd(1), h, last, last)
-		c.must(t, "verify")
-		c.must(t, "down")
-	})
+		k = now.K
+	}
+	last := w.stop(t)
+	t.Logf("%d cuts, %d writes", cuts, last)
+	if last < uint64(cuts)*10 {
+		t.Errorf("only %d writes in %d cuts: that is no load", last, cuts)
+	}
+	c.syncAndSettle(t, ebs)
+	judgeDevice(t, ebs, h, last, last)
+	c.must(t, "verify")
+	c.must(t, "down")
 }
 
 // Promise 2 again, as a file system sees it: at every cut a copy of the
@@ -130,13 +135,15 @@ func TestPointInTimeFilesystems(t *testing.T) {
 
 // overwrite writes pieces of 512 B to 4 MiB to random places of a file of
 // 64 MiB, and makes some durable, until stopped.
-func overwrite(path string, stop chan struct{}) error {
+func overwrite(path string, stop chan struct{}) error { return overwriteIn(path, 64<<20, stop) }
+
+func overwriteIn(path string, size int64, stop chan struct{}) error {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	h := history{Seed: 9, Size: 64 << 20}
+	h := history{Seed: 9, Size: size}
 	buffer := make([]byte, maxWriteBytes)
 	for k := uint64(1); ; k++ {
 		select {

@@ -17,59 +17,63 @@ import (
 // Promise: a cut is one point in time. Under a writer, each frozen view holds
 // all writes up to some k and none after, and stays so.
 func TestStackFrozenView(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 192 << 20}}}, func(t *testing.T) {
-		ctl := mapper(t)
-		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize, CowBytes: 64 << 20})
-		v := up(t, ctl, volume.Options{Device: ubd(0)})
-		h := history{Seed: 1, Size: testSize, MaxBytes: 256 << 10}
-		w := startWriter(t, v.Path(), h, 1)
-		var images [][]byte
-		for n := uint64(1); n <= 5; n++ {
-			w.awaitWrites(t, 100)
-			atLeast := w.acked()
-			written, err := v.WrittenBytes()
-			if err != nil {
-				t.Fatal(err)
-			}
-			c := mustCut(t, v, n, true)
-			atMost := w.issued()
-			if c.WrittenBytes() < written {
-				t.Errorf("cut %d: %d bytes written at the cut, %d before", n, c.WrittenBytes(), written)
-			}
-			first, err := judgeImage(c.View(), h)
-			if err != nil || first.Latest < atLeast || first.K > atMost {
-				t.Fatalf("cut %d: %+v, %v; want %d to %d", n, first, err, atLeast, atMost)
-			}
-			w.awaitWrites(t, 50)
-			images = append(images, imageOf(t, c.View(), testSize))
-			if again, err := judgeImage(bytes.NewReader(images[n-1]), h); err != nil || again != first {
-				t.Fatalf("cut %d moved from %+v to %+v, %v", n, first, again, err)
-			}
-			if err := c.Valid(); err != nil {
-				t.Fatal(err)
-			}
-			for since := uint64(1); since < n; since++ {
-				list := mustChanged(t, c, since)
-				mustCover(t, fmt.Sprint("changed since ", since, " at ", n), list, images[since-1], images[n-1])
-			}
-			if list, err := c.Changed(0); !errors.Is(err, volume.ErrTrackingLost) {
-				t.Errorf("changed since before the first cut: %v, %v", list, err)
-			}
-			if err := c.FlushSource(); err != nil {
-				t.Fatal(err)
-			}
-			mustRelease(t, c)
-			if err := c.Valid(); err == nil {
-				t.Error("a released view is valid")
-			}
-			t.Logf("cut %d at write %d, stalled %s", n, first.K, c.Stalled())
+	inGuest(t, guest{Disks: []disk{{Size: frozenViewDisk}}}, func(t *testing.T) { checkFrozenView(t, ubd(0)) })
+}
+
+const frozenViewDisk = 192 << 20
+
+func checkFrozenView(t *testing.T, disk string) {
+	ctl := mapper(t)
+	format(t, volume.FormatOptions{Device: disk, SizeBytes: testSize, CowBytes: 64 << 20})
+	v := up(t, ctl, volume.Options{Device: disk})
+	h := history{Seed: 1, Size: testSize, MaxBytes: 256 << 10}
+	w := startWriter(t, v.Path(), h, 1)
+	var images [][]byte
+	for n := uint64(1); n <= 5; n++ {
+		w.awaitWrites(t, 100)
+		atLeast := w.acked()
+		written, err := v.WrittenBytes()
+		if err != nil {
+			t.Fatal(err)
 		}
-		if _, err := v.Cut(t.Context(), 5, true); err == nil {
-			t.Error("a number was used twice")
+		c := mustCut(t, v, n, true)
+		atMost := w.issued()
+		if c.WrittenBytes() < written {
+			t.Errorf("cut %d: %d bytes written at the cut, %d before", n, c.WrittenBytes(), written)
 		}
-		w.stop(t)
-		t.Logf("%+v", v.Stats())
-	})
+		first, err := judgeImage(c.View(), h)
+		if err != nil || first.Latest < atLeast || first.K > atMost {
+			t.Fatalf("cut %d: %+v, %v; want %d to %d", n, first, err, atLeast, atMost)
+		}
+		w.awaitWrites(t, 50)
+		images = append(images, imageOf(t, c.View(), testSize))
+		if again, err := judgeImage(bytes.NewReader(images[n-1]), h); err != nil || again != first {
+			t.Fatalf("cut %d moved from %+v to %+v, %v", n, first, again, err)
+		}
+		if err := c.Valid(); err != nil {
+			t.Fatal(err)
+		}
+		for since := uint64(1); since < n; since++ {
+			list := mustChanged(t, c, since)
+			mustCover(t, fmt.Sprint("changed since ", since, " at ", n), list, images[since-1], images[n-1])
+		}
+		if list, err := c.Changed(0); !errors.Is(err, volume.ErrTrackingLost) {
+			t.Errorf("changed since before the first cut: %v, %v", list, err)
+		}
+		if err := c.FlushSource(); err != nil {
+			t.Fatal(err)
+		}
+		mustRelease(t, c)
+		if err := c.Valid(); err == nil {
+			t.Error("a released view is valid")
+		}
+		t.Logf("cut %d at write %d, stalled %s", n, first.K, c.Stalled())
+	}
+	if _, err := v.Cut(t.Context(), 5, true); err == nil {
+		t.Error("a number was used twice")
+	}
+	w.stop(t)
+	t.Logf("%+v", v.Stats())
 }
 
 // What changed between cuts is named, and what did not is not, also when

@@ -5,24 +5,24 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"blockferry/integration/vm"
 )
 
 func TestMain(m *testing.M) {
-	Init()
+	vm.Init()
 	os.Exit(m.Run())
 }
 
-func testHost(t *testing.T) *Host {
+func testHost(t *testing.T) *vm.Host {
 	t.Helper()
 	t.Parallel()
 	h, err := NewHost(1)
-	if errors.Is(err, ErrNoGuest) && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
+	if errors.Is(err, vm.ErrNoGuest) && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
 		t.Skip(err)
 	}
 	if err != nil {
@@ -30,34 +30,6 @@ func testHost(t *testing.T) *Host {
 	}
 	t.Cleanup(func() { h.Close() })
 	return h
-}
-
-// Each Host sweeps what killed ones left, and must never take another's
-// folder for such, however new it is.
-func TestHostsBeginTogether(t *testing.T) {
-	t.Parallel()
-	if _, err := exec.LookPath(Binary); err != nil {
-		t.Skip(ErrNoGuest)
-	}
-	var all sync.WaitGroup
-	for range 16 {
-		all.Go(func() {
-			for range 50 {
-				h, err := NewHost(1)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				if _, err := os.Stat(filepath.Join(h.Dir(), lockName)); err != nil {
-					t.Error(err)
-				}
-				if err := h.Close(); err != nil {
-					t.Error(err)
-				}
-			}
-		})
-	}
-	all.Wait()
 }
 
 // A guest is woken by the signal of its timer, which must not reach a process
@@ -90,19 +62,19 @@ func TestWakeOften(t *testing.T) {
 
 func TestRunReportsTheProgramsExitStatus(t *testing.T) {
 	h := testHost(t)
-	result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "echo hello; exit 7"}})
+	result, err := h.Run(context.Background(), vm.Spec{Args: []string{"/bin/sh", "-c", "echo hello; exit 7"}})
 	if err != nil || result.Exit != 7 || !strings.Contains(result.Output, "hello\n") || result.Retried {
 		t.Errorf("%+v, %v", result, err)
 	}
-	if result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "kill -KILL $$"}}); err != nil || result.Exit == 0 {
+	if result, err := h.Run(context.Background(), vm.Spec{Args: []string{"/bin/sh", "-c", "kill -KILL $$"}}); err != nil || result.Exit == 0 {
 		t.Errorf("killed: %+v, %v", result, err)
 	}
 }
 
 func TestRunTriesAGuestWithoutAnEndMarkOnceMore(t *testing.T) {
 	h := testHost(t)
-	result, err := h.Run(context.Background(), Spec{Args: []string{"/bin/sh", "-c", "echo attempt; sleep 0.3; echo c > /proc/sysrq-trigger"}})
-	if !errors.Is(err, errNoEnd) || !result.Retried || strings.Count(result.Output, "attempt\n") != 2 {
+	result, err := h.Run(context.Background(), vm.Spec{Args: []string{"/bin/sh", "-c", "echo attempt; sleep 0.3; echo c > /proc/sysrq-trigger"}})
+	if !errors.Is(err, vm.ErrNoEnd) || !result.Retried || strings.Count(result.Output, "attempt\n") != 2 {
 		t.Errorf("%+v, %v", result, err)
 	}
 	if left, _ := os.ReadDir(h.Dir()); len(left) != 1 { // its lock
@@ -114,11 +86,11 @@ func TestRunTriesAGuestWithoutAnEndMarkOnceMore(t *testing.T) {
 // device left suspended, is a finding and not tried again.
 func TestRunGivesUpOnAStuckProgram(t *testing.T) {
 	h := testHost(t)
-	result, err := h.Run(context.Background(), Spec{
-		Timeout: time.Second, Disks: []Disk{{Size: 1 << 20}}, Modules: []string{"dm-mod"},
+	result, err := h.Run(context.Background(), vm.Spec{
+		Timeout: time.Second, Disks: []vm.Disk{{Size: 1 << 20}}, Modules: []string{"dm-mod"},
 		Args: []string{"/bin/sh", "-c", "dmsetup create x --table '0 2048 linear /dev/ubda 0' && dmsetup suspend x && exec dd if=/dev/zero of=/dev/mapper/x bs=4k count=1 oflag=direct"},
 	})
-	if err == nil || errors.Is(err, errNoEnd) || result.Retried || !strings.Contains(result.Output, "task:dd") {
+	if err == nil || errors.Is(err, vm.ErrNoEnd) || result.Retried || !strings.Contains(result.Output, "task:dd") {
 		t.Errorf("%+v, %v", result, err)
 	}
 }
@@ -128,42 +100,16 @@ func TestRunEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	began := time.Now()
-	result, err := h.Run(ctx, Spec{Args: []string{"/bin/sleep", "1000"}})
+	result, err := h.Run(ctx, vm.Spec{Args: []string{"/bin/sleep", "1000"}})
 	if err == nil || result.Retried || time.Since(began) > 30*time.Second {
 		t.Errorf("%+v, %v after %v", result, err, time.Since(began))
-	}
-}
-
-func TestWhatAKilledHostLeftIsRemoved(t *testing.T) {
-	place := t.TempDir()
-	left, inUse := filepath.Join(place, dirPrefix+"1"), filepath.Join(place, dirPrefix+"2")
-	for _, dir := range []string{left, inUse} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		lock, err := lockFile(filepath.Join(dir, lockName), os.O_CREATE)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if dir == left {
-			lock.Close()
-		} else {
-			defer lock.Close()
-		}
-	}
-	sweep(place)
-	if _, err := os.Stat(left); err == nil {
-		t.Error("left behind")
-	}
-	if _, err := os.Stat(inUse); err != nil {
-		t.Error("in use, yet removed")
 	}
 }
 
 // A service is stopped in order before the guest boots again.
 func TestSystemdRunsTheProgram(t *testing.T) {
 	h := testHost(t)
-	result, err := h.Run(context.Background(), Spec{Systemd: true, Disks: []Disk{{Size: 1 << 20}},
+	result, err := h.Run(context.Background(), vm.Spec{Systemd: true, Disks: []vm.Disk{{Size: 1 << 20}},
 		Files: map[string]string{
 			"/etc/systemd/system/thing.service":             "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/say begun\nExecStop=/usr/bin/say ended\n",
 			"/etc/systemd/system/guest.target.d/thing.conf": "[Unit]\nWants=thing.service\n",

@@ -1,10 +1,10 @@
-// Package uml runs a program as root inside a User-Mode Linux guest: a real
-// kernel with device-mapper, as an ordinary process, without KVM.
+// Package vm runs a program as root inside a guest with a kernel of its own.
+// What kind of guest a Machine says: packages uml and qemu have one each.
 //
 // The guest's root is the host's file system, read-only. The program that
 // calls Host.Run is itself the guest's first process (see Init), and then the
 // program that runs there, so a Go test can start itself again inside.
-package uml
+package vm
 
 import (
 	"bytes"
@@ -27,10 +27,6 @@ import (
 	"time"
 )
 
-// Binary is the guest kernel's name, as the Debian package user-mode-linux
-// installs it.
-const Binary = "linux.uml"
-
 const (
 	defaultMemory  = "1000M"
 	defaultTimeout = 3 * time.Minute
@@ -49,7 +45,7 @@ const (
 	outputLimitBytes = 8 << 20
 )
 
-// Disk is one of the guest's disks, /dev/ubda, /dev/ubdb and so on. It is a
+// Disk is one of the guest's disks, /dev/ubda or /dev/vda, and so on. It is a
 // sparse file that reads as zeros and is gone when the run ends. It survives
 // Reboot: what the guest had written to the disk is there, what it still held
 // in its page cache is not.
@@ -60,7 +56,7 @@ type Disk struct {
 // Spec says what to run in a guest.
 type Spec struct {
 	Name    string // for messages
-	Memory  string // as the kernel's mem=, default 1000M
+	Memory  string // as the kernel's mem= and as qemu's -m, default 1000M
 	Disks   []Disk
 	Modules []string // loaded before the program starts
 	// Args is the command line; a first word that is an absolute path is the
@@ -98,21 +94,51 @@ type Result struct {
 // ErrNoGuest says that this program can't start guests on this machine.
 var ErrNoGuest = errors.New("no guest kernel")
 
+// Machine is a kind of guest.
+type Machine struct {
+	// Command is the command that boots one: the program and its arguments.
+	Command func(Guest) []string
+	// Shared is what the guest mounts on Dir: the folder that Guest names so.
+	Shared func(Guest) Mount
+	// Modules is the host's folder that holds what a machine has in /lib/modules.
+	Modules string
+	// Meanwhile, if set, runs beside each guest until it ends or ctx does.
+	Meanwhile func(ctx context.Context, guest *os.Process)
+	// Noise, if set, is left out of what is kept of the console.
+	Noise *regexp.Regexp
+}
+
+// Guest is one boot of a guest; all paths are the host's.
+type Guest struct {
+	Spec   *Spec
+	Dir    string   // for whatever the machine needs
+	Shared string   // what the guest sees as Dir
+	Disks  []string // files
+	Init   string   // the guest's first process; wants the environment Env
+	Env    []string
+}
+
+// Mount is what to hand to mount(2).
+type Mount struct {
+	Kind string `json:"kind"`
+	From string `json:"from"`
+	Data string `json:"data"`
+}
+
 // Host starts guests, a limited number at a time. It may be used from several
 // goroutines.
 type Host struct {
-	dir   string
-	lock  *os.File // says that dir is in use
-	self  string
-	slots chan struct{}
+	machine Machine
+	dir     string
+	lock    *os.File // says that dir is in use
+	self    string
+	slots   []chan struct{} // a guest takes one of each, in this order
 }
 
-// NewHost makes a Host that runs at most limit guests at once. Close removes
-// what it keeps.
-func NewHost(limit int) (*Host, error) {
-	if _, err := exec.LookPath(Binary); err != nil {
-		return nil, fmt.Errorf("%w: install the package user-mode-linux (make deps)", ErrNoGuest)
-	}
+// NewHost makes a Host that runs at most limit guests at once; with another
+// Host beside it, each of its guests also counts as one of that one's. Close
+// removes what it keeps.
+func NewHost(machine Machine, limit int, beside *Host) (*Host, error) {
 	if builtForRace() {
 		return nil, fmt.Errorf("%w: programs built with -race do not run in one (their address space is too large)", ErrNoGuest)
 	}
@@ -135,7 +161,11 @@ func NewHost(limit int) (*Host, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	return &Host{dir: dir, lock: lock, self: self, slots: make(chan struct{}, max(limit, 1))}, nil
+	slots := []chan struct{}{make(chan struct{}, max(limit, 1))}
+	if beside != nil {
+		slots = append(slots, beside.slots...)
+	}
+	return &Host{machine: machine, dir: dir, lock: lock, self: self, slots: slots}, nil
 }
 
 // sweep removes what Hosts left whose process was killed. Their files are
@@ -190,11 +220,13 @@ func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Cl
 // however it ended, is not. The error is about the guest, Result.Exit about
 // the program; Result.Output is there in either case.
 func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
-	select {
-	case h.slots <- struct{}{}:
-		defer func() { <-h.slots }()
-	case <-ctx.Done():
-		return Result{}, ctx.Err()
+	for _, slots := range h.slots {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		case <-ctx.Done():
+			return Result{}, ctx.Err()
+		}
 	}
 	if spec.Memory == "" {
 		spec.Memory = defaultMemory
@@ -203,7 +235,7 @@ func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
 		spec.Timeout = defaultTimeout
 	}
 	first, err := h.attempt(ctx, spec)
-	if !errors.Is(err, errNoEnd) || ctx.Err() != nil {
+	if !errors.Is(err, ErrNoEnd) || ctx.Err() != nil {
 		return first, err
 	}
 	second, err := h.attempt(ctx, spec)
@@ -213,8 +245,8 @@ func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
 	return second, err
 }
 
-// errNoEnd is the one reason for a second attempt.
-var errNoEnd = errors.New("guest hung or never booted: no end mark")
+// ErrNoEnd is the one reason for a second attempt.
+var ErrNoEnd = errors.New("guest hung or never booted: no end mark")
 
 // attempt runs the program in one guest, over as many boots as it asks for.
 func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error) {
@@ -235,7 +267,7 @@ func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error
 		}
 	}
 	started := time.Now()
-	console := &console{live: spec.Console}
+	console := &console{live: spec.Console, noise: h.machine.Noise}
 	defer func() {
 		result.Output = console.String()
 		result.Elapsed = time.Since(started)
@@ -274,49 +306,46 @@ func showLogs(out io.Writer, shared string) {
 func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []string, boot int, out io.Writer) (endMark, error) {
 	mark := filepath.Join(shared, endFile)
 	os.Remove(mark)
+	planPath := filepath.Join(dir, "plan.json")
+	b := Guest{
+		Spec: &spec, Dir: dir, Shared: shared, Disks: disks, Init: h.self,
+		Env: []string{"PATH=" + guestPathVar, planVar + "=" + planPath},
+	}
 	plan, err := json.Marshal(bootPlan{
-		Shared: shared, Modules: spec.Modules, Args: spec.Args, Env: spec.Env,
-		Boot: boot, GiveUpAfter: spec.Timeout + stuckGrace,
+		Shared: h.machine.Shared(b), ModulesFrom: h.machine.Modules, Modules: spec.Modules,
+		Args: spec.Args, Env: spec.Env, Boot: boot, GiveUpAfter: spec.Timeout + stuckGrace,
 		Systemd: spec.Systemd, Files: spec.Files, Links: spec.Links,
 	})
 	if err != nil {
 		return endMark{}, err
 	}
-	planPath := filepath.Join(dir, "plan.json")
 	if err := os.WriteFile(planPath, plan, 0o644); err != nil {
 		return endMark{}, err
 	}
-	args := []string{
-		"mem=" + spec.Memory, "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro",
-		"init=" + h.self, "PATH=" + guestPathVar, planVar + "=" + planPath,
-		// Until init mounts its own /dev, the host's files there are visible.
-		"devtmpfs.mount=0", "con=null", "con0=null,fd:1", "quiet", "uml_dir=" + dir + "/",
-	}
-	if spec.KernelSilent {
-		args = append(args, "loglevel=0")
-	}
-	for i, disk := range disks {
-		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, disk))
-	}
+	command := h.machine.Command(b)
 	ctx, cancel := context.WithTimeout(ctx, spec.Timeout+stuckGrace+bootGrace)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, Binary, args...)
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	cmd.Env = []string{"TMPDIR=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
 	cmd.Stdout, cmd.Stderr = out, out
-	// Its own process group: the kernel and the processes it traces end
+	// Its own process group: the guest and the processes it is made of end
 	// together. They also end when this process does.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, func() { wakeOften(ctx, cmd.Process) })
+	waitErr := runOnThread(cmd, func() {
+		if h.machine.Meanwhile != nil {
+			h.machine.Meanwhile(ctx, cmd.Process)
+		}
+	})
 
 	text, err := os.ReadFile(mark)
 	if err != nil {
-		return endMark{}, fmt.Errorf("%w (guest %s, boot %d: %v)", errNoEnd, spec.Name, boot, waitErr)
+		return endMark{}, fmt.Errorf("%w (guest %s, boot %d: %v)", ErrNoEnd, spec.Name, boot, waitErr)
 	}
 	var ended endMark
 	if err := json.Unmarshal(text, &ended); err != nil {
-		return endMark{}, fmt.Errorf("%w (guest %s: end mark %q: %v)", errNoEnd, spec.Name, text, err)
+		return endMark{}, fmt.Errorf("%w (guest %s: end mark %q: %v)", ErrNoEnd, spec.Name, text, err)
 	}
 	if ended.Reboot && ctx.Err() != nil {
 		return endMark{}, fmt.Errorf("guest %s, boot %d: it was to power off in order, and did not within %v", spec.Name, boot, spec.Timeout+stuckGrace+bootGrace)
@@ -342,46 +371,6 @@ func runOnThread(cmd *exec.Cmd, meanwhile func()) error {
 	return <-done
 }
 
-// wakePause is how long a guest may stand still for want of its timer.
-const wakePause = 2 * time.Second
-
-// wakeOften keeps a guest from standing still for good. Now and then its
-// kernel loses the one signal of its timer: then it idles at full speed, and
-// waits for a timer that is not set. Any further signal of that kind gets it
-// going again, and to a guest that is well it is one among hundreds.
-func wakeOften(ctx context.Context, guest *os.Process) {
-	ticker := time.NewTicker(wakePause)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		// Without its handler, as at the very beginning, the signal would end it.
-		if ready, err := handles(guest.Pid, syscall.SIGALRM); err != nil {
-			return // it has ended
-		} else if ready && guest.Signal(syscall.SIGALRM) != nil {
-			return
-		}
-	}
-}
-
-// handles says whether a process has a handler for a signal.
-func handles(pid int, signal syscall.Signal) (bool, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return false, err
-	}
-	_, after, found := strings.Cut(string(text), "\nSigCgt:")
-	mask, _, _ := strings.Cut(after, "\n")
-	caught, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-	if !found || err != nil {
-		return false, fmt.Errorf("process %d: the signals that it catches are '%s'", pid, mask)
-	}
-	return caught>>(uint(signal)-1)&1 == 1, nil
-}
-
 func makeSparse(path string, size int64) error {
 	if size <= 0 || size%512 != 0 {
 		return fmt.Errorf("disk %s: size %d is not a positive multiple of 512", path, size)
@@ -393,15 +382,13 @@ func makeSparse(path string, size int64) error {
 	return errors.Join(file.Truncate(size), file.Close())
 }
 
-// noise is what every guest's kernel says, to no use.
-var noise = regexp.MustCompile(`(?m)^(SELinux: |mmapper_init - |Failed to initialize ubd device 0 :Couldn't determine|reboot: System halted).*\n`)
-
 // console keeps what a guest prints, without the carriage returns of its tty.
 type console struct {
 	mu      sync.Mutex
 	text    bytes.Buffer
 	dropped int
 	live    io.Writer
+	noise   *regexp.Regexp
 }
 
 func (c *console) Write(p []byte) (int, error) {
@@ -422,7 +409,10 @@ func (c *console) Write(p []byte) (int, error) {
 func (c *console) String() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	text := noise.ReplaceAllString(strings.ToValidUTF8(c.text.String(), "?"), "")
+	text := strings.ToValidUTF8(c.text.String(), "?")
+	if c.noise != nil {
+		text = c.noise.ReplaceAllString(text, "")
+	}
 	if c.dropped > 0 {
 		text += "\n[" + strconv.Itoa(c.dropped) + " more bytes of console output dropped]\n"
 	}

@@ -1,4 +1,4 @@
-package uml
+package vm
 
 import (
 	"encoding/json"
@@ -26,7 +26,8 @@ const Dir = "/run/guest"
 
 // bootPlan is what init is told by the host.
 type bootPlan struct {
-	Shared      string            `json:"shared"`
+	Shared      Mount             `json:"shared"`
+	ModulesFrom string            `json:"modules-from"`
 	Modules     []string          `json:"modules"`
 	Args        []string          `json:"args"`
 	Env         []string          `json:"env"`
@@ -89,7 +90,7 @@ func asInit(planPath string) error {
 	if err != nil {
 		return err
 	}
-	if err := mountAll(plan.Shared); err != nil {
+	if err := mountAll(plan); err != nil {
 		return err
 	}
 	if err := openConsole(); err != nil {
@@ -113,18 +114,18 @@ func asInit(planPath string) error {
 	return writeEnd(ended)
 }
 
-func mountAll(shared string) error {
-	mounts := []struct{ kind, target, data string }{
-		{"proc", "/proc", ""},
-		{"sysfs", "/sys", ""},
-		{"devtmpfs", "/dev", ""},
-		{"tmpfs", "/run", ""},
-		{"tmpfs", "/mnt", ""},
-		{"tmpfs", "/tmp", ""},
-		{"devpts", "/dev/pts", ""},
-		{"tmpfs", "/dev/shm", ""},
-		{"hostfs", hostRoot, "/"},
-		{"hostfs", Dir, shared},
+func mountAll(plan bootPlan) error {
+	mounts := []struct{ kind, target, from, data string }{
+		{"proc", "/proc", "proc", ""},
+		{"sysfs", "/sys", "sysfs", ""},
+		{"devtmpfs", "/dev", "devtmpfs", ""},
+		{"tmpfs", "/run", "tmpfs", ""},
+		{"tmpfs", "/mnt", "tmpfs", ""},
+		{"tmpfs", "/tmp", "tmpfs", ""},
+		{"devpts", "/dev/pts", "devpts", ""},
+		{"tmpfs", "/dev/shm", "tmpfs", ""},
+		{"", hostRoot, "/", ""}, // the root once more, where nothing hides its files
+		{plan.Shared.Kind, Dir, plan.Shared.From, plan.Shared.Data},
 	}
 	for _, m := range mounts {
 		if strings.HasPrefix(m.target, "/run/") || strings.HasPrefix(m.target, "/dev/") {
@@ -134,10 +135,10 @@ func mountAll(shared string) error {
 		}
 		var flags uintptr
 		if m.target == hostRoot {
-			flags = unix.MS_RDONLY
+			flags = unix.MS_BIND
 		}
-		if err := unix.Mount(m.kind, m.target, m.kind, flags, m.data); err != nil {
-			return fmt.Errorf("mount %s on %s: %w", m.kind, m.target, err)
+		if err := unix.Mount(m.from, m.target, m.kind, flags, m.data); err != nil {
+			return fmt.Errorf("mount %s on %s: %w", m.from, m.target, err)
 		}
 	}
 	for _, dir := range []string{modulesRoot + "/lib", "/run/lock", "/run/root"} {
@@ -145,7 +146,7 @@ func mountAll(shared string) error {
 			return err
 		}
 	}
-	return os.Symlink("/usr/lib/uml/modules", modulesRoot+"/lib/modules")
+	return os.Symlink(GuestPath(plan.ModulesFrom), modulesRoot+"/lib/modules")
 }
 
 func openConsole() error {

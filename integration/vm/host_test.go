@@ -1,0 +1,59 @@
+package vm
+
+import (
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// Each Host sweeps what killed ones left, and must never take another's
+// folder for such, however new it is.
+func TestHostsBeginTogether(t *testing.T) {
+	t.Parallel()
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			for range 50 {
+				h, err := NewHost(Machine{}, 1, nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := os.Stat(filepath.Join(h.Dir(), lockName)); err != nil {
+					t.Error(err)
+				}
+				if err := h.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+func TestWhatAKilledHostLeftIsRemoved(t *testing.T) {
+	place := t.TempDir()
+	left, inUse := filepath.Join(place, dirPrefix+"1"), filepath.Join(place, dirPrefix+"2")
+	for _, dir := range []string{left, inUse} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		lock, err := lockFile(filepath.Join(dir, lockName), os.O_CREATE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if dir == left {
+			lock.Close()
+		} else {
+			defer lock.Close()
+		}
+	}
+	sweep(place)
+	if _, err := os.Stat(left); err == nil {
+		t.Error("left behind")
+	}
+	if _, err := os.Stat(inUse); err != nil {
+		t.Error("in use, yet removed")
+	}
+}
