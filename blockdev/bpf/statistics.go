@@ -14,7 +14,6 @@ import (
 const (
 	slotWritten = iota
 	slotDiscarded
-	slotZeroed
 	slotStrange
 	slotFull
 	slotFailed
