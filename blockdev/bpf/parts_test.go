@@ -97,6 +97,26 @@ func TestLedger(t *testing.T) {
 	}
 }
 
+// A request between count and statistics at the begin does not make a loss
+// later.
+func TestLedgerBegin(t *testing.T) {
+	d := newFakeDisk(t)
+	d.shows(1000, 0)
+	d.counts[slotWritten] = 8
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		time.Sleep(beginLook / 2)
+		d.shows(1008, 0)
+		time.Sleep(beginLook / 4)
+		d.shows(1007, 0) // the next one
+	}()
+	if begin, err := d.begin(); err != nil || begin.written != 1000 {
+		t.Errorf("begins with a lead of %+v, %v", begin, err)
+	}
+	<-done
+}
+
 func TestLedgerNeedsStatistics(t *testing.T) {
 	d := newFakeDisk(t)
 	put(t, filepath.Join(d.dir, "queue/iostats"), "0\n")
