@@ -12,6 +12,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
 	systemctl=systemd udevadm=udev fio=fio
 RACE_DEPS := gcc=gcc gcc=libc6-dev
+PROTO_DEPS := protoc=protobuf-compiler
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
@@ -58,7 +59,7 @@ fuzz: # each fuzz test for FUZZTIME
 	  done; done
 
 deps:
-	@integration/deps $(DEPS)
+	@integration/deps $(DEPS) $(PROTO_DEPS)
 
 $(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
 	cd integration/tools && CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go install $$(go list tool | grep "/$*$$")
@@ -66,15 +67,13 @@ $(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
 PROTOC = cd proto && PATH=$(CURDIR)/$(TOOLS):$$PATH protoc --go_out=$(1) --go_opt=paths=source_relative \
 	--go-grpc_out=$(1) --go-grpc_opt=paths=source_relative blockferry.proto
 
-proto: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc # needs protoc (protobuf-compiler)
+proto: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@integration/deps $(PROTO_DEPS)
 	$(call PROTOC,.)
 
 # Generated code must be current. protoc's own version may differ.
-proto-check:
-	@if command -v protoc >/dev/null; then $(MAKE) -s proto-compare; else echo "no protoc: generated code not compared"; fi
-
-.PHONY: proto-compare
-proto-compare: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+proto-check: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@integration/deps $(PROTO_DEPS)
 	@dir=$$(mktemp -d); trap 'rm -r "$$dir"' EXIT; ($(call PROTOC,"$$dir")); \
 	for file in proto/*.pb.go; do \
 	  diff -q -I '^// -* *	*protoc  *	*v' "$$file" "$$dir/$${file#proto/}" >/dev/null || \
