@@ -13,6 +13,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	systemctl=systemd udevadm=udev fio=fio clang=clang llvm-strip=llvm
 QEMU_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils
 RACE_DEPS := gcc=gcc gcc=libc6-dev
+PROTO_DEPS := protoc=protobuf-compiler
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
@@ -59,7 +60,7 @@ fuzz: # each fuzz test for FUZZTIME
 	  done; done
 
 deps: uml-deps # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
-	@integration/deps $(QEMU_DEPS)
+	@integration/deps $(QEMU_DEPS) $(PROTO_DEPS)
 	go run ./integration/qemu/kernel
 
 uml-deps:
@@ -73,15 +74,13 @@ generate: proto bpf # all generated code
 PROTOC = cd proto && PATH=$(CURDIR)/$(TOOLS):$$PATH protoc --go_out=$(1) --go_opt=paths=source_relative \
 	--go-grpc_out=$(1) --go-grpc_opt=paths=source_relative blockferry.proto
 
-proto: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc # needs protoc (protobuf-compiler)
+proto: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@integration/deps $(PROTO_DEPS)
 	$(call PROTOC,.)
 
 # Generated code must be current. protoc's own version may differ.
-proto-check:
-	@if command -v protoc >/dev/null; then $(MAKE) -s proto-compare; else echo "no protoc: generated code not compared"; fi
-
-.PHONY: proto-compare
-proto-compare: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+proto-check: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	@integration/deps $(PROTO_DEPS)
 	@dir=$$(mktemp -d); trap 'rm -r "$$dir"' EXIT; ($(call PROTOC,"$$dir")); \
 	for file in proto/*.pb.go; do \
 	  diff -q -I '^// -* *	*protoc  *	*v' "$$file" "$$dir/$${file#proto/}" >/dev/null || \

@@ -160,7 +160,8 @@ var ErrStopped = errors.New("the primary was stopped")
 //
 // Goroutines: one takes the cuts and holds them until every replica that
 // joined has read what it needs; one for each replica connects, plans and
-// sends. Neither ever waits for the other longer than the cut's limit.
+// sends. Neither ever waits for the other longer than the cut's limit, unless
+// tracking is lost for good.
 type Primary struct {
 	cfg     PrimaryConfig
 	size    int64

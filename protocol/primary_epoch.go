@@ -227,7 +227,9 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	w.p.mu.Lock()
 	job := w.verify
 	w.p.mu.Unlock()
-	r.Stop = h.stop
+	if r.Stop = h.stop; a.blind() {
+		r.Stop = nil // what is not read of this view no later one can make up for
+	}
 	r.ReadsDone = func() error {
 		// In this order: what was read counts only if the view was whole after
 		// the last read, and may be committed only once the source itself
@@ -253,7 +255,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		// it is sent again, over what changed since the cut before.
 		a.void(h, err)
 		a.voids++
-		a.rest, a.liveNext, a.live = r.Ranges, true, 0
+		a.rest, a.liveNext, a.live = r.Ranges, !a.blind(), 0
 		return nil, nil
 	case errors.As(err, &void):
 		w.liveFirst = true
@@ -303,8 +305,16 @@ const patienceShare = 8
 // maxVoids is how many void views one in-place attempt survives.
 const maxVoids = 5
 
+// blind says that the tracker can't tell what changes while everything is read:
+// it has to be read from one frozen view, however long that takes.
+func (a *attempt) blind() bool { return a.whole && a.w.blind }
+
 func (a *attempt) void(h *cutHandle, err error) {
-	a.w.update(func() { a.w.reason = err.Error() })
+	reason := err.Error()
+	if a.w.blind || a.full && errors.Is(err, ErrTrackingLost) {
+		reason = ReasonTrackingLost + ", so everything is compared in one frozen view each time: " + reason
+	}
+	a.w.update(func() { a.w.reason = reason })
 	if ev := a.w.p.cfg.Events.Void; ev != nil {
 		ev(a.w.cfg.Name, h.rec.epoch, err)
 	}

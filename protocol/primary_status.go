@@ -40,6 +40,9 @@ type ReplicaReport struct {
 	Session      *LinkStats  `json:"session,omitempty"`
 }
 
+// ReasonTrackingLost begins a reason that only a new start of tracking ends.
+const ReasonTrackingLost = "tracking is lost"
+
 // SyncReport is a sync under way. A round may be followed by another, smaller one.
 type SyncReport struct {
 	Round      int      `json:"round"`

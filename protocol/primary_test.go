@@ -242,6 +242,43 @@ func (r *rig) sync() uint64 {
 	return epoch
 }
 
+func (r *rig) plan(name string) Plan {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if p := r.plans[name]; len(p) > 0 {
+		return p[len(p)-1]
+	}
+	return Plan{}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never: %s", what)
+		}
+	}
+}
+
+// wroteSome makes a few writes that the replica then lacks.
+func wroteSome(s *memSource, from, n int64) {
+	for b := from; b < from+n; b++ {
+		s.write(b)
+	}
+}
+
+// syncedRig is a source whose tracker names grains of so many bytes, the first
+// blocks written, and one replica that holds it.
+func syncedRig(t *testing.T, grain, written int64) (*memSource, *node, *rig) {
+	t.Helper()
+	src := newMemSource(testVolumeSize, grain)
+	wroteSome(src, 0, written)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	r := startRig(t, src, &memState{}, []*node{n}, nil)
+	r.sync()
+	return src, n, r
+}
+
 func (r *rig) last(name string) EpochStats {
 	r.mu.Lock()
 	defer r.mu.Unlock()

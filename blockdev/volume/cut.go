@@ -226,7 +226,7 @@ func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
 	}
 	extents, err := era.Changed(v.eras, block, from)
 	if err != nil {
-		return nil, fmt.Errorf("volume %s: %w: %w (on %s, from byte %d; if this is said again and again: blockferry down, then up, begins tracking anew)",
+		return nil, fmt.Errorf("volume %s: %w: %w (on %s, from byte %d)",
 			v.options.Name, ErrTrackingLost, err, v.meta.Name(), v.labelNow().Areas.Meta.Offset+auxIDBytes)
 	}
 	return blockdev.Clip(extents, v.Size()), nil

@@ -99,7 +99,10 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
-			if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
+			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
+				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
+				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
+			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
 		}
