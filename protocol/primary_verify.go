@@ -42,14 +42,14 @@ type verifyJob struct {
 	done     chan error // room for one
 
 	// Used by the replica's goroutine, read by Verify after done.
-	next   int64
-	idle   int
+	next int64
+	idle int
 	// Of a slice that was compared with the live image: where it began, the
 	// replica's epoch, and what differed. 0: there is none.
 	sliceFrom    int64
 	suspectSince uint64
 	suspects     []Range
-	result VerifyResult
+	result       VerifyResult
 }
 
 // Verify compares a replica with the source, both at the same epoch, so that
