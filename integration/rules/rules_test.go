@@ -55,7 +55,9 @@ var layers = []layer{
 	// The rooms below volume do not know the house that volume builds of them.
 	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era"}},
 	// The dead-man serves whoever stops writers.
-	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume"}},
+	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/attach", "blockdev/precopy"}},
+	// The engine knows nothing of how writers are stopped, nor of who marks.
+	{prefix: "blockdev/precopy", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/attach", "blockdev/bpf", "blockdev/dm"}},
 	{prefix: "cmd", may: []string{"cmd", "protocol", "proto", "blockdev"}, never: []string{"blockdev/blocktest"},
 		inTests: []string{"blockdev/blocktest"}},
 	{prefix: "integration", may: []string{""}},
