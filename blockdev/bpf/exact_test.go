@@ -1,0 +1,124 @@
+package bpf
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+)
+
+// ways are how a disk's content changes. Those that say which blocks they touch
+// are checked for naming no others.
+var ways = []struct {
+	name string
+	do   func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool
+}{
+	{"direct", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		touched := d.writes(t, rng, unix.O_DIRECT, 300, 512, 16384)
+		for grain := range d.writes(t, rng, unix.O_DIRECT, 10, 4096, 1<<20) {
+			touched[grain] = true
+		}
+		return touched
+	}},
+	{"buffered", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.writes(t, rng, 0, 200, 1, 100_000)
+		return nil
+	}},
+	{"dsync", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.writes(t, rng, unix.O_DSYNC, 60, 512, 65536)
+		return nil
+	}},
+	{"mapped", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool { d.mapped(t, rng, 300); return nil }},
+	{"io_uring direct", func(t testing.TB, d disk, _ *rand.Rand) map[int64]bool {
+		d.fio(t, "--ioengine=io_uring", "--direct=1", "--iodepth=16", "--io_size=4m", "--bsrange=512-64k", "--blockalign=512")
+		return nil
+	}},
+	{"io_uring buffered", func(t testing.TB, d disk, _ *rand.Rand) map[int64]bool {
+		d.fio(t, "--ioengine=io_uring", "--direct=0", "--iodepth=16", "--io_size=4m")
+		return nil
+	}},
+	{"discard", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.commands(t, rng, 20, (*blockdev.File).Discard)
+		return nil
+	}},
+	{"zero-out", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.commands(t, rng, 20, (*blockdev.File).ZeroOut)
+		return nil
+	}},
+	{"punch hole", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.allocates(t, rng, 20, unix.FALLOC_FL_PUNCH_HOLE)
+		return nil
+	}},
+	{"zero range", func(t testing.TB, d disk, rng *rand.Rand) map[int64]bool {
+		d.allocates(t, rng, 20, unix.FALLOC_FL_ZERO_RANGE)
+		return nil
+	}},
+}
+
+// Whatever way a disk's content changes, each block that differs afterwards is
+// named: on a whole disk, on a partition, and for a volume that is a part of it.
+func TestEveryChangeIsNamed(t *testing.T) {
+	for _, c := range []struct {
+		name           string
+		new            func(testing.TB, int64) disk
+		offset, length int64 // of the volume; 0: all
+	}{
+		{"disk", newLoop, 0, 0},
+		{"partition", newPartition, 0, 0},
+		{"part of a partition", newPartition, 8 << 20, 40<<20 + 4096},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := c.new(t, 64<<20)
+			target := d.target(newPin(t))
+			if c.length > 0 {
+				target.Offset, target.Length = c.offset, c.length
+			}
+			tracker := open(t, target)
+			rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1))
+			d.fio(t, "--ioengine=psync", "--direct=1", "--rw=write", "--bs=1m") // something to discard
+			cut := covered(t, tracker, 1)
+			for _, way := range ways {
+				before := d.sums(t)
+				touched := way.do(t, d, rng)
+				after := d.sums(t)
+				ok := seal(t, tracker, cut+1)
+				taken := tracker.Taken()
+				if !ok {
+					cut = covered(t, tracker, cut+2)
+					continue // a loss that was reported
+				}
+				named := changed(t, tracker, cut, cut+1)
+				cut++
+				if len(differing(before, after)) == 0 {
+					t.Logf("%s changed nothing", way.name)
+					continue
+				}
+				mustName(t, named, volumePart(target, differing(before, after)))
+				mustName(t, taken, volumePart(target, differing(before, after)))
+				if touched == nil {
+					continue
+				}
+				touched = volumePart(target, touched)
+				for grain := range grainsOf(named) {
+					if !touched[grain] {
+						t.Fatalf("%s: block %d is named and was not written", way.name, grain)
+					}
+				}
+			}
+		})
+	}
+}
+
+// volumePart turns blocks of a device into blocks of the volume on it.
+func volumePart(target Target, blocks map[int64]bool) map[int64]bool {
+	out := map[int64]bool{}
+	for b := range blocks {
+		if at := b*blockdev.BlockSize - target.Offset; at >= 0 && at < target.Length {
+			out[at/blockdev.BlockSize] = true
+		}
+	}
+	return out
+}

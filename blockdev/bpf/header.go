@@ -1,0 +1,61 @@
+package bpf
+
+import (
+	"strings"
+	"sync/atomic"
+)
+
+// header is the page pinned beside the maps: whose marks they are, and what they
+// cover. Words of 8 bytes, as the processor has them; it never leaves the boot.
+//
+//	0 magic   1 digest of the programs   2-3 boot id
+//	4 disk's major << 32 | minor   5 disk's sequence number   6 disk's size   7 start of the volume on it
+//	8 length of the volume   9 grain   10 digest of the disk's serial number and worldwide name   (6 to 9 in bytes)
+//	16 state   17 first cut covered   18 last cut sealed   19 1: taken from active since the last cut
+//	20 sectors written that the disk's statistics are ahead of the counts   21 the same, discarded   22 misses then
+//	64-127 why the last coverage ended, text padded with zeros
+type header []uint64
+
+const (
+	headerWords = 512 // a page
+	headerMagic = 0x3142_5246_4b4c_4221
+
+	headMagic    = 0
+	headIdentity = 1 // to headIdentityEnd
+	headState    = 16
+	headFirst    = 17
+	headLast     = 18
+	headOpen     = 19
+	headBase     = 20 // three words
+	headReason   = 64
+
+	headIdentityEnd = 11
+	reasonBytes     = 512
+)
+
+// Values of the state. 0 is that of a header nobody has finished.
+const (
+	stateBare    = 1 // marks are kept, no cut is covered yet
+	stateCovered = 2
+)
+
+func (h header) get(at int) uint64        { return atomic.LoadUint64(&h[at]) }
+func (h header) put(at int, value uint64) { atomic.StoreUint64(&h[at], value) }
+
+func (h header) reason() string {
+	text := make([]byte, 0, reasonBytes)
+	for i := range reasonBytes {
+		text = append(text, byte(h.get(headReason+i/8)>>(i%8*8)))
+	}
+	return strings.TrimRight(string(text), "\x00")
+}
+
+func (h header) setReason(reason string) {
+	var words [reasonBytes / 8]uint64
+	for i := range min(len(reason), reasonBytes) {
+		words[i/8] |= uint64(reason[i]) << (i % 8 * 8)
+	}
+	for i, w := range words {
+		h.put(headReason+i, w)
+	}
+}

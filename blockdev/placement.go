@@ -1,0 +1,69 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Placement says where a block device's bytes stand on its whole disk.
+type Placement struct {
+	// Dir is the whole disk's folder in sysfs.
+	Dir string
+	// Major and Minor are the whole disk's number.
+	Major, Minor uint32
+	// StartBytes is where the device begins on the whole disk.
+	StartBytes int64
+	// Sequence is the disk's number among all that this boot has seen: another
+	// disk under the same name and number has another. 0 before Linux 5.15.
+	Sequence uint64
+	// Requests says that the disk has a request queue. One without takes each
+	// request as it was made: device-mapper, md, RAM disks.
+	Requests bool
+}
+
+// PlacementOf says where the block device at path, a whole disk or a partition,
+// stands.
+func PlacementOf(path string) (Placement, error) { return hostKernel.placement(path) }
+
+func (k kernel) placement(path string) (Placement, error) {
+	fail := func(err error) (Placement, error) { return Placement{}, fmt.Errorf("place of %s: %w", path, err) }
+	major, minor, err := k.device(path)
+	if err != nil {
+		return fail(err)
+	}
+	n, err := k.node(major, minor)
+	if err != nil {
+		return fail(err)
+	}
+	p := Placement{Dir: n.disk}
+	text, err := os.ReadFile(filepath.Join(n.disk, "dev"))
+	if err != nil {
+		return fail(err)
+	}
+	if _, err := fmt.Sscanf(strings.TrimSpace(string(text)), "%d:%d", &p.Major, &p.Minor); err != nil {
+		return fail(fmt.Errorf("number of its disk, %q: %w", text, err))
+	}
+	if n.dir != n.disk {
+		start, err := number(filepath.Join(n.dir, "start"))
+		if err != nil {
+			return fail(err)
+		}
+		p.StartBytes = start * SectorSize
+	}
+	switch sequence, err := number(filepath.Join(n.disk, "diskseq")); {
+	case err == nil:
+		p.Sequence = uint64(sequence)
+	case !errors.Is(err, fs.ErrNotExist):
+		return fail(err)
+	}
+	if entries, err := os.ReadDir(filepath.Join(n.disk, "mq")); err == nil {
+		p.Requests = len(entries) > 0
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fail(err)
+	}
+	return p, nil
+}
