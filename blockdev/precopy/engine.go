@@ -268,6 +268,10 @@ func (e *Engine) Cut(ctx context.Context, r Request, stop Stopper) (*Cut, error)
 }
 
 func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) error {
+	// What is written back now is read in the first round.
+	if err := stop.Prepare(ctx); err != nil {
+		return err
+	}
 	pending, err := e.sinceBase(r.Since)
 	if err != nil {
 		return err
