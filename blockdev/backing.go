@@ -54,15 +54,13 @@ func (k kernel) backing(path string) (b Backing, err error) {
 		return fail(err)
 	}
 	for line := range strings.Lines(string(text)) {
-		point, from, dev, err := parseMount(line)
+		m, err := parseMount(line)
 		if err != nil {
 			return fail(err)
 		}
 		// Of two at one place the later one is seen.
-		if within(real, point) && len(point) >= len(b.MountPoint) {
-			b.MountPoint, source, number = point, from, dev
-			_, tail, _ := strings.Cut(line, " - ")
-			b.FileSystem = strings.Fields(tail)[0]
+		if within(real, m.point) && len(m.point) >= len(b.MountPoint) {
+			b.MountPoint, source, number, b.FileSystem = m.point, m.source, m.number, m.fileSystem
 		}
 	}
 	if b.MountPoint == "" {

@@ -239,3 +239,17 @@ func TestTraffic(t *testing.T) {
 		}
 	}
 }
+func TestStatField(t *testing.T) {
+	line := []byte("     100        2     300        4   55      6      777 8\n")
+	for n, want := range map[int]uint64{1: 100, 7: 777, 8: 8} {
+		if got, ok := StatField(line, n); !ok || got != want {
+			t.Errorf("field %d: %d, %v", n, got, ok)
+		}
+	}
+	if _, ok := StatField(line, 9); ok {
+		t.Error("there is a ninth field")
+	}
+	if got, ok := StatField([]byte("1 23"), 2); !ok || got != 23 {
+		t.Errorf("%d, %v", got, ok)
+	}
+}

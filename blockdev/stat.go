@@ -66,3 +66,24 @@ func parseTraffic(text string) (Traffic, error) {
 	}
 	return Traffic{written * SectorSize, discarded * SectorSize}, nil
 }
+
+// StatField is the n-th number, from 1, of a line of numbers. It allocates
+// nothing.
+func StatField(line []byte, n int) (uint64, bool) {
+	field, value, inside := 0, uint64(0), false
+	for _, c := range line {
+		if c >= '0' && c <= '9' {
+			if !inside {
+				inside, value = true, 0
+				field++
+			}
+			value = value*10 + uint64(c-'0')
+			continue
+		}
+		if inside && field == n {
+			return value, true
+		}
+		inside = false
+	}
+	return value, inside && field == n
+}

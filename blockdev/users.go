@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -87,8 +88,25 @@ func (k kernel) openedBy(path string) string {
 // open are not found.
 func Users(path string) ([]Use, error) { return hostKernel.users(path) }
 
+// Usage is Users, with all that is known of the mounts apart.
+func Usage(path string) (mounts []Mount, others []Use, err error) { return hostKernel.usage(path) }
+
 func (k kernel) users(path string) ([]Use, error) {
-	fail := func(err error) ([]Use, error) { return nil, fmt.Errorf("users of %s: %w", path, err) }
+	mounts, users, err := k.usage(path)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		users = append(users, Use{"mount", m.Point, m.Device})
+	}
+	slices.SortFunc(users, func(a, b Use) int {
+		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.By, b.By))
+	})
+	return slices.Compact(users), nil
+}
+
+func (k kernel) usage(path string) (mounts []Mount, others []Use, err error) {
+	fail := func(err error) ([]Mount, []Use, error) { return nil, nil, fmt.Errorf("users of %s: %w", path, err) }
 	major, minor, err := k.device(path)
 	if err != nil {
 		return fail(err)
@@ -101,52 +119,64 @@ func (k kernel) users(path string) ([]Use, error) {
 	if err != nil {
 		return fail(err)
 	}
-	var users []Use
+	names := map[string]string{} // by number
 	for name, dir := range parts {
+		own, err := os.ReadFile(filepath.Join(dir, "dev"))
+		if err != nil {
+			return fail(err)
+		}
+		names[strings.TrimSpace(string(own))] = name
 		holders, err := os.ReadDir(filepath.Join(dir, "holders"))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fail(err)
 		}
 		for _, h := range holders {
-			users = append(users, Use{"holder", cmp.Or(firstText(dir, "holders/"+h.Name()+"/dm/name"), h.Name()), name})
+			others = append(others, Use{"holder", cmp.Or(firstText(dir, "holders/"+h.Name()+"/dm/name"), h.Name()), name})
 		}
 	}
-	uses := func(kind, by, source, number string) error {
+	// used is which of them is meant, "" for none.
+	used := func(source, number string) string {
 		if number == "" || strings.HasPrefix(number, "0:") {
 			// btrfs and others show a number that belongs to no device.
 			if !strings.HasPrefix(source, "/") {
-				return nil
+				return ""
 			}
 			major, minor, err := k.device(source)
 			if err != nil {
-				return nil // no device: a file, a network file system
+				return "" // no device: a file, a network file system
 			}
 			number = fmt.Sprintf("%d:%d", major, minor)
 		}
-		for name, dir := range parts {
-			own, err := os.ReadFile(filepath.Join(dir, "dev"))
-			if err != nil {
-				return err
-			}
-			if strings.TrimSpace(string(own)) == number {
-				users = append(users, Use{kind, by, name})
-			}
+		return names[number]
+	}
+	err = k.mounts(func(m mountLine) error {
+		if name := used(m.source, m.number); name != "" {
+			mounts = append(mounts, Mount{m.point, m.process, name, m.number, m.fileSystem, strings.Split(m.options, ",")})
 		}
 		return nil
-	}
-	if err := k.mounts(func(by, source, number string) error { return uses("mount", by, source, number) }); err != nil {
-		return fail(err)
-	}
-	if err := k.swaps(func(source string) error { return uses("swap", source, source, "") }); err != nil {
-		return fail(err)
-	}
-	if err := k.loops(func(loop, backing string) error { return uses("loop", loop, backing, "") }); err != nil {
-		return fail(err)
-	}
-	slices.SortFunc(users, func(a, b Use) int {
-		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.By, b.By))
 	})
-	return slices.Compact(users), nil
+	if err != nil {
+		return fail(err)
+	}
+	err = k.swaps(func(source string) error {
+		if name := used(source, ""); name != "" {
+			others = append(others, Use{"swap", source, name})
+		}
+		return nil
+	})
+	if err != nil {
+		return fail(err)
+	}
+	err = k.loops(func(loop, backing string) error {
+		if name := used(backing, ""); name != "" {
+			others = append(others, Use{"loop", loop, name})
+		}
+		return nil
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return mounts, others, nil
 }
 
 // overlapping is the folders of the devices whose use is use of this one, by
@@ -167,8 +197,36 @@ func (k kernel) overlapping(n sysNode) (map[string]string, error) {
 	return dirs, nil
 }
 
+// Mount is a mounted file system.
+type Mount struct {
+	// Point is where, in the mount namespace of Process; 0 stands for this
+	// process's own.
+	Point   string
+	Process int
+	// Device is the kernel's name of what is mounted; Number is the file
+	// system's own, as "major:minor" and as stat(2) shows it of its files.
+	Device, Number string
+	// Type is its type, and Options those of the file system itself.
+	Type    string
+	Options []string
+}
+
+// Path leads there from this process's namespace.
+func (m Mount) Path() string {
+	if m.Process == 0 {
+		return m.Point
+	}
+	return fmt.Sprintf("/proc/%d/root%s", m.Process, m.Point)
+}
+
+// mountLine is a mount in some process's namespace; 0 is this one's.
+type mountLine struct {
+	process                                    int
+	point, source, number, fileSystem, options string
+}
+
 // mounts calls f for each mount in any mount namespace, each namespace once.
-func (k kernel) mounts(f func(mountPoint, source, number string) error) error {
+func (k kernel) mounts(f func(mountLine) error) error {
 	seen := map[string]bool{}
 	processes, err := filepath.Glob(filepath.Join(k.proc, "[0-9]*"))
 	if err != nil {
@@ -189,11 +247,14 @@ func (k kernel) mounts(f func(mountPoint, source, number string) error) error {
 			continue
 		}
 		for line := range strings.Lines(string(text)) {
-			point, source, number, err := parseMount(line)
+			m, err := parseMount(line)
 			if err != nil {
 				return err
 			}
-			if err := f(point, source, number); err != nil {
+			if !own {
+				m.process, _ = strconv.Atoi(filepath.Base(p)) // it consists of digits
+			}
+			if err := f(m); err != nil {
 				return err
 			}
 		}
@@ -204,13 +265,17 @@ func (k kernel) mounts(f func(mountPoint, source, number string) error) error {
 // parseMount parses a line of mountinfo:
 //
 //	id parent major:minor root mount-point options [optional fields] - type source options
-func parseMount(line string) (point, source, number string, err error) {
+func parseMount(line string) (mountLine, error) {
 	head, tail, found := strings.Cut(line, " - ")
 	left, right := strings.Fields(head), strings.Fields(tail)
 	if !found || len(left) < 6 || len(right) < 2 {
-		return "", "", "", fmt.Errorf("mountinfo: can't read the line %q", line)
+		return mountLine{}, fmt.Errorf("mountinfo: can't read the line %q", line)
 	}
-	return unescape(left[4]), unescape(right[1]), left[2], nil
+	m := mountLine{point: unescape(left[4]), source: unescape(right[1]), number: left[2], fileSystem: right[0]}
+	if len(right) > 2 {
+		m.options = right[2]
+	}
+	return m, nil
 }
 
 // unescape undoes the kernel's octal escapes of blanks and backslashes.

@@ -104,3 +104,25 @@ func Command(t testing.TB, name string, args ...string) string {
 	}
 	return strings.TrimSpace(string(out))
 }
+
+// PinDir is a folder on a bpffs of the test's own. Tests are skipped where the
+// kernel takes no tracing programs.
+func PinDir(t testing.TB) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root traces the kernel")
+	}
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		t.Skip("this kernel has no BTF")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
+		t.Skipf("no bpffs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount the bpffs: %v", err)
+		}
+	})
+	return dir
+}

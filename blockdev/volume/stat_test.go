@@ -2,21 +2,6 @@ package volume
 
 import "testing"
 
-func TestStatField(t *testing.T) {
-	line := []byte("     100        2     300        4   55      6      777 8\n")
-	for n, want := range map[int]uint64{1: 100, 7: 777, 8: 8} {
-		if got, ok := statField(line, n); !ok || got != want {
-			t.Errorf("field %d: %d, %v", n, got, ok)
-		}
-	}
-	if _, ok := statField(line, 9); ok {
-		t.Error("there is a ninth field")
-	}
-	if got, ok := statField([]byte("1 23"), 2); !ok || got != 23 {
-		t.Errorf("%d, %v", got, ok)
-	}
-}
-
 func TestSnapshotStatus(t *testing.T) {
 	for status, want := range map[string]bool{"16/4096 0": true, "0/32760 0 ": true, "Invalid": false, "Overflow": false,
 		"Merge failed": false, "Unknown": false, "": false, " ": false, "4096": false} {

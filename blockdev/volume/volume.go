@@ -242,31 +242,11 @@ func (v *Volume) readWritten(buffer []byte) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("volume %s: read its statistics: %w", v.options.Name, err)
 	}
-	sectors, ok := statField(buffer[:n], 7)
+	sectors, ok := blockdev.StatField(buffer[:n], 7)
 	if !ok {
 		return 0, fmt.Errorf("volume %s: its statistics have no field 7", v.options.Name)
 	}
 	return sectors * blockdev.SectorSize, nil
-}
-
-// statField is the n-th number, from 1, of a line of numbers.
-func statField(line []byte, n int) (uint64, bool) {
-	field, value, inside := 0, uint64(0), false
-	for _, c := range line {
-		if c >= '0' && c <= '9' {
-			if !inside {
-				inside, value = true, 0
-				field++
-			}
-			value = value*10 + uint64(c-'0')
-			continue
-		}
-		if inside && field == n {
-			return value, true
-		}
-		inside = false
-	}
-	return value, inside && field == n
 }
 
 // Close gives the volume's devices and the lock back; the volume stays up.

@@ -54,10 +54,14 @@ var layers = []layer{
 	// era reads metadata over an io.ReaderAt and knows no live device.
 	{prefix: "blockdev/era", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/bpf", "blockdev/volume"}},
 	// The rooms below volume do not know the house that volume builds of them.
-	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era", "blockdev/bpf"}},
-	{prefix: "blockdev/bpf", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume", "blockdev/era"}},
+	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era", "blockdev/bpf", "blockdev/attach"}},
+	{prefix: "blockdev/bpf", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume", "blockdev/era", "blockdev/attach"}},
 	// The dead-man serves whoever stops writers.
-	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume"}},
+	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/attach", "blockdev/precopy"}},
+	// The engine knows nothing of how writers are stopped, nor of who marks.
+	{prefix: "blockdev/precopy", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/attach", "blockdev/bpf", "blockdev/dm"}},
+	// No mapper under what is attached.
+	{prefix: "blockdev/attach", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume", "blockdev/era"}},
 	{prefix: "cmd", may: []string{"cmd", "protocol", "proto", "blockdev"}, never: []string{"blockdev/blocktest"},
 		inTests: []string{"blockdev/blocktest"}},
 	{prefix: "integration", may: []string{""}},

@@ -1,0 +1,215 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/deadman"
+	"blockferry/blockdev/precopy"
+)
+
+const (
+	// settlePatience is how long after a freeze writes may still be in flight:
+	// discards, which some file systems do not wait for.
+	settlePatience = 5 * time.Millisecond
+	settlePause    = 50 * time.Microsecond
+)
+
+// ErrWritten says that something was written, or in flight, while every file
+// system was frozen: whatever it was, it goes past them. The cut is void.
+var ErrWritten = precopy.ErrWritten
+
+// counters are those of the device's statistics that grow with every write.
+// Fields, counted from 1, of its stat file: writes completed 5, sectors written
+// 7, discards completed 12, sectors discarded 14.
+type counters struct{ writes, written, discards, discarded uint64 }
+
+func (c counters) bytes() uint64 { return (c.written + c.discarded) * blockdev.SectorSize }
+
+// freezer stops writers by freezing every file system on the device. What it
+// needs while they stand still is made before.
+type freezer struct {
+	attached *Attached
+	stat     *os.File // the device's statistics
+	inflight *os.File // its requests in flight
+	buffer   [512]byte
+
+	list   []fileSystem // what the cut under way freezes
+	files  []*os.File   // open while they are being frozen
+	rescue func() error
+
+	frozen, atEnd counters // of the last stop that held
+}
+
+func newFreezer(a *Attached) (f *freezer, err error) {
+	f = &freezer{attached: a}
+	f.rescue = f.thaw
+	dir := "/sys/class/block/" + a.device
+	if f.stat, err = os.Open(dir + "/stat"); err != nil {
+		return nil, err
+	}
+	if f.inflight, err = os.Open(dir + "/inflight"); err != nil {
+		return nil, errors.Join(err, f.stat.Close())
+	}
+	return f, nil
+}
+
+func (f *freezer) close() error { return errors.Join(f.stat.Close(), f.inflight.Close()) }
+
+// Prepare writes back what the file systems hold, so that the freeze finds
+// little to do.
+func (f *freezer) Prepare(ctx context.Context) error {
+	for _, fs := range f.list {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		file, err := fs.open()
+		if err != nil {
+			return err
+		}
+		err = unix.Syncfs(int(file.Fd()))
+		if err = errors.Join(err, file.Close()); err != nil {
+			return fmt.Errorf("sync %s before a freeze: %w", fs, err)
+		}
+	}
+	return nil
+}
+
+// Stop implements precopy.Stopper.
+func (f *freezer) Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
+	if len(f.list) == 0 {
+		// Nothing is stopped: it holds if nobody writes.
+		deadman.Quiet(func() { err = f.watched(inside) })
+		return 0, err
+	}
+	defer f.closeFiles()
+	for _, fs := range f.list {
+		file, err := fs.open()
+		if err != nil {
+			return 0, err
+		}
+		f.files = append(f.files, file)
+	}
+	guard := f.attached.options.Guard
+	if err := guard.ArmMounts(limit, f.files...); err != nil {
+		return 0, err
+	}
+	var late error
+	froze := false
+	deadman.Quiet(func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		start := time.Now()
+		if err = guard.Freeze(); err == nil {
+			froze = true
+			err = f.watched(inside)
+		}
+		late = guard.Resume(f.rescue)
+		stalled = time.Since(start)
+	})
+	f.attached.stopped(stalled)
+	switch {
+	case !froze:
+		return stalled, err // and so it says why it was no time
+	case late != nil:
+		// Whatever was read is worth nothing, so one more round does not help.
+		return stalled, late
+	}
+	return stalled, err
+}
+
+// watched runs inside and says whether anything was written to the device from
+// before it began until it ended. It allocates nothing unless it fails.
+func (f *freezer) watched(inside func() error) error {
+	for deadline := time.Now().Add(settlePatience); ; {
+		n, err := f.writesInFlight()
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%w: %d writes are in flight on %s though it is frozen", ErrWritten, n, f.attached.options.Device)
+		}
+		pause := unix.NsecToTimespec(int64(settlePause))
+		_ = unix.Nanosleep(&pause, nil)
+	}
+	var err error
+	if f.frozen, err = f.counters(); err != nil {
+		return err
+	}
+	if err := inside(); err != nil {
+		return err
+	}
+	n, err := f.writesInFlight()
+	if err != nil {
+		return err
+	}
+	if f.atEnd, err = f.counters(); err != nil {
+		return err
+	}
+	if n != 0 || f.atEnd.bytes() != f.frozen.bytes() { // the count of writes lags behind
+		return fmt.Errorf("%w: %s: %d bytes in about %d writes, and %d writes in flight; find out who writes to it past the file system",
+			ErrWritten, f.attached.options.Device, f.atEnd.bytes()-f.frozen.bytes(), f.atEnd.writes-f.frozen.writes+f.atEnd.discards-f.frozen.discards, n)
+	}
+	return nil
+}
+
+// thaw thaws without a dead-man.
+func (f *freezer) thaw() error {
+	var errs []error
+	for _, file := range f.files {
+		errs = append(errs, deadman.Thaw(file))
+	}
+	return errors.Join(errs...)
+}
+
+func (f *freezer) closeFiles() {
+	for _, file := range f.files {
+		file.Close()
+	}
+	f.files = f.files[:0]
+}
+
+// writesInFlight is the second number of the inflight file.
+func (f *freezer) writesInFlight() (uint64, error) {
+	n, err := unix.Pread(int(f.inflight.Fd()), f.buffer[:], 0)
+	if err != nil {
+		return 0, fmt.Errorf("%s: requests in flight: %w", f.attached.options.Device, err)
+	}
+	writes, ok := blockdev.StatField(f.buffer[:n], 2)
+	if !ok {
+		return 0, fmt.Errorf("%s: requests in flight: no second number", f.attached.options.Device)
+	}
+	return writes, nil
+}
+
+func (f *freezer) counters() (c counters, err error) {
+	n, err := unix.Pread(int(f.stat.Fd()), f.buffer[:], 0)
+	if err != nil {
+		return c, fmt.Errorf("%s: statistics: %w", f.attached.options.Device, err)
+	}
+	line := f.buffer[:n]
+	var ok [4]bool
+	c.writes, ok[0] = blockdev.StatField(line, 5)
+	c.written, ok[1] = blockdev.StatField(line, 7)
+	c.discards, ok[2] = blockdev.StatField(line, 12)
+	c.discarded, ok[3] = blockdev.StatField(line, 14)
+	if ok != [4]bool{true, true, true, true} {
+		return c, fmt.Errorf("%s: statistics have too few fields", f.attached.options.Device)
+	}
+	return c, nil
+}
+
+// selfWritten counts what thawing writes itself: were it taken for a change, an
+// idle file system would be cut for ever.
+type selfWritten struct{ bytes atomic.Uint64 }

@@ -1,0 +1,121 @@
+package attach
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"blockferry/blockdev"
+)
+
+// Kept is what a state file keeps for its user.
+type Kept struct {
+	UUID  [16]byte // the volume's
+	State []byte
+}
+
+// ReadState reads a state file, whatever device it is of. Without one the error
+// is fs.ErrNotExist.
+func ReadState(path string) (Kept, error) {
+	s, err := readState(path)
+	if err == nil && s == nil {
+		err = fmt.Errorf("state file %s: %w", path, errNoState)
+	}
+	if err != nil {
+		return Kept{}, err
+	}
+	return Kept{s.UUID, s.State}, nil
+}
+
+// Offline is the device of an attached volume that nobody uses, held
+// exclusively, with its state file: what a restore fills.
+type Offline struct {
+	*blockdev.File
+	lock  *blockdev.DeviceLock
+	path  string
+	state state
+}
+
+// OpenOffline takes a device and the state file that is its own. It refuses a
+// device in use, and another one than the file's.
+func OpenOffline(device, stateFile string) (*Offline, error) {
+	return openOffline(device, stateFile, func(was, now *state) error {
+		if was == nil {
+			return fmt.Errorf("state file %s: %w", stateFile, errNoState)
+		}
+		if err := was.sameDevice(now, device, stateFile); err != nil {
+			return err
+		}
+		now.UUID, now.State = was.UUID, was.State
+		return nil
+	})
+}
+
+// CreateOffline is OpenOffline for a device that takes another's place, or is the
+// first: its state file is made, or made anew.
+func CreateOffline(device, stateFile string, uuid [16]byte, kept []byte) (*Offline, error) {
+	return openOffline(device, stateFile, func(_, now *state) error {
+		now.UUID, now.State = uuid, bytes.Clone(kept)
+		return nil
+	})
+}
+
+func openOffline(device, stateFile string, adopt func(was, now *state) error) (_ *Offline, err error) {
+	o := &Offline{path: stateFile}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("the device of an attached volume: %w", err), o.Close())
+		}
+	}()
+	if o.lock, err = blockdev.Lock(device); err != nil {
+		return nil, err
+	}
+	if o.File, err = blockdev.OpenFile(device, blockdev.OpenOptions{Write: true, Exclusive: true}); err != nil {
+		return nil, err
+	}
+	was, err := readState(stateFile)
+	if err != nil {
+		return nil, err
+	}
+	now, err := stateOf(device)
+	if err != nil {
+		return nil, err
+	}
+	if was != nil {
+		now.Generation = was.Generation
+	}
+	if err := adopt(was, &now); err != nil {
+		return nil, err
+	}
+	o.state = now
+	return o, o.write()
+}
+
+func (o *Offline) write() error {
+	o.state.Generation++
+	return writeState(o.path, &o.state)
+}
+
+// UUID is the volume's.
+func (o *Offline) UUID() [16]byte { return o.state.UUID }
+
+// State is what was kept last.
+func (o *Offline) State() []byte { return bytes.Clone(o.state.State) }
+
+// SetState keeps the caller's state; durable on return.
+func (o *Offline) SetState(b []byte) error {
+	o.state.State = bytes.Clone(b)
+	return o.write()
+}
+
+// Close gives the device back. It does not flush it.
+func (o *Offline) Close() error {
+	var errs []error
+	if o.File != nil {
+		errs = append(errs, o.File.Close())
+	}
+	if o.lock != nil {
+		errs = append(errs, o.lock.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,417 @@
+package precopy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"blockferry/blockdev"
+)
+
+const (
+	defaultMemory  = 256 << 20
+	defaultBudget  = 20 * time.Millisecond
+	defaultRounds  = 8
+	defaultReaders = 8
+	// maxStops bounds how often in one cut writers are stopped in vain, because
+	// more was written until they stood still than was foretold.
+	maxStops = 3
+	// roomFactor is how much more than foretold there may be in the stop: so much
+	// memory is made ready, and so much longer the reads may take.
+	roomFactor = 2
+	roomBytes  = 4 << 20
+	// margin is for what was foretold and takes longer.
+	margin = 1.25
+	// extraWeight is that of the last stop in what is expected of the next.
+	extraWeight = 0.3
+	// maxEntries bounds the lists used in the stop: extents taken, and reads.
+	maxEntries = 64 << 10
+)
+
+// ErrTooMuch says that there is no cut because too much was changed or goes on
+// being changed. Nothing is lost. The error is a *TooMuchError.
+var ErrTooMuch = errors.New("too much changes for a cut within the stall budget")
+
+// ErrWritten says that something was written while writers should have stood
+// still: the cut is void.
+var ErrWritten = errors.New("written to while writers were stopped")
+
+// ErrOutside says that a cut was asked for what it does not hold.
+var ErrOutside = errors.New("not in this cut")
+
+// Reason is why there was too much.
+type Reason string
+
+const (
+	// ReasonMemory: what changed since the base does not fit into memory. Send
+	// what changed so far, then cut against that.
+	ReasonMemory Reason = "what changed does not fit into memory"
+	// ReasonRounds: each round left more to read than the budget allows.
+	ReasonRounds Reason = "writes are as fast as reads: what is left does not become little enough"
+	// ReasonStall: what was left once writers stood still was more than was foretold.
+	ReasonStall Reason = "more was left once writers stood still than can be read in time"
+)
+
+// TooMuchError is ErrTooMuch in numbers.
+type TooMuchError struct {
+	Reason Reason
+	Bytes  int64 // that would have to fit: into memory, or into the stall
+	Limit  int64 // what would have fitted, in bytes
+	Rounds int   // that were read
+}
+
+func (e *TooMuchError) Error() string {
+	return fmt.Sprintf("%s: %d bytes after %d rounds, %d would do", e.Reason, e.Bytes, e.Rounds, e.Limit)
+}
+
+// Is makes it an ErrTooMuch.
+func (e *TooMuchError) Is(target error) bool { return target == ErrTooMuch }
+
+// Tracker says what is written to the device. A mark is made at the latest when
+// a write completes, before who issued it learns of that.
+type Tracker interface {
+	// MarkedBytes is how much is marked and was not exchanged yet.
+	MarkedBytes() int64
+	// Exchange takes what is marked into the open set. It allocates nothing.
+	// After an error what is marked was taken all the same; Seal decides.
+	Exchange() error
+	// Taken is what the last Exchange took, ascending and disjoint.
+	Taken() []blockdev.Extent
+	// AppendTaken is Taken within the list's capacity, without allocating.
+	AppendTaken(list []blockdev.Extent) ([]blockdev.Extent, bool)
+	// Seal says that all that was exchanged since the last Seal changed before
+	// cut number. An error: events were lost, what changed is not known.
+	Seal(number uint64) error
+	// Covered says between which cuts Changed has an answer.
+	Covered() (first, last uint64, ok bool)
+	// Changed is what changed after cut since and before cut upTo.
+	Changed(since, upTo uint64) ([]blockdev.Extent, error)
+}
+
+// Stopper stops writers.
+type Stopper interface {
+	// Prepare is called before each look at how much is left, while writes go
+	// on: what caches hold should be written.
+	Prepare(ctx context.Context) error
+	// Stop stops writers, waits for what is in flight, calls inside and lets
+	// writers go on, all within limit. nil says that they stood still from
+	// before inside was called until it returned, and that inside returned nil.
+	// stalled is how long writers may have waited, also when it failed. inside may
+	// not be called.
+	Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error)
+}
+
+// Source is a device, read past every cache.
+type Source interface {
+	io.ReaderAt
+	Name() string
+	Size() int64
+}
+
+// Options of an Engine. 0 is the default.
+type Options struct {
+	Source  Source
+	Tracker Tracker
+	// MemoryBytes bounds what a cut may hold, a multiple of 4096: 256 MiB.
+	MemoryBytes int64
+	// StallBudget is how long the reads with writers stopped may take: 20 ms.
+	StallBudget time.Duration
+	// StallLimit is what Stop is given: 1 s.
+	StallLimit time.Duration
+	// Rounds bounds the reads while writes go on: 8.
+	Rounds int
+	// Readers is how many read at once: 8.
+	Readers int
+}
+
+// Engine takes cuts of one device, one at a time; what it has measured of the
+// device it keeps between them.
+type Engine struct {
+	o       Options
+	readers *readers
+
+	mu    sync.Mutex // held by Cut and Mark
+	open  []blockdev.Extent
+	speed speed
+	extra float64 // bytes that came on top of what was marked, in the last stops
+	pool  pool
+	cut   *Cut // not yet released
+	w     window
+}
+
+// window is what is used while writers are stopped, made before.
+type window struct {
+	ctx    context.Context
+	limit  time.Duration // what the reads should take
+	taken  []blockdev.Extent
+	jobs   []job
+	inside func() error
+
+	called bool
+	at     time.Time // writers stood still
+	left   int64     // bytes to read
+	reads  int
+	took   time.Duration
+}
+
+// errAgain: what is left goes into one more round.
+var errAgain = errors.New("more is left than was foretold")
+
+// New makes an engine. Close ends it.
+func New(o Options) (*Engine, error) {
+	for _, d := range []struct {
+		value *time.Duration
+		to    time.Duration
+	}{{&o.StallBudget, defaultBudget}, {&o.StallLimit, time.Second}} {
+		if *d.value == 0 {
+			*d.value = d.to
+		}
+	}
+	if o.MemoryBytes == 0 {
+		o.MemoryBytes = defaultMemory
+	}
+	if o.Rounds == 0 {
+		o.Rounds = defaultRounds
+	}
+	if o.Readers == 0 {
+		o.Readers = defaultReaders
+	}
+	switch {
+	case o.MemoryBytes < 1<<20 || o.MemoryBytes%blockdev.BlockSize != 0:
+		return nil, fmt.Errorf("%s: %d bytes of memory for a cut: want at least 1 MiB, in blocks of %d", o.Source.Name(), o.MemoryBytes, blockdev.BlockSize)
+	case o.StallBudget < time.Millisecond || o.StallBudget > o.StallLimit:
+		return nil, fmt.Errorf("%s: a stall budget of %s: want 1 ms to the stall limit of %s", o.Source.Name(), o.StallBudget, o.StallLimit)
+	case o.Rounds < 1 || o.Readers < 1:
+		return nil, fmt.Errorf("%s: %d rounds by %d readers", o.Source.Name(), o.Rounds, o.Readers)
+	}
+	e := &Engine{o: o, readers: newReaders(o.Source, o.Readers)}
+	e.pool.limit = o.MemoryBytes
+	e.w.inside = e.inside
+	e.w.taken, e.w.jobs = make([]blockdev.Extent, maxEntries), make([]job, maxEntries)
+	clear(e.w.taken) // touched
+	clear(e.w.jobs)
+	return e, nil
+}
+
+// Close gives the memory back. A cut that was not released is released.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cut != nil {
+		e.cut.drop()
+	}
+	e.readers.close()
+	return e.pool.free()
+}
+
+// Mark seals a cut without an image while writes go on. Every write that
+// completes after it began is named by Changed since it, so that what is read
+// of the device later, and that, together are whole.
+func (e *Engine) Mark(number uint64) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_ = e.exchange() // Seal decides
+	return e.seal(number)
+}
+
+// exchange keeps what it takes until it is sealed.
+func (e *Engine) exchange() error {
+	err := e.o.Tracker.Exchange()
+	e.keep(e.o.Tracker.Taken())
+	return err
+}
+
+func (e *Engine) keep(taken []blockdev.Extent) {
+	e.open = blockdev.Union(e.open, taken)
+}
+
+func (e *Engine) seal(number uint64) error {
+	err := e.o.Tracker.Seal(number)
+	e.open = nil // sealed, or of no use
+	return err
+}
+
+// Request is what a cut is asked to be.
+type Request struct {
+	// Number of the cut, larger than any before.
+	Number uint64
+	// Since is the base: the cut holds what may have changed since that cut.
+	Since uint64
+	// Force takes the cut however long writers have to be stopped, up to the
+	// stall limit, once all rounds are used up.
+	Force bool
+}
+
+// Cut takes a cut. Errors: *TooMuchError; what the tracker or the stopper says;
+// ErrWritten. After any error there is no cut, its number is used up, and what
+// was exchanged belongs to the next.
+func (e *Engine) Cut(ctx context.Context, r Request, stop Stopper) (*Cut, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cut != nil {
+		return nil, fmt.Errorf("cut %d is not released", e.cut.number)
+	}
+	c := &Cut{engine: e, number: r.Number}
+	err := e.take(ctx, r, stop, c)
+	if err == nil {
+		err = e.seal(r.Number)
+	}
+	if err != nil {
+		return nil, errors.Join(err, e.pool.reset())
+	}
+	c.extents = e.pool.extents()
+	e.cut = c
+	return c, nil
+}
+
+func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) error {
+	// What is written back now is read in the first round.
+	if err := stop.Prepare(ctx); err != nil {
+		return err
+	}
+	pending, err := e.sinceBase(r.Since)
+	if err != nil {
+		return err
+	}
+	failed := 0
+	for c.rounds = 1; ; c.rounds++ {
+		if err := e.round(ctx, pending, c); err != nil {
+			return err
+		}
+		if err := errors.Join(stop.Prepare(ctx), ctx.Err()); err != nil {
+			return err
+		}
+		left := e.o.Tracker.MarkedBytes() + int64(e.extra)
+		last := c.rounds == e.o.Rounds || failed+1 == maxStops
+		limit := e.o.StallBudget
+		if last && r.Force {
+			limit = e.o.StallLimit * 3 / 4
+		}
+		var missed []blockdev.Extent
+		if e.fitting(limit) >= left {
+			err := e.stop(ctx, left, limit, stop, c)
+			if err == nil {
+				return nil
+			}
+			if !errors.Is(err, errAgain) && !errors.Is(err, errSlow) {
+				return err
+			}
+			if last {
+				return &TooMuchError{ReasonStall, e.w.left, e.fitting(limit), c.rounds}
+			}
+			failed++
+			missed = e.o.Tracker.Taken()
+		} else if last {
+			return &TooMuchError{ReasonRounds, left, e.fitting(limit), c.rounds}
+		}
+		e.extra /= 2     // it may have been that once only
+		_ = e.exchange() // Seal decides
+		pending = blockdev.Union(missed, e.o.Tracker.Taken()).Clip(e.o.Source.Size())
+	}
+}
+
+// sinceBase is what the first round reads, after an exchange.
+func (e *Engine) sinceBase(since uint64) (blockdev.Extents, error) {
+	_ = e.exchange() // Seal decides
+	_, last, ok := e.o.Tracker.Covered()
+	if !ok {
+		last = since // Changed says why it has no answer
+	}
+	changed, err := e.o.Tracker.Changed(since, last)
+	if err != nil {
+		return nil, err
+	}
+	return blockdev.Union(changed, e.open).Clip(e.o.Source.Size()), nil
+}
+
+// round reads extents while writes go on.
+func (e *Engine) round(ctx context.Context, extents blockdev.Extents, c *Cut) error {
+	news, pieces, reads := e.pool.news(extents)
+	if need := e.pool.used + news; need > e.pool.limit {
+		return &TooMuchError{ReasonMemory, need, e.pool.limit, c.rounds - 1}
+	}
+	if err := e.pool.touch(news, pieces); err != nil {
+		return err
+	}
+	jobs := make([]job, 0, reads)
+	jobs, missing, full := e.pool.place(extents, jobs)
+	if missing > 0 || full {
+		return fmt.Errorf("%s: no room for %d extents in %d pieces (%d bytes missing)", e.o.Source.Name(), len(extents), len(e.pool.pieces), missing)
+	}
+	e.pool.merge()
+	start := time.Now()
+	if err := e.readers.read(ctx, e.pool.memory, jobs, time.Time{}); err != nil {
+		return err
+	}
+	e.speed.add(len(jobs), extents.Total(), time.Since(start))
+	c.read += extents.Total()
+	return nil
+}
+
+// fitting is how many bytes, in reads as they were of late, can be read within
+// a time, and kept.
+func (e *Engine) fitting(limit time.Duration) int64 {
+	const unit = 1 << 20
+	took := e.speed.foretell(int(unit/e.speed.readBytes()), unit)
+	n := e.pool.limit - e.pool.used
+	if took > 0 {
+		n = min(n, int64(float64(limit)/float64(took)*unit/margin))
+	}
+	return n
+}
+
+// stop has writers stopped and what is left read.
+func (e *Engine) stop(ctx context.Context, left int64, limit time.Duration, stop Stopper, c *Cut) error {
+	w := &e.w
+	if err := e.pool.touch(roomFactor*left+roomBytes, maxEntries); err != nil {
+		return err
+	}
+	w.ctx, w.limit, w.called, w.at, w.left, w.took, w.reads = ctx, limit, false, time.Time{}, 0, 0, 0
+	stalled, err := stop.Stop(ctx, e.o.StallLimit, w.inside)
+	e.pool.merge()
+	c.stalled += stalled
+	if !w.called {
+		return errors.Join(err, ctx.Err())
+	}
+	e.keep(e.o.Tracker.Taken())
+	e.extra = max(0, e.extra+(float64(w.left)-float64(left))*extraWeight)
+	if err == nil {
+		e.speed.add(w.reads, w.left, w.took)
+		c.at, c.inside = w.at, w.left
+	}
+	return err
+}
+
+// inside reads what is left, with writers stopped. It allocates nothing and
+// faults no page, unless it fails.
+func (e *Engine) inside() error {
+	w := &e.w
+	w.called, w.at = true, time.Now()
+	_ = e.o.Tracker.Exchange() // Seal decides
+	taken, whole := e.o.Tracker.AppendTaken(w.taken[:0])
+	for _, t := range taken {
+		w.left += t.Length
+	}
+	if !whole {
+		return errAgain
+	}
+	if n := len(taken); n > 0 && taken[n-1].End() > e.o.Source.Size() {
+		return fmt.Errorf("%s: the tracker names %d bytes at %d, beyond its end", e.o.Source.Name(), taken[n-1].Length, taken[n-1].Offset)
+	}
+	jobs, missing, full := e.pool.place(taken, w.jobs[:0])
+	if missing > 0 || full || e.speed.foretell(len(jobs), w.left) > roomFactor*w.limit {
+		return errAgain
+	}
+	w.reads = len(jobs)
+	if err := e.readers.read(w.ctx, e.pool.memory, jobs, w.at.Add(roomFactor*w.limit)); err != nil {
+		return err
+	}
+	w.took = time.Since(w.at)
+	if n := e.o.Tracker.MarkedBytes(); n != 0 {
+		return fmt.Errorf("%s: %w: %d bytes", e.o.Source.Name(), ErrWritten, n)
+	}
+	return nil
+}
