@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"blockferry/blockdev"
 )
@@ -25,6 +26,24 @@ func ReadState(path string) (Kept, error) {
 		return Kept{}, err
 	}
 	return Kept{s.UUID, s.State}, nil
+}
+
+// Create makes the state file of a device that is attached for the first time;
+// the device may be in use. It refuses when the file is there.
+func Create(device, stateFile string, uuid [16]byte) error {
+	was, err := readState(stateFile)
+	if err != nil {
+		return err
+	}
+	if was != nil {
+		return fmt.Errorf("state file %s: %w", stateFile, fs.ErrExist)
+	}
+	s, err := stateOf(device)
+	if err != nil {
+		return err
+	}
+	s.UUID, s.Generation = uuid, 1
+	return writeState(stateFile, &s)
 }
 
 // Offline is the device of an attached volume that nobody uses, held

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/attach"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -57,6 +58,9 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 	c, v, err := g.volume(args)
 	if err != nil {
 		return err
+	}
+	if v.Attach {
+		return exit.Errorf(exit.Usage, "volume '%s' has 'mode: attach': blockferry attach %s", v.Name, v.Name)
 	}
 	plan, err := checkCreate(system, c, v, o.purpose())
 	if err != nil {
@@ -149,7 +153,7 @@ func (g *globalOptions) createReplica(system *doctor.System, args []string, o cr
 	if err != nil {
 		return err
 	}
-	label, err := readLabel(v)
+	uuid, areas, err := existing(v)
 	if err != nil {
 		return err
 	}
@@ -158,7 +162,7 @@ func (g *globalOptions) createReplica(system *doctor.System, args []string, o cr
 	if err := findings.Err(); err != nil {
 		return err
 	}
-	options, err := layout.Replica(r, label.Areas, disk.SizeBytes)
+	options, err := layout.Replica(r, areas, disk.SizeBytes)
 	if err != nil {
 		return err
 	}
@@ -171,26 +175,33 @@ func (g *globalOptions) createReplica(system *doctor.System, args []string, o cr
 			return exit.Mark(exit.Refused, err)
 		}
 		defer f.Close()
-		options.VolumeUUID = label.UUID
+		options.VolumeUUID = uuid
 		if err := protocol.FormatReplica(f, options); err != nil {
 			return fmt.Errorf("replica '%s': %w", r.Name, err)
 		}
 	}
 	return g.say(map[string]any{
-		"volume": v.Name, "uuid": label.UUID.String(), "dry-run": o.dryRun, "size-bytes": options.SizeBytes, "replica": r.Name,
+		"volume": v.Name, "uuid": uuid.String(), "dry-run": o.dryRun, "size-bytes": options.SizeBytes, "replica": r.Name,
 	}, "%s: %s %s; the agent fills it from the volume", v.Name, r.Device, did)
 }
 
-// readLabel reads the label of a volume that may be up.
-func readLabel(v *config.Volume) (*volume.Label, error) {
+// existing is what is known of a volume that exists; it may be up.
+func existing(v *config.Volume) (uuid volume.UUID, a volume.Areas, err error) {
 	f, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
 	if err != nil {
-		return nil, exit.Mark(exit.Prerequisite, err)
+		return uuid, a, exit.Mark(exit.Prerequisite, err)
 	}
 	defer f.Close()
+	if v.Attach {
+		kept, err := attach.ReadState(v.StateFile)
+		if err != nil {
+			return uuid, a, exit.Errorf(exit.Refused, "%w; a replica can be made only for a volume that exists", err)
+		}
+		return kept.UUID, volume.Areas{Data: volume.Area{Length: f.Size()}}, nil
+	}
 	label, err := volume.ReadLabel(f)
 	if err != nil {
-		return nil, exit.Errorf(exit.Refused, "%w; a replica can be made only for a volume that exists", err)
+		return uuid, a, exit.Errorf(exit.Refused, "%w; a replica can be made only for a volume that exists", err)
 	}
-	return label, nil
+	return label.UUID, label.Areas, nil
 }

@@ -27,13 +27,15 @@ func main() {
 	switch why := whyNotNative(); {
 	case uml.Inside():
 		err = inGuest()
+	case os.Getenv(nativeVar) != "":
+		err = withOwnMounts(*seconds)
 	case *guestOnly:
 		err = boot(*seconds)
 	case why != "":
 		fmt.Println("Not on this machine's own kernel:", why)
 		err = boot(*seconds)
 	default:
-		err = onThisMachine(*seconds)
+		err = onThisMachine()
 	}
 	if err != nil {
 		fmt.Println("demo: FAILED:", err)

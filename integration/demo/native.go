@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,9 @@ type native struct {
 	dir      string
 	ssd, ebs string
 }
+
+// nativeSSDBytes is the size of the volume, too.
+const nativeSSDBytes = 640 << 20
 
 // nativeTypes is what blockferry needs of a kernel to follow a device in use.
 const nativeTypes = "/sys/kernel/btf/vmlinux"
@@ -39,15 +43,34 @@ func whyNotNative() string {
 	return ""
 }
 
-// onThisMachine is the demo here. Its mounts are in a namespace of its own, and
-// its loop devices go with the last who has them open, so nothing is left.
-func onThisMachine(seconds int) (err error) {
+// nativeVar marks the process that has a mount namespace of its own.
+const nativeVar = "BLOCKFERRY_DEMO_NATIVE"
+
+// onThisMachine starts this program again with mounts of its own, which end
+// with it. Its loop devices go with the last who has them open. So nothing is left.
+func onThisMachine() error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, os.Args[1:]...)
+	cmd.Env = append(os.Environ(), nativeVar+"=1")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	signal.Ignore(os.Interrupt) // the other one ends by it, in order
+	runtime.LockOSThread()      // Pdeathsig is this thread's
+	err = cmd.Run()
+	var ended *exec.ExitError
+	if errors.As(err, &ended) {
+		os.Exit(ended.ExitCode()) // it has said why
+	}
+	return err
+}
+
+// withOwnMounts is the demo in that process.
+func withOwnMounts(seconds int) (err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	runtime.LockOSThread() // the namespace is the thread's, and its children's
-	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
-		return fmt.Errorf("a mount namespace: %w", err)
-	}
 	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, ""); err != nil {
 		return fmt.Errorf("mount a bpffs: %w", err)
 	}
@@ -61,24 +84,26 @@ func onThisMachine(seconds int) (err error) {
 		return err
 	}
 	var release func()
-	for _, disk := range []*string{&n.ssd, &n.ebs} {
-		if *disk, release, err = loopDevice(n.dir); err != nil {
-			return err
-		}
-		defer release()
+	if n.ssd, release, err = loopDevice(n.dir, nativeSSDBytes); err != nil {
+		return err
 	}
+	defer release()
+	if n.ebs, release, err = loopDevice(n.dir, diskBytes); err != nil {
+		return err
+	}
+	defer release()
 	defer func() { _ = unix.Unmount(n.folder(), unix.MNT_DETACH) }()
 	fmt.Println("On this machine's own kernel: loop devices over files in memory.")
 	return show(ctx, n, rig.Rig{Binary: binary, Config: filepath.Join(n.dir, "demo.yaml"), Socket: filepath.Join(n.dir, "agent.sock")}, seconds)
 }
 
 // loopDevice makes one that ends when it is released.
-func loopDevice(dir string) (path string, release func(), err error) {
+func loopDevice(dir string, size int64) (path string, release func(), err error) {
 	file, err := os.CreateTemp(dir, "disk")
 	if err != nil {
 		return "", nil, err
 	}
-	if err := errors.Join(file.Truncate(diskBytes), file.Close()); err != nil {
+	if err := errors.Join(file.Truncate(size), file.Close()); err != nil {
 		return "", nil, err
 	}
 	out, err := exec.Command("losetup", "--find", "--show", file.Name()).Output()
@@ -139,7 +164,7 @@ func (n *native) lose(d *demo, lost func()) error {
 	}
 	lost()
 	d.rig.KillAgent()
-	return rig.Zero(n.ssd, diskBytes)
+	return rig.Zero(n.ssd, nativeSSDBytes)
 }
 
 // replace has nothing to take down: the kernel's marks would be gone after a

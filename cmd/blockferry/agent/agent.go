@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -57,7 +58,7 @@ type Agent struct {
 	options  Options
 	log      *slog.Logger
 	hub      *hub
-	dm       *dm.Control
+	dm       *dm.Control // nil: every volume is attached
 	receiver *protocol.Receiver
 	volumes  []*managed
 	stopping chan struct{} // closed when the agent begins to stop
@@ -81,10 +82,12 @@ func Run(ctx context.Context, o Options) error {
 	if err := deadman.LockMemory(); err != nil {
 		a.log.Warn("memory is not locked; a machine short of memory may void cuts", "error", err)
 	}
-	if a.dm, err = dm.Open(); err != nil {
-		return exit.Mark(exit.Prerequisite, err)
+	if slices.ContainsFunc(o.Config.Volumes, func(v *config.Volume) bool { return !v.Attach }) {
+		if a.dm, err = dm.Open(); err != nil {
+			return exit.Mark(exit.Prerequisite, err)
+		}
+		defer a.dm.Close()
 	}
-	defer a.dm.Close()
 	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: localWindowBytes})
 	defer a.receiver.Close()
 	for _, v := range o.Config.Volumes {

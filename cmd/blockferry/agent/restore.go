@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -91,12 +92,17 @@ func (m *managed) outcome(p restorePlan, begun time.Time) string {
 
 // fill formats the disk, unless a restore is resumed, and copies the image.
 func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgress, send func(*proto.Progress) error, force bool) (r restored, err error) {
-	if !p.resume {
-		if err := m.formatForRestore(p, force); err != nil {
-			return r, err
+	var disk fillable
+	switch {
+	case m.config.Attach:
+		disk, err = m.openForRestore(p)
+	case p.resume:
+		disk, err = openLabelled(m.config.Device)
+	default:
+		if err = m.formatForRestore(p, force); err == nil {
+			disk, err = openLabelled(m.config.Device)
 		}
 	}
-	disk, err := volume.OpenOffline(m.config.Device)
 	if err != nil {
 		return r, err
 	}
@@ -105,14 +111,13 @@ func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgres
 	if err != nil {
 		return r, err
 	}
-	label := disk.Label()
-	old, err := protocol.DecodeSourceState(label.State)
+	old, err := protocol.DecodeSourceState(disk.State())
 	if err != nil {
 		return r, err
 	}
 	last := time.Time{}
 	lineage, err := protocol.RestoreTo(ctx, protocol.LocalClient(m.agent.receiver), protocol.RestoreConfig{
-		VolumeUUID: label.UUID, Replica: p.from.config.Name, SizeBytes: p.status.SizeBytes, Target: disk, From: old.Restore, Codec: codec,
+		VolumeUUID: disk.UUID(), Replica: p.from.config.Name, SizeBytes: p.status.SizeBytes, Target: disk, From: old.Restore, Codec: codec,
 		Save: func(s protocol.RestoreState) error { return saveRestore(disk, s) },
 		Progress: func(at protocol.RestoreProgress) {
 			state.done.Store(uint64(at.DoneBytes))
@@ -135,10 +140,34 @@ func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgres
 	if err != nil {
 		return r, err
 	}
-	return restored{cut: lineage.Tip().Epoch, eraID: label.EraID}, disk.SetState(encoded)
+	r.cut = lineage.Tip().Epoch
+	if l, ok := disk.(labelled); ok {
+		r.eraID = l.Label().EraID
+	}
+	return r, disk.SetState(encoded)
 }
 
-func saveRestore(disk *volume.Offline, s protocol.RestoreState) error {
+// fillable is a disk that is filled, with the place of its volume's state.
+type fillable interface {
+	blockdev.Device
+	UUID() volume.UUID
+	State() []byte
+	SetState(state []byte) error
+	Close() error
+}
+
+// labelled is one that holds a label.
+type labelled struct{ *volume.Offline }
+
+func openLabelled(device string) (fillable, error) {
+	o, err := volume.OpenOffline(device)
+	return labelled{o}, err
+}
+
+func (l labelled) UUID() volume.UUID { return l.Label().UUID }
+func (l labelled) State() []byte     { return l.Label().State }
+
+func saveRestore(disk fillable, s protocol.RestoreState) error {
 	encoded, err := protocol.SourceState{Restore: &s}.Encode()
 	if err != nil {
 		return err

@@ -65,6 +65,9 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 	}
 	p.resume = started != nil && started.Replica == p.from.config.Name && started.Lineage.Equal(p.status.Lineage)
 	p.overwrite = started != nil && !p.resume
+	if m.config.Attach {
+		return p, m.sameSize(p.status.SizeBytes)
+	}
 	p.layout, err = m.layoutFor(p.status.SizeBytes)
 	return p, err
 }
@@ -83,7 +86,11 @@ func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUI
 	}
 	defer disk.Close()
 	content, why := volume.Inspect(disk)
-	if content == volume.Labelled {
+	if m.config.Attach {
+		if s, of, err := m.attachedRestore(); s != nil || err != nil {
+			return s, of, err
+		}
+	} else if content == volume.Labelled {
 		label, err := volume.ReadLabel(disk)
 		if err != nil {
 			return nil, none, err
@@ -101,6 +108,20 @@ func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUI
 		return nil, none, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
 	}
 	return nil, none, nil
+}
+
+// sameSize refuses a device for an attached volume, which is as large as its
+// device, unless that is the replica's size.
+func (m *managed) sameSize(size int64) error {
+	f, err := blockdev.OpenFile(m.config.Device, blockdev.OpenOptions{})
+	if err != nil {
+		return exit.Mark(exit.Prerequisite, err)
+	}
+	defer f.Close()
+	if f.Size() != size {
+		return exit.Errorf(exit.Refused, "%s has %d bytes, the volume has %d, and an attached volume is as large as its device; use a partition of that size", m.config.Device, f.Size(), size)
+	}
+	return nil
 }
 
 // sameVolume refuses a replica of another volume than the one of which a restore

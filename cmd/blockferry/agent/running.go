@@ -31,8 +31,8 @@ type running struct {
 
 // replicate starts a volume's primary. Replicas of this machine are fed by the
 // same calls as a peer's, without a socket in between.
-func (m *managed) replicate(stack *volume.Volume, guard *deadman.Guard, state protocol.SourceState) (*running, error) {
-	r := &running{source: &source{raised: stack, take: takeSnapshot(stack)}, state: &labelState{StateStore: stackState{stack}}, guard: guard}
+func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, state protocol.SourceState) (*running, error) {
+	r := &running{source: &source{raised: stack, take: take}, state: &labelState{StateStore: keptState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
 		Interval: m.config.Interval, Events: m.events(),
@@ -76,8 +76,12 @@ type labelState struct{ protocol.StateStore }
 func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
+	if m.config.Attach {
+		return m.detach(ctx, force)
+	}
 	m.mu.Lock()
-	stack, r := m.stack, m.running
+	stack, _ := m.stack.(*volume.Volume)
+	r := m.running
 	m.mu.Unlock()
 	if stack == nil {
 		exists, err := m.stackExists()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/attach"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/protocol"
@@ -41,10 +42,13 @@ type taken interface {
 	Release() error
 }
 
+// takeFunc cuts a volume.
+type takeFunc func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error)
+
 // source is a volume as protocol sees it.
 type source struct {
 	raised
-	take func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error)
+	take takeFunc
 
 	mu      sync.Mutex
 	lastCut uint64 // WrittenBytes at it
@@ -108,7 +112,7 @@ func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (
 }
 
 // takeSnapshot cuts a volume on a stack of its own. Its view is whole.
-func takeSnapshot(v *volume.Volume) func(context.Context, uint64, protocol.CutWish) (cut, error) {
+func takeSnapshot(v *volume.Volume) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
 		c, err := v.Cut(ctx, epoch, wish.View)
 		if err != nil {
@@ -139,7 +143,7 @@ func (c cut) ChangedExact(since uint64) bool { return c.exact(since) }
 
 func (c cut) Changed(since uint64) ([]protocol.Range, error) {
 	extents, err := c.taken.Changed(since)
-	if errors.Is(err, volume.ErrTrackingLost) {
+	if errors.Is(err, volume.ErrTrackingLost) || errors.Is(err, attach.ErrTrackingLost) {
 		return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)
 	}
 	if err != nil {

@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/attach"
 	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/deadman"
-	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -62,8 +62,8 @@ type managed struct {
 	size     int64
 	paused   bool
 	progress *restoreProgress
-	stack    *volume.Volume // while up
-	running  *running       // replication, while up
+	stack    raised   // while up
+	running  *running // replication, while up
 }
 
 func newManaged(a *Agent, v *config.Volume) *managed {
@@ -181,6 +181,9 @@ var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absen
 // was none.
 func (m *managed) bringUp(after *restored) error {
 	v := m.config
+	if v.Attach {
+		return m.bringUpAttached()
+	}
 	adopt, err := m.stackExists()
 	if err != nil {
 		return m.refuse(err)
@@ -235,27 +238,31 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	if adopt {
 		// It may be written at this very moment; its label says so already.
-		state, err = m.begin(stackState{stack})
+		state, err = m.begin(keptState{stack})
 	}
 	var r *running
 	if err == nil {
-		r, err = m.replicate(stack, guard, state)
+		r, err = m.replicate(stack, takeSnapshot(stack), guard, state)
 	}
 	if err != nil {
 		return m.refuse(errors.Join(err, stack.Close(), guard.Close()))
 	}
-	m.mu.Lock()
-	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
-	m.mu.Unlock()
 	if v.SizeBytes > 0 && v.SizeBytes != stack.Size() {
 		m.log.Warn("the volume has another size than the configuration says; it keeps the one it was created with",
 			"size-bytes", stack.Size(), "configured-bytes", v.SizeBytes)
 	}
+	m.nowUp(stack, r)
+	return nil
+}
+
+func (m *managed) nowUp(stack raised, r *running) {
+	m.mu.Lock()
+	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
+	m.mu.Unlock()
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}
 	m.set(stageUp, "", "")
-	return nil
 }
 
 // finePins is where fine tracking is pinned, "" if it can't be.
@@ -288,7 +295,9 @@ func (m *managed) refuse(err error) error {
 			" with the agent stopped"
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
-	case errors.Is(err, volume.ErrOtherVolume):
+	case errors.Is(err, attach.ErrUser):
+		advice = "an attached device may be used by nothing but file systems that can be frozen; it is tried again by itself"
+	case errors.Is(err, volume.ErrOtherVolume), errors.Is(err, attach.ErrOtherDevice):
 		advice = "nothing is written to it; check the paths in the configuration, or which disk is attached where"
 	case errors.Is(err, unix.EBUSY):
 		stage, advice = stageBusy, "end what uses it; it is tried again by itself"
@@ -299,6 +308,11 @@ func (m *managed) refuse(err error) error {
 
 // stackExists says whether an earlier agent left the volume up.
 func (m *managed) stackExists() (bool, error) {
+	if m.config.Attach { // it has none, and is not up without an agent
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.stack != nil, nil
+	}
 	info, err := m.agent.dm.Info(m.config.Name)
 	return info.Exists && info.HasActive, err
 }
@@ -434,11 +448,11 @@ func (u *unfinishedRestore) Error() string {
 	return fmt.Sprintf("a restore from replica '%s' did not end; %s are there", u.Replica, config.FormatSize(int64(u.OffsetBytes)))
 }
 
-// stackState and offlineState keep the primary's state in the label.
-type stackState struct{ *volume.Volume }
+// keptState and offlineState keep the primary's state with the volume.
+type keptState struct{ raised }
 
-func (s stackState) Load() ([]byte, error)   { return s.State(), nil }
-func (s stackState) Save(state []byte) error { return s.SetState(state) }
+func (s keptState) Load() ([]byte, error)   { return s.State(), nil }
+func (s keptState) Save(state []byte) error { return s.SetState(state) }
 
 type offlineState struct{ *volume.Offline }
 
@@ -474,5 +488,5 @@ func (m *managed) up(context.Context) (string, error) {
 	if err := m.bringUp(nil); err != nil {
 		return "", err
 	}
-	return "up as " + dm.NodePath(m.config.Name), nil
+	return "up as " + m.stack.Path(), nil
 }
