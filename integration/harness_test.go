@@ -267,6 +267,12 @@ func (p *prefixed) Write(b []byte) (int, error) {
 func blockferry(t *testing.T) string {
 	t.Helper()
 	path := os.Getenv(binaryVar)
+	if path == "" && !uml.Inside() && host != nil {
+		var err error
+		if path, err = builtBinary(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if path == "" {
 		t.Fatal("there is no blockferry binary: ", os.Getenv(binaryErrorVar))
 	}
