@@ -117,6 +117,9 @@ func TestLossesAreReported(t *testing.T) {
 			t.Logf("round %d: only %d exchanges", round, exchanges)
 		}
 	}
+	if losses == 4 {
+		t.Error("events were lost in each round")
+	}
 	t.Logf("%d of 4 rounds lost events, and said so", losses)
 }
 
