@@ -29,7 +29,13 @@ func Loop(t testing.TB, size int64) string {
 	}
 	// The loop device keeps what it is over.
 	defer os.Remove(file.Name())
-	path := Command(t, "losetup", "--find", "--show", file.Name())
+	return LoopOver(t, file.Name())
+}
+
+// LoopOver makes a loop device over a file or a device; it goes away with the test.
+func LoopOver(t testing.TB, file string) string {
+	t.Helper()
+	path := Command(t, "losetup", "--find", "--show", file)
 	hold, err := os.Open(path)
 	Command(t, "losetup", "--detach", path)
 	if err != nil {
@@ -59,10 +65,25 @@ func FileSystem(t testing.TB, kind, device string) (dir string) {
 func Mount(t testing.TB, kind, device string, flags uintptr) (dir string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "blockferry test ")
-	if err == nil {
-		err = unix.Mount(device, dir, kind, flags, "")
-	}
 	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(dir) })
+	mount(t, dir, kind, device, flags)
+	return dir
+}
+
+// MountOn makes a file system on a device and mounts it on a folder, over what
+// is mounted there.
+func MountOn(t testing.TB, dir, kind, device string) {
+	t.Helper()
+	Command(t, "mkfs."+kind, "-q", device)
+	mount(t, dir, kind, device, 0)
+}
+
+func mount(t testing.TB, dir, kind, device string, flags uintptr) {
+	t.Helper()
+	if err := unix.Mount(device, dir, kind, flags, ""); err != nil {
 		t.Fatalf("mount %s (%s): %v", device, kind, err)
 	}
 	t.Cleanup(func() {
@@ -75,9 +96,7 @@ func Mount(t testing.TB, kind, device string, flags uintptr) (dir string) {
 		if err != nil && !errors.Is(err, unix.EINVAL) { // the test did it itself
 			t.Errorf("unmount %s: %v", dir, err)
 		}
-		os.Remove(dir)
 	})
-	return dir
 }
 
 // Freeze freezes the file system that a folder is on, as anybody else may.
