@@ -58,7 +58,7 @@ func TestOneAdviceForLostTracking(t *testing.T) {
 	m.replicas[0] = replicaAt(t, "ebs", protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 5}})
 	for reason, want := range map[string]string{
 		protocol.ReasonTrackingLost + ", so everything is compared: checksum": "if it stays so: blockferry down data, then blockferry up data, begins tracking anew",
-		"read of 4096 bytes at 0: input/output error":                        "if this goes on, see what the kernel's log says of /dev/a and /dev/ebs; writes go on and are marked",
+		"read of 4096 bytes at 0: input/output error":                         "if this goes on, see what the kernel's log says of /dev/a and /dev/ebs; writes go on and are marked",
 	} {
 		s := m.replicaStatus(m.replicas[0], protocol.PrimaryStatus{Replicas: []protocol.ReplicaReport{{Name: "ebs", Connection: "Connected", Reason: reason}}})
 		if s.Reason != reason || s.Advice != want {
