@@ -49,8 +49,8 @@ func busyError(path string, cause error) error {
 	return fmt.Errorf("open device: %s is in use: %s: %w", path, strings.Join(list, ", "), cause)
 }
 
-// openedBy names the programs that have a device open, as far as /proc shows
-// them; which of them has it exclusively it does not show.
+// openedBy names the other programs that have a device open, as far as /proc
+// shows them; which of them has it exclusively it does not show.
 func (k kernel) openedBy(path string) string {
 	const unknown = "a program that has it opened exclusively"
 	major, minor, err := k.device(path)
@@ -71,6 +71,9 @@ func (k kernel) openedBy(path string) string {
 			continue
 		}
 		process := filepath.Dir(filepath.Dir(file))
+		if filepath.Base(process) == strconv.Itoa(os.Getpid()) {
+			continue
+		}
 		program := fmt.Sprintf("process %s (%s)", filepath.Base(process), firstText(process, "comm"))
 		if !slices.Contains(programs, program) {
 			programs = append(programs, program)

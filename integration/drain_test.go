@@ -155,7 +155,7 @@ func TestBootUpWaits(t *testing.T) {
 		}
 		c.start(t)
 		c.await(t, "known to be in use", time.Minute, func(v status.Volume) bool { return v.Stage == "busy" })
-		c.refused(t, 6, []string{"not up within 2s: busy", ubd(0), fmt.Sprintf("process %d (", os.Getpid()), "end what uses it"}, "up", "--wait", "--timeout", "2s")
+		c.refused(t, 6, []string{"not up within 2s: busy", ssd + " is in use by", fmt.Sprintf("process %d (", os.Getpid()), "end what uses it"}, "up", "--wait", "--timeout", "2s")
 		time.AfterFunc(2*time.Second, func() { held.Close() })
 		c.must(t, "up", "--wait", "--timeout", "60s")
 		judgeDevice(t, "/dev/mapper/data", h, last, last)

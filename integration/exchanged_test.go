@@ -68,7 +68,7 @@ func TestIdentityExchangedDisks(t *testing.T) {
 // A journal's size is that of its making: another one in the configuration is
 // said, with what to do, and that way works.
 func TestJournalSizeChanged(t *testing.T) {
-	inGuest(t, guest{Disks: slices.Repeat([]disk{{Size: 96 << 20}}, 2), Timeout: 3 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 96 << 20}, {Size: 160 << 20}}, Timeout: 3 * time.Minute}, func(t *testing.T) {
 		sized := func(journal string) string { return oneReplica(ubd(0), ubd(1)) + "        journal: " + journal + "\n" }
 		c := newCLI(t, sized("16MiB"))
 		c.must(t, "create")

@@ -95,6 +95,11 @@ func TestTrackingLostForGoodInPlace(t *testing.T) {
 	if e := r.last("ebs"); e.Action != "compare" {
 		t.Fatalf("%+v", e)
 	}
+	r.mu.Lock()
+	if n := strings.Count(strings.Join(r.voids, "\n"), "tracking lost"); n != 1 {
+		t.Errorf("the tracker was relied on %d times, once it was to be tried: %q", n, r.voids)
+	}
+	r.mu.Unlock()
 	mu.Lock()
 	defer mu.Unlock()
 	for _, want := range []string{"tracking is lost", "the copy-on-write store is full"} {

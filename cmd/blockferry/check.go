@@ -46,6 +46,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 			findings = append(findings, doctor.Discards(v))
 		}
 		findings = append(findings, system.Distinct(c.DiskUses())...)
+		findings = append(findings, system.DistinctSpills(c)...)
 	}
 	refusals := 0
 	for _, f := range findings {

@@ -6,6 +6,8 @@ package doctor
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -400,6 +402,47 @@ func (s *System) Spills(v *config.Volume) Findings {
 		f.good(r.Spill, "the spill file of replica '%s'", r.Name)
 	}
 	return f
+}
+
+// DistinctSpills finds spill files that are one file: it is a part of one replica.
+func (s *System) DistinctSpills(c *config.Config) Findings {
+	var f Findings
+	type spill struct{ path, real, what string }
+	var seen []spill
+	for _, v := range c.Volumes {
+		for _, r := range v.Replicas {
+			if r.Spill == "" {
+				continue
+			}
+			one := spill{r.Spill, realPath(r.Spill), "replica '" + r.Name + "' of volume '" + v.Name + "'"}
+			for _, other := range seen {
+				same, err := s.SameDisk(one.path, other.path) // two names of one file; an error: not there yet
+				if one.real == other.real || err == nil && same {
+					f.refuse(exit.Refused, one.path, "the spill file of "+one.what+" is the same file as "+other.path+", that of "+other.what, "name a file for each replica")
+				}
+			}
+			seen = append(seen, one)
+		}
+	}
+	return f
+}
+
+// realPath is a path without links, of a file that need not be there yet.
+func realPath(path string) string {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		return real
+	}
+	if to, err := os.Readlink(path); err == nil {
+		if !filepath.IsAbs(to) {
+			to = filepath.Join(filepath.Dir(path), to)
+		}
+		path = to
+	}
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return path
+	}
+	return filepath.Join(dir, filepath.Base(path))
 }
 
 // Discards says what becomes of them: dm-era marks only the first block of

@@ -2,6 +2,8 @@ package doctor
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -41,6 +43,34 @@ func TestSpillFileInABadPlaceIsRefused(t *testing.T) {
 	s.Survives = func(path, disk string) error { return errors.New(path + " is on " + disk) }
 	if err := s.Spills(v).Err(); err == nil || !strings.Contains(err.Error(), "/srv/spill is on /dev/a") {
 		t.Errorf("on the volume's disk: %v", err)
+	}
+}
+
+// One file by two names can't be a part of two replicas, also before it is there.
+func TestOneSpillFileForTwoReplicas(t *testing.T) {
+	dir := t.TempDir()
+	link, deep := filepath.Join(dir, "link"), filepath.Join(dir, "deep")
+	if err := errors.Join(os.Mkdir(deep, 0o700), os.Symlink("deep/file", link), os.Symlink(deep, filepath.Join(dir, "folder"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		a, b string
+		same bool
+	}{
+		{filepath.Join(deep, "file"), filepath.Join(deep, "other"), false},
+		{filepath.Join(deep, "file"), link, true},
+		{filepath.Join(deep, "file"), filepath.Join(dir, "folder/file"), true},
+		{"/hard", "/link", true},
+		{"", "", false},
+	} {
+		s := healthy()
+		s.SameDisk = func(a, b string) (bool, error) { return a == "/link" && b == "/hard", nil }
+		conf := &config.Config{Volumes: []*config.Volume{
+			{Name: "one", Replicas: []*config.Replica{{Name: "x", Spill: c.a}}}, {Name: "two", Replicas: []*config.Replica{{Name: "y", Spill: c.b}}}}}
+		err := s.DistinctSpills(conf).Err()
+		if (err != nil) != c.same || c.same && !strings.Contains(err.Error(), "replica 'y' of volume 'two' is the same file as "+c.a+", that of replica 'x' of volume 'one'") {
+			t.Errorf("%s and %s: %v", c.a, c.b, err)
+		}
 	}
 }
 
