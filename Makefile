@@ -11,14 +11,15 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
 	systemctl=systemd udevadm=udev fio=fio
-QEMU_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils
+# What demo and benchmarks do without.
+TEST_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race integration bench bench-report fuzz deps uml-deps proto proto-check rules clean
+.PHONY: build demo test lint unit race integration bench bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
@@ -28,7 +29,7 @@ demo: uml-deps # ends in one line; not 0 on any difference
 
 test: deps lint unit race integration
 
-lint: rules proto-check $(TOOLS)/staticcheck
+lint: rules proto-check bpf-check $(TOOLS)/staticcheck
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
 	go vet ./...
 	$(TOOLS)/staticcheck ./...
@@ -59,7 +60,7 @@ fuzz: # each fuzz test for FUZZTIME
 	  done; done
 
 deps: uml-deps # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
-	@integration/deps $(QEMU_DEPS)
+	@integration/deps $(TEST_DEPS)
 	go run ./integration/qemu/kernel
 
 uml-deps:
@@ -67,6 +68,8 @@ uml-deps:
 
 $(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
 	cd integration/tools && CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go install $$(go list tool | grep "/$*$$")
+
+generate: proto bpf # all generated code
 
 PROTOC = cd proto && PATH=$(CURDIR)/$(TOOLS):$$PATH protoc --go_out=$(1) --go_opt=paths=source_relative \
 	--go-grpc_out=$(1) --go-grpc_opt=paths=source_relative blockferry.proto
@@ -85,6 +88,20 @@ proto-compare: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
 	  diff -q -I '^// -* *	*protoc  *	*v' "$$file" "$$dir/$${file#proto/}" >/dev/null || \
 	    { echo "$$file is not what blockferry.proto generates: make proto"; exit 1; }; \
 	done
+
+# The same bytes on every machine: no paths, no debugging sections, one version of clang.
+CLANG_VERSION := 14
+BPFCC = cd blockdev/bpf/program && clang -target bpfel -mcpu=v3 -O2 -g -Wall -Wextra -Werror -Wno-unused-parameter \
+	-fdebug-prefix-map=$$PWD=. -c tracker.c -o $(1) && llvm-strip -g $(1)
+
+bpf: # needs clang 14 and llvm-strip
+	$(call BPFCC,tracker.o)
+
+bpf-check: # the committed object must be what the source compiles to
+	@if clang --version 2>/dev/null | grep -q 'version $(CLANG_VERSION)\.' && command -v llvm-strip >/dev/null; then \
+	  dir=$$(mktemp -d); trap 'rm -r "$$dir"' EXIT; ($(call BPFCC,"$$dir/tracker.o")); \
+	  cmp "$$dir/tracker.o" blockdev/bpf/program/tracker.o || { echo "blockdev/bpf/program/tracker.o is not what tracker.c compiles to: make bpf"; exit 1; }; \
+	else echo "no clang $(CLANG_VERSION) with llvm-strip: the programs of fine tracking not compared"; fi
 
 clean:
 	rm -rf bin .cache

@@ -68,7 +68,7 @@ func fakeKernel(t *testing.T) (k kernel, dev string) {
 	const ebs = "pci0000:00/0000:00:04.0/nvme/nvme0/nvme0n1"
 	device(ebs, 259, 0, map[string]string{
 		"size": "1000\n", "device/serial": "vol0123456789abcdef0 \n", "device/model": "Amazon Elastic Block Store              \n",
-		"wwid": "nvme.1d0f-766f6c30\n", "queue/iostats": "1\n",
+		"wwid": "nvme.1d0f-766f6c30\n", "queue/iostats": "1\n", "diskseq": "11\n", "mq/0/cpu_list": "0\n",
 		"stat": "  11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27\n",
 	})
 	device(ebs+"/nvme0n1p1", 259, 1, map[string]string{"size": "500", "start": "100", "partition": "1\n", "stat": "1 1 1 1 1 1 70 1 1 1 1 1 1 140 1"})
@@ -123,6 +123,30 @@ func TestIdentify(t *testing.T) {
 		if got, err := k.identify(path); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s is %+v, %v; want an error that names it", path, got, err)
 		}
+	}
+}
+
+func TestPlacement(t *testing.T) {
+	k, dev := fakeKernel(t)
+	for name, want := range map[string]Placement{
+		"nvme0n1":   {Major: 259, Sequence: 11, Requests: true},
+		"nvme0n1p2": {Major: 259, Sequence: 11, Requests: true, StartBytes: 600 * SectorSize},
+		"dm-0":      {Major: 253},
+	} {
+		got, err := k.placement(filepath.Join(dev, name))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if disk := filepath.Base(got.Dir); disk != strings.TrimSuffix(name, "p2") {
+			t.Errorf("%s stands on %s", name, disk)
+		}
+		if want.Dir = got.Dir; got != want {
+			t.Errorf("%s is at\n%+v, want\n%+v", name, got, want)
+		}
+	}
+	if got, err := k.placement(dev); err == nil {
+		t.Errorf("a folder is at %+v", got)
 	}
 }
 

@@ -46,10 +46,11 @@ type coverage struct {
 	step       func() // of tests; see exchange
 
 	// mu guards the rest. It is taken before exchanging.
-	mu    sync.Mutex
-	spare *takenLog
-	taken set // by the last exchange
-	open  set // since the last cut
+	mu        sync.Mutex
+	spare     *takenLog
+	taken     set    // by the last exchange
+	takenRest uint32 // and all that is kept from here on
+	open      set    // since the last cut
 	// wide says that the open set is all that is kept: what this process knows
 	// of it is not all, or too much to hold.
 	wide bool
@@ -65,7 +66,7 @@ type coverage struct {
 // changed before the first cut.
 func newCoverage(active, kept marks, head header, grain, length int64, room int) *coverage {
 	return &coverage{active: active, kept: kept, head: head, grain: grain, length: length, limit: memoryWords,
-		log: newTakenLog(room), spare: newTakenLog(room), reason: "no cut was sealed since tracking began"}
+		log: newTakenLog(room), spare: newTakenLog(room), takenRest: noRest, reason: "no cut was sealed since tracking began"}
 }
 
 // adopt goes on from what the header says. The caller has checked that it is of
@@ -104,26 +105,24 @@ func (c *coverage) fold() bool {
 	for i := range all {
 		all[i] = entry{log.index[i], log.word[i]}
 	}
-	c.taken = append(set(nil), all[log.last:]...)
-	if log.lastRest != noRest {
-		c.taken = union(c.taken, c.keptFrom(log.lastRest))
+	c.taken, c.takenRest = append(set(nil), all[log.last:]...), log.lastRest
+	if log.rest != noRest {
+		c.widen()
 	}
 	if c.wide {
 		return true
 	}
 	c.held -= len(c.open)
 	c.open = union(c.open, normal(all))
-	if log.rest != noRest {
-		c.open = union(c.open, c.keptFrom(log.rest))
-	}
 	c.held += len(c.open)
 	c.bound()
 	return true
 }
 
-func (c *coverage) keptFrom(index uint32) (s set) {
-	c.kept.eachFrom(index, func(i uint32, word uint64) { s = append(s, entry{i, word}) })
-	return s
+// widen makes the open set all that is kept.
+func (c *coverage) widen() {
+	c.held -= len(c.open)
+	c.open, c.wide = nil, true
 }
 
 // bound forgets the oldest sets, whose cuts are then answered from kept, until
@@ -135,7 +134,7 @@ func (c *coverage) bound() {
 		c.sets = c.sets[1:]
 	}
 	if c.held > c.limit {
-		c.held, c.open, c.wide = 0, nil, true
+		c.widen()
 	}
 	if len(c.sets) > mostSets {
 		a, b := c.sets[0], c.sets[1]
@@ -150,7 +149,7 @@ func (c *coverage) lastTaken() []blockdev.Extent {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fold()
-	return c.extents(c.taken)
+	return c.extents(c.taken, c.takenRest)
 }
 
 // appendTaken is lastTaken without allocating.
@@ -167,10 +166,14 @@ func (c *coverage) appendTaken(list []blockdev.Extent) ([]blockdev.Extent, bool)
 	return x.list, !x.full
 }
 
-func (c *coverage) extents(s set) []blockdev.Extent {
+// extents are a set's, and all that is kept from a word on.
+func (c *coverage) extents(s set, rest uint32) []blockdev.Extent {
 	x := extents{grain: c.grain, length: c.length}
 	for _, e := range s {
 		x.add(e.index, e.word)
+	}
+	if rest != noRest {
+		c.kept.eachFrom(rest, x.add)
 	}
 	return x.list
 }
@@ -249,7 +252,7 @@ func (c *coverage) changed(since, upTo uint64) ([]blockdev.Extent, error) {
 		return nil, nil
 	}
 	if since < c.from {
-		return c.extents(c.keptFrom(0)), nil
+		return c.extents(nil, 0), nil
 	}
 	var all []entry
 	for _, s := range c.sets {
@@ -257,7 +260,7 @@ func (c *coverage) changed(since, upTo uint64) ([]blockdev.Extent, error) {
 			all = append(all, s.set...)
 		}
 	}
-	return c.extents(normal(all)), nil
+	return c.extents(normal(all), noRest), nil
 }
 
 // forget moves the coverage's begin to a cut: first in the header, then what is

@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"errors"
+	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
 	"os"
@@ -25,6 +26,12 @@ func needKernel(t testing.TB) {
 		why = "not root"
 	} else if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
 		why = "this kernel has no BTF"
+	} else if dir := t.TempDir(); true {
+		if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
+			why = fmt.Sprintf("no bpffs: %v", err)
+		} else if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if why != "" && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
 		t.Skipf("fine tracking: %s", why)

@@ -14,15 +14,18 @@ import (
 const (
 	slotWritten = iota
 	slotDiscarded
-	slotZeroed
 	slotStrange
 	slotFull
 	slotFailed
 	slotWords = 8 // of one processor
 )
 
-// agreePatience is how long counts and statistics get to agree.
-const agreePatience = 10 * time.Millisecond
+const (
+	// agreePatience is how long counts and statistics get to agree.
+	agreePatience = 10 * time.Millisecond
+	// beginLook is how long both are watched before they are compared from there.
+	beginLook = 2 * time.Millisecond
+)
 
 // ledger compares the sectors that the programs counted with the disk's own
 // statistics. Both only grow, and the programs count a request before the kernel
@@ -131,19 +134,19 @@ func (l *ledger) kept() error {
 	return nil
 }
 
-// begin is the lead from which a coverage counts: the largest of several, as a
-// request in between makes it smaller, never larger. One that is too small
-// only finds a loss where there is none.
+// begin is the lead from which a coverage counts: the largest that is seen for a
+// while, as a request in between makes it smaller, never larger. One that is
+// too small only finds a loss where there is none.
 func (l *ledger) begin() (lead sectors, err error) {
-	seen := 0
-	for end := time.Now().Add(agreePatience); seen < 8 || time.Now().Before(end) && seen < 64; {
+	start, seen := time.Now(), 0
+	for seen < 8 || time.Since(start) < beginLook {
 		now, still, err := l.lead()
 		if err != nil {
 			return sectors{}, err
 		}
 		if !still {
-			if time.Now().After(end.Add(10 * agreePatience)) {
-				return sectors{}, fmt.Errorf("%s never stands still", l.stat.Name())
+			if time.Since(start) > 10*agreePatience {
+				return sectors{}, fmt.Errorf("%s: no moment in %s without writes", l.stat.Name(), 10*agreePatience)
 			}
 			continue
 		}

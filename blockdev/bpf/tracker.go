@@ -216,7 +216,7 @@ func (t *Tracker) MarkedBytes() int64 { return t.coverage.active.count() * t.whe
 // read; what is marked was taken all the same, and Seal decides.
 //
 // It can take 256 Ki words of 64 grains before somebody calls Taken or Seal;
-// beyond that, what is named may be too much.
+// beyond that, Taken and Changed name what was taken since the coverage began.
 func (t *Tracker) Exchange() error {
 	t.coverage.exchange()
 	t.mu.Lock()

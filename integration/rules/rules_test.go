@@ -34,7 +34,8 @@ const (
 var unsafeAllowed = []string{
 	"blockdev/dm/ioctl.go",
 	"blockdev/ioctl.go",
-	"blockdev/buffer.go", // an address, to see whether it is aligned
+	"blockdev/buffer.go",     // an address, to see whether it is aligned
+	"blockdev/bpf/memory.go", // memory shared with the kernel, as words
 }
 
 // layer is one room and whom it may know. Of several that fit, the longest
@@ -51,9 +52,10 @@ var layers = []layer{
 	{prefix: "protocol", may: []string{"protocol", "proto"}, inTests: []string{"blockdev/blocktest"}},
 	{prefix: "blockdev", may: []string{"blockdev"}},
 	// era reads metadata over an io.ReaderAt and knows no live device.
-	{prefix: "blockdev/era", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume"}},
+	{prefix: "blockdev/era", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/bpf", "blockdev/volume"}},
 	// The rooms below volume do not know the house that volume builds of them.
-	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era"}},
+	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era", "blockdev/bpf"}},
+	{prefix: "blockdev/bpf", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume", "blockdev/era"}},
 	{prefix: "cmd", may: []string{"cmd", "protocol", "proto", "blockdev"}, never: []string{"blockdev/blocktest"},
 		inTests: []string{"blockdev/blocktest"}},
 	{prefix: "integration", may: []string{""}},
@@ -145,6 +147,9 @@ func TestLayersObject(t *testing.T) {
 		{"blockdev/volume", "proto", true, false},
 		{"blockdev/era", "blockdev", false, true},
 		{"blockdev/era", "blockdev/dm", false, false},
+		{"blockdev/bpf", "blockdev", false, true},
+		{"blockdev/bpf", "blockdev/dm", false, false},
+		{"blockdev/volume", "blockdev/bpf", false, true},
 		{"cmd/blockferry", "blockdev/volume", false, true},
 		{"cmd/blockferry", "integration/uml", false, false},
 		{"proto", "protocol", false, false},

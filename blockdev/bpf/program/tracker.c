@@ -85,7 +85,6 @@ struct {
 enum {
 	SLOT_WRITTEN,   // sectors written, zeroed and erased
 	SLOT_DISCARDED, // sectors discarded
-	SLOT_ZEROED,    // those of written that were zeroed
 	SLOT_STRANGE,   // commands that may have changed what no sector number tells
 	SLOT_FULL,      // bios that did not fit into flying
 	SLOT_FAILED,    // marks that could not be made
@@ -199,8 +198,6 @@ INLINE int strange(u32 op)
 INLINE void count_sectors(u32 op, u64 sectors)
 {
 	count(op == OP_DISCARD ? SLOT_DISCARDED : SLOT_WRITTEN, sectors);
-	if (op == OP_WRITE_ZEROES)
-		count(SLOT_ZEROED, sectors);
 }
 
 // One discard request may hold several ranges far from each other: a chain of
