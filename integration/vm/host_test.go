@@ -14,8 +14,10 @@ func TestHostsShareTheirLimit(t *testing.T) {
 	t.Parallel()
 	log := filepath.Join(t.TempDir(), "log")
 	m := Machine{
-		Shared:  func(Guest) Mount { return Mount{} },
-		Command: func(Guest) []string { return []string{"/bin/sh", "-c", "echo begin >> " + log + "; sleep 0.2; echo end >> " + log} },
+		Shared: func(Guest) Mount { return Mount{} },
+		Command: func(Guest) []string {
+			return []string{"/bin/sh", "-c", "echo begin >> " + log + "; sleep 0.2; echo end >> " + log}
+		},
 	}
 	first, err := NewHost(m, 1, nil)
 	if err != nil {
