@@ -17,7 +17,7 @@ import (
 // The kernel that users have: Debian's, with preemption and two CPUs. It boots
 // once for all that is tested on it.
 func TestDebianKernel(t *testing.T) {
-	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Timeout: 5 * time.Minute}
+	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4"}, Timeout: 5 * time.Minute}
 	if !uml.Inside() {
 		mustHost(t, emulator)
 		tests, err := builtBPFTests()
@@ -29,7 +29,7 @@ func TestDebianKernel(t *testing.T) {
 	inQemu(t, g, func(t *testing.T) {
 		t.Run("HasWhatTestsNeed", checkDebianKernel)
 		t.Run("FrozenView", func(t *testing.T) { checkFrozenView(t, vd(0)) })
-		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 5) })
+		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 2) })
 		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
 		t.Run("TrackerBelowEra", func(t *testing.T) { checkTrackerBelowEra(t, vd(3)) })
 	})

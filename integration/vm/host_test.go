@@ -1,11 +1,47 @@
 package vm
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 )
+
+// Guests of a Host beside another count as that one's.
+func TestHostsShareTheirLimit(t *testing.T) {
+	t.Parallel()
+	log := filepath.Join(t.TempDir(), "log")
+	m := Machine{
+		Shared: func(Guest) Mount { return Mount{} },
+		Command: func(Guest) []string {
+			return []string{"/bin/sh", "-c", "echo begin >> " + log + "; sleep 0.2; echo end >> " + log}
+		},
+	}
+	first, err := NewHost(m, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	second, err := NewHost(m, 2, first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	var all sync.WaitGroup
+	for _, h := range []*Host{first, second, second} {
+		all.Go(func() {
+			if result, err := h.Run(t.Context(), Spec{}); !errors.Is(err, ErrNoEnd) || !result.Retried {
+				t.Errorf("%+v, %v", result, err) // what runs here is no guest, so it leaves no end mark
+			}
+		})
+	}
+	all.Wait()
+	if text, err := os.ReadFile(log); err != nil || string(text) != strings.Repeat("begin\nend\n", 6) {
+		t.Errorf("not one after another: %q, %v", text, err)
+	}
+}
 
 // Each Host sweeps what killed ones left, and must never take another's
 // folder for such, however new it is.
