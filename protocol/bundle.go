@@ -48,6 +48,44 @@ func (m *lent) release() {
 	}
 }
 
+// buffers is a fixed number of equal pieces of memory to lend. The one that
+// came back last goes out first: it is in the processor's cache, and what is
+// never needed is never made.
+type buffers struct {
+	size int
+	room chan struct{} // holds one for each buffer that is not lent
+	mu   sync.Mutex
+	free []*lent
+}
+
+func newBuffers(count, size int) *buffers {
+	s := &buffers{size: size, room: make(chan struct{}, count)}
+	for range count {
+		s.room <- struct{}{}
+	}
+	return s
+}
+
+// lend is for one who took from room.
+func (s *buffers) lend() *lent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.free)
+	if n == 0 {
+		return (&lent{b: make([]byte, s.size), back: s.back}).lend()
+	}
+	m := s.free[n-1]
+	s.free = s.free[:n-1]
+	return m.lend()
+}
+
+func (s *buffers) back(m *lent) {
+	s.mu.Lock()
+	s.free = append(s.free, m)
+	s.mu.Unlock()
+	s.room <- struct{}{}
+}
+
 // framePool is the memory of headers and packed payloads. What is not given
 // back is the garbage collector's.
 type framePool struct{ pool sync.Pool }

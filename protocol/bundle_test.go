@@ -220,9 +220,9 @@ func TestBulkMemory(t *testing.T) {
 					}
 				}
 				// gRPC gives back what it sent some time after it was received.
-				for end := time.Now().Add(10 * time.Second); len(l.buffers) < cap(l.buffers); time.Sleep(time.Millisecond) {
+				for end := time.Now().Add(10 * time.Second); len(l.buffers.room) < cap(l.buffers.room); time.Sleep(time.Millisecond) {
 					if time.Now().After(end) {
-						t.Fatalf("%d of %d buffers came back", len(l.buffers), cap(l.buffers))
+						t.Fatalf("%d of %d buffers came back", len(l.buffers.room), cap(l.buffers.room))
 					}
 				}
 			})

@@ -23,6 +23,13 @@ const MaxFramesBytes = MaxDataFrameBytes + MaxDataFrameBytes/BlockSize*FrameHead
 // ErrLinkSilent says that a replica answered nothing for too long.
 var ErrLinkSilent = errors.New("the replica does not answer")
 
+// LocalBatchBytes and LocalWindowBytes suit a replica of the same process: no
+// answer is waited for long, and what is small stays in the CPU's cache.
+const (
+	LocalBatchBytes  = 1 << 20
+	LocalWindowBytes = 8 << 20
+)
+
 // LinkConfig says whom a Link feeds and how. Zero values mean the defaults.
 type LinkConfig struct {
 	Volume     string // name, for messages
@@ -91,7 +98,7 @@ type Link struct {
 	stream  proto.Replication_ReplicateClient
 	cancel  context.CancelFunc
 	readers chan struct{}
-	buffers chan *lent // what is read into, BatchBytes each: all the memory of data there is
+	buffers *buffers // what is read into, BatchBytes each: all the memory of data there is
 	packers chan *packer
 	frames  *framePool
 
@@ -151,10 +158,7 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 	} else {
 		options = append(options, grpc.ForceCodecV2(frameCodec{}))
 	}
-	l.buffers = make(chan *lent, buffersPerBatch*cfg.Batches)
-	for range cap(l.buffers) {
-		l.buffers <- &lent{back: func(m *lent) { l.buffers <- m }} // allocated when it is first needed
-	}
+	l.buffers = newBuffers(buffersPerBatch*cfg.Batches, cfg.BatchBytes)
 	stop := context.AfterFunc(ctx, cancel)
 	fail := func(err error) (*Link, error) {
 		stop()

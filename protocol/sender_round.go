@@ -198,14 +198,10 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 
 // buffer is one to read into, once there is one.
 func (l *Link) buffer(ctx context.Context) (*lent, error) {
-	m, err := wait(ctx, l, l.buffers)
-	if err != nil {
+	if _, err := wait(ctx, l, l.buffers.room); err != nil {
 		return nil, err
 	}
-	if m.b == nil {
-		m.b = make([]byte, l.cfg.BatchBytes)
-	}
-	return m.lend(), nil
+	return l.buffers.lend(), nil
 }
 
 // read fills data with the batch's ranges, one after another. Many small

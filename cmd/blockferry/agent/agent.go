@@ -31,10 +31,6 @@ const (
 	stopLimit = 20 * time.Second
 	// retryEvery is how often something that is not there is looked for.
 	retryEvery = 5 * time.Second
-	// A local replica is as near as memory: more under way, and larger pieces,
-	// would only take memory out of the processor's caches.
-	localWindowBytes = 4 << 20
-	localBatchBytes  = 1 << 20
 	// retryRefused is the same, at most, for what was refused.
 	retryRefused = time.Minute
 )
@@ -83,7 +79,7 @@ func Run(ctx context.Context, o Options) error {
 		return exit.Mark(exit.Prerequisite, err)
 	}
 	defer a.dm.Close()
-	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: localWindowBytes})
+	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: protocol.LocalWindowBytes})
 	defer a.receiver.Close()
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
