@@ -10,14 +10,9 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
-<<<<<<< HEAD
-	systemctl=systemd udevadm=udev fio=fio clang=clang llvm-strip=llvm
-QEMU_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils
-=======
 	systemctl=systemd udevadm=udev fio=fio
 # What demo and benchmarks do without.
 TEST_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
->>>>>>> qemu
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 PROTO_DEPS := protoc=protobuf-compiler
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
@@ -66,11 +61,7 @@ fuzz: # each fuzz test for FUZZTIME
 	  done; done
 
 deps: uml-deps # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
-<<<<<<< HEAD
-	@integration/deps $(QEMU_DEPS) $(PROTO_DEPS)
-=======
-	@integration/deps $(TEST_DEPS)
->>>>>>> qemu
+	@integration/deps $(TEST_DEPS) $(PROTO_DEPS)
 	go run ./integration/qemu/kernel
 
 uml-deps:

@@ -32,10 +32,22 @@ type writePipe struct {
 	err      error
 }
 
-// applyRun is contiguous frames.
+// applyRun is contiguous frames: zeros, a copy of what they hold, or memory of
+// somebody else's that holds just that.
 type applyRun struct {
 	Range
-	buf *[]byte // what the range holds; nil: zeros
+	buf  *[]byte // a copy of what the range holds, or nil
+	raw  []byte  // what the range holds, as it lies in data; or nil
+	data *lent   // held for as long as it is read
+}
+
+// done gives the run's memory back.
+func (r *applyRun) done(runs *sync.Pool) {
+	if r.buf != nil {
+		runs.Put(r.buf)
+	}
+	r.data.release()
+	r.buf, r.raw, r.data = nil, nil, nil
 }
 
 // newRunPool is the memory that pipes and segment writers share, one after
@@ -54,34 +66,63 @@ func newWritePipe(store Store, base int64, dec *Decompressor, runs *sync.Pool) *
 	return p
 }
 
-// put takes a frame; its memory is the caller's again when put returns. The
-// error is the first any frame met.
-func (p *writePipe) put(f Frame) error {
-	data := f.Kind == FrameData
-	if r := p.run; r != nil && r.End() == f.Offset {
-		joined := r.Length + f.Length
-		mixed := joined <= applyRunBytes && (data || f.Length <= applyFill) && (r.buf != nil || r.Length <= applyFill)
-		if r.buf == nil && !data || mixed {
-			return p.extend(r, f)
-		}
+// put takes a frame. Its memory is the caller's again when put returns, but
+// for a raw payload that lies in data, which the pipe then holds until it is
+// written. The error is the first any frame met.
+func (p *writePipe) put(f Frame, data *lent) error {
+	if r := p.run; r != nil && r.End() == f.Offset && p.fits(r, f, data) {
+		return p.extend(r, f)
 	}
 	if err := p.submit(); err != nil {
 		return err
 	}
 	p.run = &applyRun{Range: Range{f.Offset, 0}}
+	if data != nil && f.Kind == FrameData && f.Codec == CodecNone {
+		p.run.data = data.hold()
+	}
 	return p.extend(p.run, f)
+}
+
+// fits says whether a frame at a run's end can be written with it.
+func (p *writePipe) fits(r *applyRun, f Frame, data *lent) bool {
+	isData, small, joined := f.Kind == FrameData, f.Length <= applyFill, r.Length+f.Length
+	switch {
+	case r.data != nil && isData:
+		return r.data == data && f.Codec == CodecNone && follows(r.raw, f.Payload)
+	case r.data != nil: // zeros that lie there too
+		n := int(r.Length)
+		return small && cap(r.raw)-n >= int(f.Length) && allZero(r.raw[n:joined])
+	case isData && data != nil && f.Codec == CodecNone:
+		return false
+	case r.buf == nil && !isData:
+		return true
+	}
+	return joined <= applyRunBytes && (isData || small) && (r.buf != nil || r.Length <= applyFill)
+}
+
+// follows says whether b begins right behind a, in the same piece of memory.
+func follows(a, b []byte) bool {
+	return len(b) > 0 && cap(a)-len(a) >= len(b) && &a[:len(a)+1][len(a)] == &b[0]
 }
 
 // extend adds a frame at a run's end.
 func (p *writePipe) extend(r *applyRun, f Frame) error {
-	data := f.Kind == FrameData
-	if data && r.buf == nil {
+	isData := f.Kind == FrameData
+	if r.data != nil {
+		if r.raw == nil {
+			r.raw = f.Payload[:0]
+		}
+		r.Length += f.Length
+		r.raw = r.raw[:r.Length]
+		return nil
+	}
+	if isData && r.buf == nil {
 		r.buf = p.runs.Get().(*[]byte)
 		clear((*r.buf)[:r.Length])
 	}
 	if r.buf != nil {
 		to := (*r.buf)[r.Length : r.Length+f.Length]
-		if !data {
+		if !isData {
 			clear(to)
 		} else if err := p.dec.Decode(to, f); err != nil {
 			return err
@@ -89,6 +130,14 @@ func (p *writePipe) extend(r *applyRun, f Frame) error {
 	}
 	r.Length += f.Length
 	return nil
+}
+
+// letGo submits what is being collected if it lies in somebody else's memory.
+func (p *writePipe) letGo() error {
+	if p.run == nil || p.run.data == nil {
+		return nil
+	}
+	return p.submit()
 }
 
 // submit hands the run being collected to the workers, after whatever it
@@ -139,14 +188,16 @@ func (p *writePipe) drain() error {
 func (p *writePipe) close() {
 	close(p.jobs)
 	p.wg.Wait()
+	if p.run != nil {
+		p.run.done(p.runs)
+		p.run = nil
+	}
 }
 
 func (p *writePipe) work() {
 	for r := range p.jobs {
 		err := p.write(r)
-		if r.buf != nil {
-			p.runs.Put(r.buf)
-		}
+		r.done(p.runs)
 		p.mu.Lock()
 		if err != nil && p.err == nil {
 			p.err = err
@@ -163,14 +214,17 @@ func (p *writePipe) work() {
 }
 
 func (p *writePipe) write(r *applyRun) error {
-	at := p.base + r.Offset
-	if r.buf == nil {
+	at, b := p.base+r.Offset, r.raw
+	if r.buf != nil {
+		b = (*r.buf)[:r.Length]
+	}
+	if b == nil {
 		if err := p.store.ZeroOut(at, r.Length); err != nil {
 			return fmt.Errorf("%s: zeros for %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
 		}
 		return nil
 	}
-	if _, err := p.store.WriteAt((*r.buf)[:r.Length], at); err != nil {
+	if _, err := p.store.WriteAt(b, at); err != nil {
 		return fmt.Errorf("%s: %d bytes at %d: %w", p.store.Name(), r.Length, at, err)
 	}
 	return nil

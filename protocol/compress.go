@@ -39,11 +39,23 @@ func ParseCodec(name string) (Codec, error) {
 	return 0, fmt.Errorf("unknown compression %q: want none, s2 or zstd", name)
 }
 
-// Compressor packs payloads. It is for one goroutine at a time.
+// Compressor packs payloads. When what it is given hardly shrinks it lets some
+// pass unpacked, then tries again. It is for one goroutine at a time.
 type Compressor struct {
-	codec Codec
-	zstd  *zstd.Encoder
+	codec   Codec
+	zstd    *zstd.Encoder
+	tried   int // bytes, since it last judged
+	saved   int // of them
+	letPass int // bytes still to pass unpacked
 }
+
+// Packing pays if it saves one part in packWorthwhile. It is judged after
+// packJudgeBytes tried; what hardly shrank lets packSkipBytes pass.
+const (
+	packWorthwhile = 32
+	packJudgeBytes = 4 << 20
+	packSkipBytes  = 60 << 20
+)
 
 // NewCompressor makes one for a codec; zstd runs at its fastest level.
 func NewCompressor(codec Codec) (*Compressor, error) {
@@ -68,6 +80,10 @@ func NewCompressor(codec Codec) (*Compressor, error) {
 // means that it would not shrink, and that nothing of use was appended.
 func (c *Compressor) appendTo(dst, data []byte) ([]byte, Codec) {
 	at := len(dst)
+	if c.letPass > 0 {
+		c.letPass -= len(data)
+		return dst, CodecNone
+	}
 	switch c.codec {
 	case CodecS2:
 		need := s2.MaxEncodedLen(len(data))
@@ -83,7 +99,16 @@ func (c *Compressor) appendTo(dst, data []byte) ([]byte, Codec) {
 	default:
 		return dst, CodecNone
 	}
-	if len(dst)-at >= len(data) {
+	packed := len(dst) - at
+	c.tried += len(data)
+	c.saved += max(0, len(data)-packed)
+	if c.tried >= packJudgeBytes {
+		if c.saved < c.tried/packWorthwhile {
+			c.letPass = packSkipBytes
+		}
+		c.tried, c.saved = 0, 0
+	}
+	if packed >= len(data) {
 		return dst[:at], CodecNone
 	}
 	return dst, c.codec

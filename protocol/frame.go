@@ -106,11 +106,7 @@ func AppendFrames(dst []byte, m FrameMeta, offset int64, data []byte, c *Compres
 		panic(fmt.Sprintf("protocol: frames of %d bytes at %d: not multiples of %d", len(data), offset, BlockSize))
 	}
 	for len(data) > 0 {
-		zero := allZero(data[:BlockSize])
-		n := BlockSize
-		for n < len(data) && (zero || n < DefaultDataFrameBytes) && allZero(data[n:n+BlockSize]) == zero {
-			n += BlockSize
-		}
+		n, zero := frameSpan(data)
 		if zero {
 			dst = AppendZeroFrames(dst, m, Range{offset, int64(n)})
 		} else {
@@ -120,6 +116,17 @@ func AppendFrames(dst []byte, m FrameMeta, offset int64, data []byte, c *Compres
 		data = data[n:]
 	}
 	return dst
+}
+
+// frameSpan is how many bytes at the front of data one frame takes, and
+// whether they are zeros.
+func frameSpan(data []byte) (n int, zero bool) {
+	zero = allZero(data[:BlockSize])
+	n = BlockSize
+	for n < len(data) && (zero || n < DefaultDataFrameBytes) && allZero(data[n:n+BlockSize]) == zero {
+		n += BlockSize
+	}
+	return n, zero
 }
 
 // AppendZeroFrames appends the frames that make a range zeros.
@@ -191,19 +198,35 @@ func (r *FrameReader) next(check func(Frame) error) (Frame, error) {
 }
 
 func parseFrame(b []byte) (Frame, error) {
+	f, payload, err := parseHeader(b)
+	if err != nil {
+		return Frame{}, err
+	}
+	rest := b[FrameHeaderBytes:]
+	if len(rest) < payload {
+		return Frame{}, fmt.Errorf("payload of %d bytes, only %d left", payload, len(rest))
+	}
+	f.Payload = rest[:payload:payload]
+	return f, nil
+}
+
+// parseHeader is the frame at the front of b without its payload, of which it
+// returns the length.
+func parseHeader(b []byte) (Frame, int, error) {
+	bad := func(format string, args ...any) (Frame, int, error) { return Frame{}, 0, fmt.Errorf(format, args...) }
 	if len(b) < FrameHeaderBytes {
-		return Frame{}, fmt.Errorf("%d bytes left, a header has %d", len(b), FrameHeaderBytes)
+		return bad("%d bytes left, a header has %d", len(b), FrameHeaderBytes)
 	}
 	h := b[:FrameHeaderBytes:FrameHeaderBytes]
 	le := binary.LittleEndian
 	if got := le.Uint32(h); got != frameMagic {
-		return Frame{}, fmt.Errorf("magic %#x, want %#x", got, uint32(frameMagic))
+		return bad("magic %#x, want %#x", got, uint32(frameMagic))
 	}
 	if got, want := le.Uint32(h[44:]), crc32c(h[:44]); got != want {
-		return Frame{}, fmt.Errorf("header checksum %#x, computed %#x", got, want)
+		return bad("header checksum %#x, computed %#x", got, want)
 	}
 	if h[4] != frameVersion || h[7] != 0 {
-		return Frame{}, fmt.Errorf("version %d (reserved %d), this program reads version %d", h[4], h[7], frameVersion)
+		return bad("version %d (reserved %d), this program reads version %d", h[4], h[7], frameVersion)
 	}
 	f := Frame{
 		FrameMeta: FrameMeta{Epoch: le.Uint64(h[16:]), Attempt: le.Uint32(h[8:]), Round: le.Uint32(h[12:])},
@@ -219,30 +242,25 @@ func parseFrame(b []byte) (Frame, error) {
 		limit = MaxDataFrameBytes
 		switch {
 		case f.Codec > CodecZstd:
-			return Frame{}, fmt.Errorf("unknown codec %d", f.Codec)
+			return bad("unknown codec %d", f.Codec)
 		case f.Codec == CodecNone && payload != f.Length, f.Codec != CodecNone && (payload == 0 || payload >= f.Length):
-			return Frame{}, fmt.Errorf("payload of %d bytes for %d bytes with codec %d", payload, f.Length, f.Codec)
+			return bad("payload of %d bytes for %d bytes with codec %d", payload, f.Length, f.Codec)
 		}
 	case FrameZero, FrameDiscard:
 		if f.Codec != CodecNone || payload != 0 {
-			return Frame{}, fmt.Errorf("kind %d with codec %d and %d payload bytes, want none", f.Kind, f.Codec, payload)
+			return bad("kind %d with codec %d and %d payload bytes, want none", f.Kind, f.Codec, payload)
 		}
 	default:
-		return Frame{}, fmt.Errorf("unknown kind %d", f.Kind)
+		return bad("unknown kind %d", f.Kind)
 	}
 	if f.Length == 0 || f.Length%BlockSize != 0 || f.Length > limit {
-		return Frame{}, fmt.Errorf("length %d, want a multiple of %d up to %d", f.Length, BlockSize, limit)
+		return bad("length %d, want a multiple of %d up to %d", f.Length, BlockSize, limit)
 	}
 	if offset%BlockSize != 0 || offset > uint64(1<<62) {
-		return Frame{}, fmt.Errorf("offset %d, want a multiple of %d", offset, BlockSize)
+		return bad("offset %d, want a multiple of %d", offset, BlockSize)
 	}
 	f.Offset = int64(offset)
-	rest := b[FrameHeaderBytes:]
-	if int64(len(rest)) < payload {
-		return Frame{}, fmt.Errorf("payload of %d bytes, only %d left", payload, len(rest))
-	}
-	f.Payload = rest[:payload:payload]
-	return f, nil
+	return f, int(payload), nil
 }
 
 func (f Frame) checkPayload() error {

@@ -285,3 +285,40 @@ func BenchmarkAppendFrames(b *testing.B) {
 		})
 	}
 }
+
+// What does not shrink is soon not packed any more, and is tried again later.
+func TestCompressorGivesUpForAWhile(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 5))
+	noise := make([]byte, DefaultDataFrameBytes)
+	for i := range noise {
+		noise[i] = byte(rng.Uint32())
+	}
+	text := bytes.Repeat([]byte("text"), len(noise)/4)
+	for _, codec := range []Codec{CodecS2, CodecZstd} {
+		c := compressor(t, codec)
+		packs := func() bool {
+			_, with := c.appendTo(nil, text)
+			return with == codec
+		}
+		if !packs() {
+			t.Fatalf("%v: text is not packed", codec)
+		}
+		for range 2 * packJudgeBytes / len(noise) {
+			c.appendTo(nil, noise)
+		}
+		if packs() {
+			t.Errorf("%v: goes on trying after %d bytes of noise", codec, 2*packJudgeBytes)
+		}
+		for range packSkipBytes / len(text) {
+			packs()
+		}
+		for range packJudgeBytes / len(text) {
+			if !packs() {
+				t.Fatalf("%v: text is not packed any more", codec)
+			}
+		}
+		if !packs() {
+			t.Errorf("%v: text that shrinks is let pass", codec)
+		}
+	}
+}

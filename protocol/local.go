@@ -23,27 +23,6 @@ const localMessages = 16
 // goroutines at once.
 func LocalClient(r *Receiver) proto.ReplicationClient { return localClient{r} }
 
-// framePool is the memory of Frames messages. Over gRPC it is free again when
-// the message was sent; within a process whoever gets the message gives it
-// back. What is not given back is the garbage collector's.
-type framePool struct{ pool sync.Pool }
-
-// frameMemoryBytes holds a message: MaxFramesBytes and some frame headers.
-const frameMemoryBytes = MaxFramesBytes + 64<<10
-
-func (p *framePool) get() []byte {
-	if b, ok := p.pool.Get().(*[]byte); ok {
-		return (*b)[:0]
-	}
-	return make([]byte, 0, frameMemoryBytes)
-}
-
-func (p *framePool) put(b []byte) {
-	if cap(b) >= frameMemoryBytes {
-		p.pool.Put(&b)
-	}
-}
-
 type localClient struct{ receiver *Receiver }
 
 func (c localClient) Replicate(ctx context.Context, _ ...grpc.CallOption) (grpc.BidiStreamingClient[proto.FromPrimary, proto.FromReplica], error) {

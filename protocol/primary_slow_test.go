@@ -33,9 +33,9 @@ func (s *windowSpy) NewStream(ctx context.Context, d *grpc.StreamDesc, method st
 }
 
 func (s *spyStream) SendMsg(m any) error {
-	if f := m.(*proto.FromPrimary).GetFrames(); f != nil {
+	if b, ok := m.(*proto.FromPrimary).Message.(*proto.FromPrimary_Bundle); ok {
 		s.spy.mu.Lock()
-		s.spy.under += int64(len(f.Data))
+		s.spy.under += int64(b.Bundle.(*bundle).bytes)
 		s.spy.most = max(s.spy.most, s.spy.under)
 		s.spy.messages++
 		s.spy.mu.Unlock()
@@ -188,8 +188,8 @@ func (c *slowConn) NewStream(ctx context.Context, d *grpc.StreamDesc, method str
 }
 
 func (s *slowStream) SendMsg(m any) error {
-	if f := m.(*proto.FromPrimary).GetFrames(); f != nil {
-		time.Sleep(time.Duration(len(f.Data)) * time.Second / time.Duration(s.c.perSecond))
+	if b, ok := m.(*proto.FromPrimary).Message.(*proto.FromPrimary_Bundle); ok {
+		time.Sleep(time.Duration(b.Bundle.(*bundle).bytes) * time.Second / time.Duration(s.c.perSecond))
 	}
 	return s.ClientStream.SendMsg(m)
 }

@@ -85,12 +85,11 @@ func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverCo
 	if err := n.recv.Add(name, rep); err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessageBytes))
+	server := grpc.NewServer(ServerOptions()...)
 	proto.RegisterReplicationServer(server, n.recv)
 	lis := bufconn.Listen(1 << 20)
 	go func() { _ = server.Serve(lis) }()
-	n.conn, err = grpc.NewClient("passthrough:///"+name, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessageBytes)),
+	n.conn, err = grpc.NewClient("passthrough:///"+name, append(DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			n.mu.Lock()
@@ -103,7 +102,7 @@ func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverCo
 				n.conns = append(n.conns, c)
 			}
 			return c, err
-		}))
+		}))...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -205,7 +205,6 @@ func (r *Receiver) Replicate(stream proto.Replication_ReplicateServer) error {
 	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil && p.Addr.String() != "" {
 		rs.from = p.Addr.String()
 	}
-	_, rs.local = stream.(localServer[proto.FromPrimary, proto.FromReplica])
 	// The reader ends with the stream, which ends when this function returns.
 	go rs.receive()
 
@@ -280,7 +279,6 @@ type receiverSession struct {
 	served   *servedReplica
 	from     string
 	welcomed bool
-	local    bool // messages are handed over: their memory is ours
 
 	messages chan *proto.FromPrimary // closed at the stream's end, after recvErr is set
 	recvErr  error
@@ -431,12 +429,11 @@ func (rs *receiverSession) perform(ctx context.Context, a SessionAction) error {
 		return rs.send(&proto.FromReplica{Message: &proto.FromReplica_Begun{
 			Begun: &proto.Begun{Epoch: a.Start.Epoch, Attempt: a.Start.Attempt}}})
 	case ActAppend:
-		n := len(a.Frames)
-		if err := rep.Append(ctx, 0, a.Frames); err != nil {
+		n := a.Frames.bytes
+		err := rep.appendBundle(ctx, 0, a.Frames, nil)
+		a.Frames.free()
+		if err != nil {
 			return rs.storage(err)
-		}
-		if rs.local {
-			rs.r.frames.put(a.Frames)
 		}
 		rs.ungranted += n
 		rs.r.note(rs.served, func(s *ReceiverSession) { s.ReceivedBytes += uint64(n) })

@@ -268,7 +268,7 @@ func (r *Replica) applySegments(ctx context.Context, pipe *writePipe, from ring,
 			if f.Round < rounds[0] || f.Round > rounds[1] {
 				return nil
 			}
-			return pipe.put(f)
+			return pipe.put(f, nil)
 		})
 		if err != nil {
 			return err

@@ -184,16 +184,25 @@ func (r *Replica) Abort() error {
 // order. When the journal has no room Append waits for applies, and returns
 // ErrJournalFull when these can't help. After an error the epoch can't be committed.
 func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
-	if stream < 0 || stream >= MaxStreams || len(frames) > MaxAppendBytes {
+	b, err := parseBundle(frames)
+	return r.appendBundle(ctx, stream, b, err)
+}
+
+// appendBundle is Append of what came as one message; it stays the caller's.
+// err is why it is no whole message.
+func (r *Replica) appendBundle(ctx context.Context, stream int, b *bundle, err error) error {
+	if stream < 0 || stream >= MaxStreams || b.bytes > MaxAppendBytes {
 		return fmt.Errorf("%s: append of %d bytes to stream %d: at most %d bytes, streams 0 to %d",
-			r.store.Name(), len(frames), stream, MaxAppendBytes, MaxStreams-1)
+			r.store.Name(), b.bytes, stream, MaxAppendBytes, MaxStreams-1)
 	}
 	r.mu.Lock()
 	inPlace := r.inPlace
 	r.mu.Unlock()
 	// What goes to the journal is unpacked once here, so that nothing is ever
 	// committed that can't be applied.
-	parsed, err := r.parse(frames, !inPlace)
+	if err == nil {
+		err = r.check(b, !inPlace)
+	}
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	o := r.open
@@ -204,7 +213,7 @@ func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
 		return o.broken
 	}
 	if err == nil {
-		err = r.append(ctx, o, stream, parsed)
+		err = r.append(ctx, o, stream, b)
 	}
 	if err != nil {
 		o.broken = fmt.Errorf("%s: epoch %d: %w", r.store.Name(), o.start.Epoch, err)
@@ -213,25 +222,25 @@ func (r *Replica) Append(ctx context.Context, stream int, frames []byte) error {
 	return nil
 }
 
-func (r *Replica) parse(frames []byte, unpack bool) (out []Frame, err error) {
+// check looks at the payloads on their arrival.
+func (r *Replica) check(b *bundle, unpack bool) error {
 	scratch := r.pool.Get().(*[]byte)
 	defer r.pool.Put(scratch)
-	for fr := NewFrameReader(frames); fr.More(); {
-		f, err := fr.Next()
-		if err != nil {
-			return nil, err
+	for _, f := range b.frames {
+		if err := f.checkPayload(); err != nil {
+			return fmt.Errorf("%w: %s", ErrBadFrame, err)
 		}
 		if unpack && f.Kind == FrameData && f.Codec != CodecNone {
 			if err := r.dec.Decode((*scratch)[:f.Length], f); err != nil {
-				return nil, err
+				return err
 			}
 		}
-		out = append(out, f)
 	}
-	return out, nil
+	return nil
 }
 
-func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, frames []Frame) error {
+func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundle) error {
+	frames := b.frames
 	for _, f := range frames {
 		if err := checkFrame(f, o.start.Epoch, o.start.Attempt, r.lay.size); err != nil {
 			return err
@@ -252,7 +261,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, frames [
 		o.digests[stream].Add(f.Header)
 	}
 	if o.pipe != nil {
-		return r.appendInPlace(o, frames)
+		return r.appendInPlace(o, b)
 	}
 	for _, f := range frames {
 		if err := r.roomFor(ctx, o, f); err != nil {
@@ -310,7 +319,8 @@ func (r *Replica) makeRoom(ctx context.Context, end uint64) error {
 	})
 }
 
-func (r *Replica) appendInPlace(o *openEpoch, frames []Frame) error {
+func (r *Replica) appendInPlace(o *openEpoch, b *bundle) error {
+	frames := b.frames
 	if !o.start.Full {
 		these := newTouched(r.lay.size)
 		for _, f := range frames {
@@ -329,9 +339,13 @@ func (r *Replica) appendInPlace(o *openEpoch, frames []Frame) error {
 		}
 	}
 	for _, f := range frames {
-		if err := o.pipe.put(f); err != nil {
+		if err := o.pipe.put(f, b.data); err != nil {
 			return r.pipeFailed(err)
 		}
+	}
+	// Nothing of b stays behind that no writer has: the sender may wait for it.
+	if err := o.pipe.letGo(); err != nil {
+		return r.pipeFailed(err)
 	}
 	return nil
 }

@@ -189,7 +189,7 @@ func (r *restorer) fill(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if err := w.put(f); err != nil {
+			if err := w.put(f, nil); err != nil {
 				return err
 			}
 			at += f.Length

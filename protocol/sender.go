@@ -11,15 +11,24 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"blockferry/proto"
 )
 
-// MaxFramesBytes is about how much one Frames message holds; a window is at
-// least this large.
-const MaxFramesBytes = 1 << 20
+// MaxFramesBytes is how much one Frames message holds, MaxDataFrameBytes of
+// data and their headers; a window is at least this large.
+const MaxFramesBytes = MaxDataFrameBytes + MaxDataFrameBytes/BlockSize*FrameHeaderBytes
 
 // ErrLinkSilent says that a replica answered nothing for too long.
 var ErrLinkSilent = errors.New("the replica does not answer")
+
+// LocalBatchBytes and LocalWindowBytes suit a replica of the same process: no
+// answer is waited for long, and what is small stays in the CPU's cache.
+const (
+	LocalBatchBytes  = 1 << 20
+	LocalWindowBytes = 8 << 20
+)
 
 // LinkConfig says whom a Link feeds and how. Zero values mean the defaults.
 type LinkConfig struct {
@@ -34,6 +43,10 @@ type LinkConfig struct {
 	Readers       int           // reads at once over all batches; 0: 16
 	AnswerTimeout time.Duration // the replica must say something while it is waited for; 0: 2 min
 }
+
+// buffersPerBatch is how many buffers there are for each batch worked on: one
+// to read into, the others still being written to the wire or to the replica.
+const buffersPerBatch = 3
 
 func (c LinkConfig) withDefaults() LinkConfig {
 	if c.BatchBytes <= 0 {
@@ -72,7 +85,9 @@ func (s LinkStats) sub(o LinkStats) LinkStats {
 type linkCounters struct{ marked, read, compared, sent, wire, check, frames atomic.Uint64 }
 
 // Link is one replica's session, seen from the primary. One goroutine at a
-// time calls its methods, but Stats, Welcome, Applied and Close.
+// time calls its methods, but Stats, Welcome, Applied and Close. Its memory is
+// at most 3 buffers of BatchBytes for each of Batches, and as much as the
+// replica's window for what is packed.
 type Link struct {
 	cfg     LinkConfig
 	welcome *proto.Welcome
@@ -83,9 +98,9 @@ type Link struct {
 	stream  proto.Replication_ReplicateClient
 	cancel  context.CancelFunc
 	readers chan struct{}
+	buffers *buffers // what is read into, BatchBytes each: all the memory of data there is
 	packers chan *packer
 	frames  *framePool
-	local   bool // the receiver gives the memory of frames back
 
 	done    chan struct{} // closed when the reader has ended
 	dead    chan struct{} // closed when the session ended
@@ -137,9 +152,13 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 		more: make(chan struct{}), pending: map[uint64]chan *proto.Differences{},
 	}
 	l.frames = &framePool{}
+	var options []grpc.CallOption
 	if c, ok := client.(localClient); ok {
-		l.frames, l.local = &c.receiver.frames, true
+		l.frames = &c.receiver.frames
+	} else {
+		options = append(options, grpc.ForceCodecV2(frameCodec{}))
 	}
+	l.buffers = newBuffers(buffersPerBatch*cfg.Batches, cfg.BatchBytes)
 	stop := context.AfterFunc(ctx, cancel)
 	fail := func(err error) (*Link, error) {
 		stop()
@@ -149,7 +168,7 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 		}
 		return nil, fmt.Errorf("replica %q: %w", cfg.Replica, err)
 	}
-	if l.stream, err = client.Replicate(streamCtx); err != nil {
+	if l.stream, err = client.Replicate(streamCtx, options...); err != nil {
 		return fail(err)
 	}
 	// An error of Send is told by Recv.
@@ -341,6 +360,11 @@ func (l *Link) sendLocked(m *proto.FromPrimary) error {
 // has said nothing at all for the answer timeout.
 func wait[T any](ctx context.Context, l *Link, c <-chan T) (T, error) {
 	var none T
+	select {
+	case v := <-c:
+		return v, l.Err()
+	default:
+	}
 	l.silence.wait(1)
 	defer l.silence.wait(-1)
 	heard := l.heard.Load()

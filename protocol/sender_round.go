@@ -2,7 +2,6 @@ package protocol
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"sync"
@@ -41,7 +40,7 @@ func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error)
 		return nil, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
 	}
 	meta := FrameMeta{Epoch: l.start.Epoch, Attempt: l.start.Attempt, Round: r.Number}
-	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data []byte, p *packer) error {
+	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, p *packer) error {
 		return l.sendBatch(ctx, r, meta, batch, data, p)
 	})
 }
@@ -52,8 +51,8 @@ func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range))
 	if !l.narrow {
 		return nil, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
 	}
-	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data []byte, _ *packer) error {
-		d, err := l.compareBatch(ctx, batch, data)
+	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, _ *packer) error {
+		d, err := l.compareBatch(ctx, batch, data.b[:totalBytes(batch)])
 		if err == nil && len(d) > 0 {
 			differs(d)
 		}
@@ -63,12 +62,21 @@ func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range))
 
 // packer is what one worker needs for a batch.
 type packer struct {
-	codec  *Compressor
-	data   []byte // BatchBytes, made at its first use
-	frames []byte
+	codec *Compressor
+	out   *bundle // the next message; nil: nothing is packed
 }
 
-type batchFunc func(ctx context.Context, batch []Range, data []byte, p *packer) error
+// drop forgets what is packed and not sent.
+func (p *packer) drop() {
+	if p.out != nil {
+		p.out.free()
+		p.out = nil
+	}
+}
+
+// batchFunc is told the ranges of a batch and the buffer that holds them, one
+// after another from its start.
+type batchFunc func(ctx context.Context, batch []Range, data *lent, p *packer) error
 
 // pass is one walk over a round's ranges.
 type pass struct {
@@ -137,17 +145,25 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 		working.Go(func() {
 			pk := <-l.packers
 			defer func() { l.packers <- pk }()
-			for batch := p.take(ctx); batch != nil; batch = p.take(ctx) {
-				if pk.data == nil {
-					pk.data = make([]byte, l.cfg.BatchBytes)
+			for {
+				data, err := l.buffer(ctx)
+				if err != nil {
+					cancel(err)
+					return
 				}
-				data := pk.data[:totalBytes(batch)]
-				err := l.read(ctx, r.Source, batch, data)
+				batch := p.take(ctx)
+				if batch == nil {
+					data.release()
+					return
+				}
+				err = l.read(ctx, r.Source, batch, data.b[:totalBytes(batch)])
 				p.readDone()
 				if err == nil {
 					err = do(ctx, batch, data, pk)
 				}
+				data.release()
 				if err != nil {
+					pk.drop()
 					cancel(err)
 					return
 				}
@@ -178,6 +194,14 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 		return nil, err
 	}
 	return p.batches.ranges, nil
+}
+
+// buffer is one to read into, once there is one.
+func (l *Link) buffer(ctx context.Context) (*lent, error) {
+	if _, err := wait(ctx, l, l.buffers.room); err != nil {
+		return nil, err
+	}
+	return l.buffers.lend(), nil
 }
 
 // read fills data with the batch's ranges, one after another. Many small
@@ -270,11 +294,8 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 	return out, nil
 }
 
-func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, data []byte, p *packer) error {
-	send := batch
-	if p.frames != nil {
-		p.frames = p.frames[:0] // an earlier round may have been given up
-	}
+func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []Range, in *lent, p *packer) error {
+	send, data := batch, in.b[:totalBytes(batch)]
 	l.mu.Lock()
 	compare := r.Narrow && l.narrow && l.advisor.worthwhile(int64(len(data)))
 	l.mu.Unlock()
@@ -292,6 +313,9 @@ func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []R
 		l.mu.Unlock()
 		send = uniteRanges(differ, again)
 	}
+	if totalBytes(send) < int64(len(data)/2) {
+		in = nil // copied: a little must not keep a whole buffer busy
+	}
 	// Each range to send lies within one of the batch's.
 	var at int64
 	i := 0
@@ -301,33 +325,30 @@ func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []R
 			i++
 		}
 		from := at + s.Offset - batch[i].Offset
-		if err := l.pack(ctx, meta, s, data[from:from+s.Length], p); err != nil {
+		if err := l.pack(ctx, meta, s, data[from:from+s.Length], in, p); err != nil {
 			return err
 		}
 	}
 	return l.flush(ctx, p)
 }
 
-// packBytes is how much is packed before a look at the message's size; with
-// its headers it fits into MaxFramesBytes.
-const packBytes = 512 << 10
-
-func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p *packer) error {
+// pack makes frames of data, which lies in a buffer if in is not nil.
+func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, in *lent, p *packer) error {
 	l.mu.Lock()
 	l.sent.add(r)
 	l.mu.Unlock()
 	l.count.sent.Add(uint64(r.Length))
 	for len(data) > 0 {
-		n := min(packBytes, len(data))
-		if len(p.frames)+n+n/BlockSize*FrameHeaderBytes > MaxFramesBytes {
+		n := min(MaxDataFrameBytes, len(data))
+		if p.out != nil && p.out.bytes+n+n/BlockSize*FrameHeaderBytes > MaxFramesBytes {
 			if err := l.flush(ctx, p); err != nil {
 				return err
 			}
 		}
-		if p.frames == nil {
-			p.frames = l.frames.get()
+		if p.out == nil {
+			p.out = &bundle{memory: l.frames.get(), pool: l.frames}
 		}
-		p.frames = AppendFrames(p.frames, meta, r.Offset, data[:n], p.codec)
+		p.out.add(meta, r.Offset, data[:n], p.codec, in)
 		data = data[n:]
 		r.Offset += int64(n)
 	}
@@ -336,27 +357,23 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, p
 
 // flush sends what is packed, as soon as the window has room for it.
 func (l *Link) flush(ctx context.Context, p *packer) error {
-	if len(p.frames) == 0 {
+	if p.out == nil {
 		return nil
 	}
-	if err := l.take(ctx, uint64(len(p.frames))); err != nil {
+	if err := l.take(ctx, uint64(p.out.bytes)); err != nil {
 		return err
 	}
 	l.sendMu.Lock()
 	defer l.sendMu.Unlock()
 	// The digest is over the frames in the order in which they leave.
-	for b := p.frames; len(b) > 0; {
-		l.digest.Add(b[:FrameHeaderBytes])
-		l.count.frames.Add(1)
-		b = b[FrameHeaderBytes+binary.LittleEndian.Uint32(b[36:]):]
+	for _, f := range p.out.frames {
+		l.digest.Add(f.Header)
 	}
-	l.count.wire.Add(uint64(len(p.frames)))
-	err := l.sendLocked(&proto.FromPrimary{Message: &proto.FromPrimary_Frames{Frames: &proto.Frames{Data: p.frames}}})
-	if !l.local {
-		l.frames.put(p.frames) // encoded by now
-	}
-	p.frames = nil
-	return err
+	l.count.frames.Add(uint64(len(p.out.frames)))
+	l.count.wire.Add(uint64(p.out.bytes))
+	b := p.out
+	p.out = nil // the receiver's, or the codec's
+	return l.sendLocked(b.message())
 }
 
 // take waits until the window has room for n bytes and takes it.

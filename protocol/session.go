@@ -64,7 +64,7 @@ type ActionKind int
 const (
 	ActWelcome ActionKind = iota + 1 // send Welcome; HashKey is the session's
 	ActBegin                         // Replica.Begin(Start), then send Begun
-	ActAppend                        // Replica.Append(Frames), then Granted and send Window
+	ActAppend                        // append Frames and free them, then Granted and send Window
 	ActCompare                       // answer from the committed image: Compare, Ranges
 	ActCommit                        // Replica.Commit(Commit), then Committed and send Committed, later Applied
 	ActAbort                         // Replica.Abort, then send Aborted
@@ -77,7 +77,7 @@ type SessionAction struct {
 	HashKey []byte
 	Peer    Lineage // ActWelcome: the primary's
 	Start   EpochStart
-	Frames  []byte
+	Frames  *bundle
 	Compare *proto.Compare
 	Ranges  []Range
 	Commit  EpochCommit
@@ -144,8 +144,8 @@ func (s *Session) step(m *proto.FromPrimary) (SessionAction, error) {
 	switch {
 	case m.GetBegin() != nil:
 		return s.begin(m.GetBegin())
-	case m.GetFrames() != nil:
-		return s.frames(m.GetFrames())
+	case isFrames(m):
+		return s.frames(m)
 	case m.GetCompare() != nil:
 		return s.compare(m.GetCompare())
 	case m.GetCommit() != nil:
@@ -251,21 +251,22 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 	return SessionAction{Kind: ActBegin, Start: s.start}, nil
 }
 
-func (s *Session) frames(f *proto.Frames) (SessionAction, error) {
+func (s *Session) frames(m *proto.FromPrimary) (SessionAction, error) {
 	if s.state != sessionOpen {
 		return SessionAction{}, outOfOrder("frames while no epoch is open")
 	}
-	if uint64(len(f.Data)) > s.window {
-		return SessionAction{}, outOfOrder("%d bytes of frames, the window has %d", len(f.Data), s.window)
+	b, err := bundleOf(m) // Replica.Append checks the payloads
+	if err != nil {
+		return SessionAction{}, outOfOrder("epoch %d: %v", s.start.Epoch, err)
 	}
-	if len(f.Data) > MaxAppendBytes {
-		return SessionAction{}, outOfOrder("%d bytes of frames in one message, at most %d are allowed", len(f.Data), MaxAppendBytes)
+	if uint64(b.bytes) > s.window {
+		return SessionAction{}, outOfOrder("%d bytes of frames, the window has %d", b.bytes, s.window)
 	}
-	for r := NewFrameReader(f.Data); r.More(); {
-		fr, err := r.NextHeader() // Replica.Append checks the payloads
+	if b.bytes > MaxAppendBytes {
+		return SessionAction{}, outOfOrder("%d bytes of frames in one message, at most %d are allowed", b.bytes, MaxAppendBytes)
+	}
+	for _, fr := range b.frames {
 		switch {
-		case err != nil:
-			return SessionAction{}, outOfOrder("epoch %d: %v", s.start.Epoch, err)
 		case fr.Epoch != s.start.Epoch || fr.Attempt != s.start.Attempt:
 			return SessionAction{}, outOfOrder("a frame of epoch %d, attempt %d; open is epoch %d, attempt %d", fr.Epoch, fr.Attempt, s.start.Epoch, s.start.Attempt)
 		case fr.Round < s.round || fr.Round >= MaxRounds:
@@ -276,8 +277,8 @@ func (s *Session) frames(f *proto.Frames) (SessionAction, error) {
 		s.round = fr.Round
 		s.digest.Add(fr.Header)
 	}
-	s.window -= uint64(len(f.Data))
-	return SessionAction{Kind: ActAppend, Frames: f.Data}, nil
+	s.window -= uint64(b.bytes)
+	return SessionAction{Kind: ActAppend, Frames: b}, nil
 }
 
 func (s *Session) compare(c *proto.Compare) (SessionAction, error) {

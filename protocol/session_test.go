@@ -198,7 +198,7 @@ func (r *sessionScript) do(line string) string {
 	case ActBegin:
 		return fmt.Sprintf("begin epoch=%d attempt=%d mode=%d full=%v lineage=%v", a.Start.Epoch, a.Start.Attempt, a.Start.Mode, a.Start.Full, a.Start.Lineage)
 	case ActAppend:
-		return fmt.Sprintf("append %d bytes", len(a.Frames))
+		return fmt.Sprintf("append %d bytes", a.Frames.bytes)
 	case ActCompare:
 		return fmt.Sprintf("compare %v", a.Ranges)
 	case ActCommit:

@@ -15,6 +15,18 @@ var figures = []figure{
 		measure: firstSync,
 	},
 	{
+		name:   "first-sync-natively",
+		about:  "a first full sync within one process, on loop devices over files in memory, against dd between the same two",
+		native: true, measure: firstSyncNatively,
+	},
+	{
+		name:  "stream-vs-tcp",
+		about: "what goes through a session over loopback, from a device in memory to a replica in memory, against one plain TCP connection",
+		note: "Beside what the plain connection does, the session's two ends copy each byte out of the source and into the replica, compute a checksum and check it. " +
+			"The journaled way writes each byte three times, reads it once and checks it three times more.",
+		native: true, measure: streamVersusTCP,
+	},
+	{
 		name:    "tracked-vs-raw",
 		about:   "a volume on which changes are marked (and all are, and replication is paused) against the bare disk",
 		measure: trackedVersusRaw,

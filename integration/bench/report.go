@@ -139,11 +139,11 @@ func (r report) page() string {
 		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
 	kernels := []string{}
 	for _, f := range r.Figures {
-		if !slices.Contains(kernels, f.GuestKernel) {
+		if f.GuestKernel != "" && !slices.Contains(kernels, f.GuestKernel) {
 			kernels = append(kernels, f.GuestKernel)
 		}
 	}
-	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
+	fmt.Fprintf(&b, "Measured, but where a figure says otherwise, in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
 		"There a system call costs more than elsewhere, disks are as fast as memory, and the clock ticks every 10 ms: absolute values say nothing about real disks, ratios of "+
 		"paired runs do, the two sides taking turns. Each row is a median; beside it the smallest and the largest of its runs.\n",
 		strings.Join(kernels, ", "), m.Storage)
@@ -152,6 +152,9 @@ func (r report) page() string {
 		how := ""
 		if f.Quick {
 			how = ", short runs"
+		}
+		if f.GuestKernel == "" {
+			how += ", on the machine itself, without a guest"
 		}
 		if f.HostLoad > 0 {
 			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)

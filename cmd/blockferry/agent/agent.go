@@ -34,10 +34,6 @@ const (
 	retryEvery = 5 * time.Second
 	// retryBusy is the same for a disk that somebody else has.
 	retryBusy = time.Second
-	// A local replica is as near as memory: more under way, and larger pieces,
-	// would only take memory out of the processor's caches.
-	localWindowBytes = 4 << 20
-	localBatchBytes  = 1 << 20
 	// retryRefused is the same, at most, for what was refused.
 	retryRefused = time.Minute
 )
@@ -88,7 +84,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		defer a.dm.Close()
 	}
-	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: localWindowBytes})
+	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: protocol.LocalWindowBytes})
 	defer a.receiver.Close()
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))

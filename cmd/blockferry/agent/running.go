@@ -43,7 +43,7 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 			return nil, err
 		}
 		c.Replicas = append(c.Replicas, protocol.ReplicaConfig{
-			Name: p.Name, Client: protocol.LocalClient(m.agent.receiver), Link: protocol.LinkConfig{Codec: codec, BatchBytes: localBatchBytes}, CatchUpInPlace: p.InPlace,
+			Name: p.Name, Client: protocol.LocalClient(m.agent.receiver), Link: protocol.LinkConfig{Codec: codec, BatchBytes: protocol.LocalBatchBytes}, CatchUpInPlace: p.InPlace,
 		})
 	}
 	var err error
