@@ -1,168 +1,185 @@
 package integration
 
 import (
-	"bytes"
 	"fmt"
-	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"blockferry/blockdev/blocktest"
 	"blockferry/cmd/blockferry/status"
-	"blockferry/integration/uml"
 )
 
-const (
-	attachedBytes = 128 << 20
-	pinsFolder    = "/sys/fs/bpf"
-)
-
-// onThisKernel ends a test that is none for a guest, or that this machine can't
-// do: it needs BPF, which the guests' kernel has not.
-func onThisKernel(t *testing.T) {
-	t.Helper()
-	if uml.Inside() {
-		t.Skip("not in a guest")
-	}
-	if host == nil && os.Getenv(requireVar) == "" {
-		t.Skip(errNoHost)
-	}
-	for _, path := range []string{"/sys/kernel/btf/vmlinux", "/dev/loop-control"} {
-		if _, err := os.Stat(path); err != nil || os.Geteuid() != 0 {
-			t.Skipf("not as user %d, and not without %s", os.Geteuid(), path)
+// A replica's disk may be away, fail, and come back: the volume and the other
+// replica go on, status says why it is behind and what to do, and what it
+// missed is sent without a full copy.
+func TestReplicaComesAndGoes(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		table := fmt.Sprintf("0 %d linear %s 0", sectors(t, ubd(2)), ubd(2))
+		broken := fmt.Sprintf("0 %d error", sectors(t, ubd(2)))
+		late := dmCreate(t, "late", table)
+		c := newCLI(t, oneReplica(ubd(0), ubd(1))+"      two:\n        device: "+late+"\n        compression: zstd\n")
+		c.must(t, "create")
+		run(t, "dmsetup", "remove", "late")
+		c.start(t)
+		replica := func(v status.Volume, name string) status.Replica {
+			for _, r := range v.Replicas {
+				if r.Name == name {
+					return r
+				}
+			}
+			t.Fatalf("no replica %s in %+v", name, v)
+			return status.Replica{}
 		}
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(pinsFolder, &st); err != nil {
-		t.Fatal(err)
-	}
-	if int64(st.Type) != unix.BPF_FS_MAGIC {
-		if err := unix.Mount("bpf", pinsFolder, "bpf", 0, ""); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = unix.Unmount(pinsFolder, unix.MNT_DETACH) })
-	}
-}
-
-// writeNoise replaces a file, durably.
-func writeNoise(t *testing.T, path string, size int, seed uint64) []byte {
-	t.Helper()
-	content := make([]byte, size)
-	rand.NewChaCha8([32]byte{byte(seed)}).Read(content)
-	file, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if _, err := file.Write(content); err != nil {
-		t.Fatal(err)
-	}
-	if err := file.Sync(); err != nil {
-		t.Fatal(err)
-	}
-	return content
-}
-
-// A device that is mounted and in use is replicated as it is. Its agent is
-// killed, and what is written meanwhile is all that is sent after. The disk is
-// lost, and comes back blank: the replica is not overwritten but restored from.
-func TestAttach(t *testing.T) {
-	for _, kind := range []string{"ext4", "xfs"} {
-		t.Run(kind, func(t *testing.T) {
-			onThisKernel(t)
-			size := int64(attachedBytes)
-			if kind == "xfs" { // takes nothing smaller
-				size = 320 << 20
-			}
-			ssd, ebs := blocktest.Loop(t, size), blocktest.Loop(t, size+96<<20)
-			dir := blocktest.FileSystem(t, kind, ssd)
-			c := newCLI(t, fmt.Sprintf(`volumes:
-  data:
-    device: %s
-    mode: attach
-    state-file: %s
-    interval: 200ms
-    stall-limit: 5s
-    replicas:
-      ebs: {device: %s, journal: 64MiB}
-`, ssd, filepath.Join(t.TempDir(), "state"), ebs))
-			c.refused(t, 2, []string{"blockferry attach data"}, "create")
-			writeNoise(t, filepath.Join(dir, "before"), 4<<20, 1)
-			c.must(t, "attach")
-			c.refused(t, 3, []string{"was attached before"}, "attach")
-			c.start(t)
-			upToDate := func(v status.Volume) bool { return v.Up && len(v.Replicas) == 1 && v.Replicas[0].Disk == "UpToDate" }
-			c.await(t, "replicated", time.Minute, upToDate)
-			c.must(t, "sync", "--wait")
-
-			_ = c.stop(t, syscall.SIGKILL)
-			content := writeNoise(t, filepath.Join(dir, "while nobody looked"), 1<<20, 2)
-			c.start(t)
-			c.await(t, "up again", time.Minute, func(v status.Volume) bool { return v.Up })
-			c.must(t, "sync", "--wait")
-			log := c.logText(t)
-			after := log[strings.LastIndex(log, "agent started"):]
-			if strings.Contains(after, "pinned") {
-				t.Errorf("what was pinned did not outlive the agent:\n%s", after)
-			} else if strings.Contains(after, "tracking begins anew") {
-				// Events do get lost on some kernels; then it is compared, and said.
-				t.Logf("no coverage to go on with: %s", after)
-			} else if !strings.Contains(after, `plan="incremental`) {
-				t.Errorf("after the kill it was not incremental:\n%s", after)
-			}
-			c.must(t, "verify")
-			c.must(t, "down")
-			if err := c.stop(t, syscall.SIGTERM); err != nil {
-				t.Errorf("the agent ended with %v", err)
-			}
-
-			if err := unix.Unmount(dir, 0); err != nil {
-				t.Fatal(err)
-			}
-			wipe(t, ssd, size)
-			c.start(t)
-			c.await(t, "found blank", time.Minute, func(v status.Volume) bool { return v.Stage == "blank" && strings.Contains(v.Advice, "restore") })
-			c.must(t, "restore")
-			if err := unix.Mount(ssd, dir, kind, 0, ""); err != nil {
-				t.Fatalf("the restored disk: %v", err)
-			}
-			got, err := os.ReadFile(filepath.Join(dir, "while nobody looked"))
-			if err != nil || !bytes.Equal(got, content) {
-				t.Errorf("restored: %d bytes, %v", len(got), err)
-			}
-			c.await(t, "replicated again", time.Minute, upToDate)
-			writeNoise(t, filepath.Join(dir, "after"), 1<<20, 3)
-			c.must(t, "sync", "--wait")
-			c.must(t, "verify")
-			if err := c.stop(t, syscall.SIGTERM); err != nil {
-				t.Errorf("the agent ended with %v", err)
-			}
+		v := c.await(t, "replicated to the one that is there", time.Minute, func(v status.Volume) bool {
+			return v.Up && replica(v, "ebs").Disk == "UpToDate" && replica(v, "two").Advice != ""
 		})
-	}
+		if two := replica(v, "two"); !strings.Contains(two.Reason, "/dev/mapper/late") || !strings.Contains(two.Advice, "attach the disk") || two.Disk != "DUnknown" {
+			t.Errorf("a replica that is away: %+v", two)
+		}
+		h := history{Seed: 14, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 100)
+		c.refused(t, 6, []string{"two"}, "sync", "--timeout", "3s")
+		c.refused(t, 3, []string{"in use"}, "down")
+
+		run(t, "dmsetup", "create", "late", "--table", table)
+		c.await(t, "up to date on both", 2*time.Minute, func(v status.Volume) bool {
+			return replica(v, "two").Position != nil && replica(v, "two").Connection == "Connected"
+		})
+		c.must(t, "sync", "--timeout", "60s")
+
+		dmSwap(t, "late", broken)
+		v = c.await(t, "aware of the broken disk", time.Minute, func(v status.Volume) bool {
+			return replica(v, "two").Connection != "Connected" && replica(v, "two").Reason != ""
+		})
+		if v.Role != "Primary" || !v.Up {
+			t.Errorf("a broken replica took the volume with it: %+v", v)
+		}
+		w.awaitWrites(t, 100)
+		epoch := replica(v, "ebs").Position.Epoch
+		c.await(t, "going on to the other replica", time.Minute, func(v status.Volume) bool {
+			return replica(v, "ebs").Position.Epoch > epoch+1
+		})
+		dmSwap(t, "late", table)
+		c.await(t, "connected again", 2*time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection == "Connected" })
+		last := w.stop(t)
+		out := c.must(t, "sync", "--timeout", "90s")
+		if !strings.Contains(out, "ebs") || !strings.Contains(out, "two") {
+			t.Errorf("sync: %s", out)
+		}
+		c.must(t, "verify")
+
+		// A new disk in its place: formatted alone, while the volume is up.
+		dmSwap(t, "late", broken)
+		w = startWriter(t, v.Path, h, last+1)
+		c.await(t, "aware that the disk is lost", time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection != "Connected" })
+		zeroDisk(t, ubd(2))
+		dmSwap(t, "late", table)
+		c.await(t, "told to format the new disk", time.Minute, func(v status.Volume) bool {
+			return strings.Contains(replica(v, "two").Advice, "create --replica two data")
+		})
+		c.refused(t, 3, []string{"in use"}, "create", "--replica", "ebs", "--discard-my-data")
+		c.must(t, "create", "--replica", "two")
+		c.await(t, "up to date on the new disk", 2*time.Minute, func(v status.Volume) bool { return replica(v, "two").Connection == "Connected" })
+		w.awaitWrites(t, 20)
+		last = w.stop(t)
+		c.must(t, "sync", "--timeout", "90s")
+		c.refused(t, 3, []string{"holds a replica", "--discard-my-data"}, "create", "--replica", "two")
+		c.must(t, "down")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		for _, d := range []string{ubd(1), late} {
+			c.must(t, "recover", d)
+			judgeDevice(t, d, h, last, last)
+		}
+	})
 }
 
-// wipe zeroes a device, as a new disk in a lost one's place is.
-func wipe(t *testing.T, path string, size int64) {
-	t.Helper()
-	file, err := os.OpenFile(path, os.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	zeros, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Munmap(zeros)
-	for at := int64(0); at < size; at += int64(len(zeros)) {
-		if _, err := file.WriteAt(zeros, at); err != nil {
-			t.Fatal(err)
+// The SSD is lost while the volume is up, and its machine lives on: the volume
+// goes down by force, soon, and is restored onto the disk that comes in its place.
+func TestDiskLostWhileUp(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		table := fmt.Sprintf("0 %d linear %s 0", sectors(t, ubd(0)), ubd(0))
+		ssd := dmCreate(t, "ssd", table)
+		c := newCLI(t, oneReplica(ssd, ubd(1)))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 15, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 200)
+		synced := w.acked()
+		c.must(t, "sync")
+		w.awaitWrites(t, 20)
+		dmSwap(t, "ssd", fmt.Sprintf("0 %d error", sectors(t, ubd(0))))
+		<-w.done // its writes fail: they do not hang
+		if w.err == nil {
+			t.Fatal("the writer saw no error")
 		}
-	}
+		issued := w.issued()
+		begun := time.Now()
+		c.refused(t, 3, nil, "restore") // it is up
+		c.must(t, "down", "--force")
+		if took := time.Since(begun); took > 30*time.Second {
+			t.Errorf("down --force took %v", took)
+		}
+		if _, err := os.Stat(v.Path); err == nil {
+			t.Errorf("%s is still there", v.Path)
+		}
+		zeroDisk(t, ubd(0))
+		dmSwap(t, "ssd", table)
+		if out := c.must(t, "restore"); !strings.Contains(out, "epoch") {
+			t.Errorf("restore names no epoch: %s", out)
+		}
+		v = c.await(t, "up to date again", time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, synced, issued)
+		c.must(t, "sync")
+		c.must(t, "verify")
+		c.must(t, "down")
+	})
+}
+
+// Promise 5: an SSD that was away while the volume lived on elsewhere does not
+// become writable again behind the replica's back.
+func TestStaleDiskIsRefused(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 300 << 20}, {Size: 300 << 20}, {Size: 300 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+		on := func(disk string) string { return fmt.Sprintf("0 %d linear %s 0", sectors(t, disk), disk) }
+		old, fresh := ubd(0), ubd(2)
+		ssd := dmCreate(t, "ssd", on(old))
+		c := newCLI(t, oneReplica(ssd, ubd(1)))
+		c.must(t, "create")
+		c.start(t)
+		v := c.await(t, "up to date", time.Minute, upToDate)
+		h := history{Seed: 16, Size: sectors(t, v.Path) * 512, MaxBytes: 64 << 10, Span: 16 << 20}
+		w := startWriter(t, v.Path, h, 1)
+		w.awaitWrites(t, 100)
+		k := w.stop(t)
+		c.must(t, "sync")
+		dmSwap(t, "ssd", fmt.Sprintf("0 %d error", sectors(t, old)))
+		c.must(t, "down", "--force")
+		dmSwap(t, "ssd", on(fresh))
+		c.must(t, "restore")
+		w = startWriter(t, v.Path, h, k+1)
+		w.awaitWrites(t, 100)
+		k = w.stop(t)
+		c.must(t, "sync")
+		c.must(t, "down")
+
+		dmSwap(t, "ssd", on(old))
+		before := digest(t, old)
+		c.refused(t, 3, []string{"out of date", "ebs"}, "up")
+		v = c.await(t, "refused, with what to do", time.Minute, func(v status.Volume) bool {
+			return !v.Up && strings.Contains(v.Advice, "restore --force --from ebs")
+		})
+		if digest(t, old) != before {
+			t.Error("the stale disk was written to")
+		}
+		c.must(t, "restore", "--force", "--from", "ebs")
+		v = c.await(t, "up to date from the replica", time.Minute, upToDate)
+		judgeDevice(t, v.Path, h, k, k)
+		c.must(t, "down")
+	})
 }
