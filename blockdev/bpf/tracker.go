@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -246,9 +247,9 @@ func (t *Tracker) AppendTaken(list []blockdev.Extent) ([]blockdev.Extent, bool) 
 func (t *Tracker) Seal(number uint64) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	why := t.lost
-	if why == "" {
-		why = t.check()
+	why := t.check()
+	if t.lost != "" && why != t.lost {
+		why = strings.TrimPrefix(why+"; "+t.lost, "; ")
 	}
 	t.agreed = false
 	if why == "" {
