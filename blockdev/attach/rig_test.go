@@ -348,7 +348,9 @@ func startWriters(t testing.TB, dir string, direct bool, pause time.Duration) *w
 	return w
 }
 
-func (w *writers) name(f *fileWriter) string { return filepath.Join(w.dir, fmt.Sprint("file ", f.seed)) }
+func (w *writers) name(f *fileWriter) string {
+	return filepath.Join(w.dir, fmt.Sprint("file ", f.seed))
+}
 
 func (w *writers) stop() {
 	w.stopping.Store(true)
