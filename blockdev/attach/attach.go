@@ -156,6 +156,11 @@ func (a *Attached) open() (err error) {
 	if err != nil {
 		return err
 	}
+	if len(list) == 0 {
+		if err := notHeld(o.Device); err != nil {
+			return err
+		}
+	}
 	if a.lock, err = blockdev.Lock(o.Device); err != nil {
 		return err
 	}
@@ -178,7 +183,7 @@ func (a *Attached) open() (err error) {
 		a.tracker.Void(a.lost)
 		_ = a.tracker.Seal(sealedNever) // says again why; the next cut begins anew
 	}
-	if a.lost != "" {
+	if a.lost != "" && a.lost != newDevice {
 		a.log.Warn("tracking begins anew: replicas will be compared in full", "reason", a.lost)
 	}
 	a.engine, err = precopy.New(precopy.Options{Source: a.disk, Tracker: a.tracker,
@@ -232,7 +237,7 @@ func (a *Attached) openState() error {
 	if was == nil {
 		rand.Read(now.UUID[:])
 		now.UUID[6], now.UUID[8] = now.UUID[6]&0x0f|0x40, now.UUID[8]&0x3f|0x80
-		a.lost = "it was not attached before"
+		a.lost = newDevice
 	} else {
 		if err := was.sameDevice(&now, o.Device, o.StateFile); err != nil {
 			return err
@@ -248,6 +253,9 @@ func (a *Attached) openState() error {
 	a.state = now
 	return a.changeState(func(*state) {})
 }
+
+// newDevice is why the tracking of a device without a state file begins.
+const newDevice = "it was not attached before"
 
 // sealedNever is no cut's number: it is below any.
 const sealedNever = 0

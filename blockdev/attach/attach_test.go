@@ -21,7 +21,7 @@ func TestCutIsOneMoment(t *testing.T) {
 				w := startWriters(t, dir, direct, 200*time.Microsecond)
 				w.await(500)
 				i := r.newImage(a)
-				for range 4 {
+				for range 3 {
 					w.await(300)
 					before := w.acked()
 					c := r.mustCut(a, i.at)

@@ -34,7 +34,7 @@ func TestStallBesideABareFreeze(t *testing.T) {
 					}
 					return time.Duration(longest)
 				}
-				for range 11 {
+				for range 9 {
 					w.await(50)
 					blocktest.Command(t, "sync", "-f", dir)
 					gapBare = append(gapBare, gap(func() {

@@ -98,12 +98,7 @@ func fileSystems(device string) ([]fileSystem, error) {
 		list[i].paths = append(list[i].paths, m.Path())
 	}
 	for _, f := range list {
-		if err := ownJournal(f); err != nil {
-			return refuse("%w", err)
-		}
-	}
-	if len(list) == 0 {
-		if err := notHeld(device); err != nil {
+		if err := ownJournal(device, f); err != nil {
 			return refuse("%w", err)
 		}
 	}
@@ -114,11 +109,16 @@ func fileSystems(device string) ([]fileSystem, error) {
 // ownJournal refuses an ext3 or ext4 whose journal is on another device. Its
 // superblock, from byte 1024: 92 features u32, of which 4 says that it has a
 // journal; 224 the journal's inode u32, 0 if it is elsewhere.
-func ownJournal(f fileSystem) error {
+func ownJournal(device string, f fileSystem) error {
 	if !strings.HasPrefix(f.kind, "ext") {
 		return nil
 	}
-	d, err := blockdev.OpenFile(filepath.Join("/dev", f.device), blockdev.OpenOptions{})
+	if name, err := kernelName(device); err != nil {
+		return err
+	} else if name != f.device {
+		device = filepath.Join("/dev", f.device) // a partition of it, or its disk
+	}
+	d, err := blockdev.OpenFile(device, blockdev.OpenOptions{})
 	if err != nil {
 		return err
 	}
@@ -135,11 +135,12 @@ func ownJournal(f fileSystem) error {
 }
 
 // notHeld refuses a device that is not mounted and yet claimed: as the log of a
-// file system elsewhere, or by a program.
+// file system elsewhere, or by a program. It claims it itself for a moment, in
+// which nobody can mount it, and so is not for each cut.
 func notHeld(device string) error {
 	f, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
 	if errors.Is(err, unix.EBUSY) {
-		return errors.New("it is not mounted, and yet somebody has claimed it: a program that opened it exclusively, or a file system elsewhere that keeps its log on it")
+		return fmt.Errorf("%s %w: it is not mounted, and yet somebody has claimed it: a program that opened it exclusively, or a file system elsewhere that keeps its log on it", device, ErrUser)
 	}
 	if err != nil {
 		return err

@@ -39,6 +39,10 @@ var ErrTooMuch = errors.New("too much changes for a cut within the stall budget"
 // still: the cut is void.
 var ErrWritten = errors.New("written to while writers were stopped")
 
+// ErrNotWhole says that a cut lacks what an earlier process had taken note of.
+// It is void, the next is not.
+var ErrNotWhole = errors.New("what changed before this process began is not in it")
+
 // ErrOutside says that a cut was asked for what it does not hold.
 var ErrOutside = errors.New("not in this cut")
 
@@ -259,12 +263,30 @@ func (e *Engine) Cut(ctx context.Context, r Request, stop Stopper) (*Cut, error)
 	if err == nil {
 		err = e.seal(r.Number)
 	}
+	if err == nil {
+		c.extents = e.pool.extents()
+		err = e.whole(r, c.extents)
+	}
 	if err != nil {
 		return nil, errors.Join(err, e.pool.reset())
 	}
-	c.extents = e.pool.extents()
 	e.cut = c
 	return c, nil
+}
+
+// whole says whether the cut holds all that the tracker names now that it is
+// sealed. An earlier process may have exchanged marks and ended before it
+// sealed a cut: only this seal makes them known.
+func (e *Engine) whole(r Request, holds []blockdev.Extent) error {
+	changed, err := e.o.Tracker.Changed(r.Since, r.Number)
+	if err != nil {
+		return err
+	}
+	want := blockdev.Clip(changed, e.o.Source.Size())
+	if missing := want.Total() - blockdev.Intersect(want, holds).Total(); missing > 0 {
+		return fmt.Errorf("%s: %w: %d bytes; the next cut holds them", e.o.Source.Name(), ErrNotWhole, missing)
+	}
+	return nil
 }
 
 func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) error {

@@ -412,6 +412,24 @@ func (c *counting) Stop(ctx context.Context, limit time.Duration, inside func() 
 	})
 }
 
+// A process that ended between an exchange and its seal leaves marks that only
+// the next seal makes known.
+func TestExchangeOfAnEarlierProcess(t *testing.T) {
+	e, _, m, g := prepared(t, Options{}, 8<<20)
+	m.mark(3*block, block)
+	if err := m.Exchange(); err != nil { // and it is killed
+		t.Fatal(err)
+	}
+	m.last = nil
+	if _, err := e.Cut(t.Context(), Request{Number: 2, Since: 1}, g); !errors.Is(err, ErrNotWhole) {
+		t.Errorf("without what was exchanged before: %v", err)
+	}
+	c, err := e.Cut(t.Context(), Request{Number: 3, Since: 1}, g)
+	if err != nil || blockdev.Total(c.Extents()) != block {
+		t.Errorf("the next: %v", err)
+	}
+}
+
 func TestSpeedIsFitted(t *testing.T) {
 	var s speed
 	if got := s.foretell(10, 40<<10); got < 500*time.Microsecond || got > 5*time.Millisecond {
