@@ -31,7 +31,7 @@ const (
 	stopLimit = 20 * time.Second
 	// retryEvery is how often something that is not there is looked for.
 	retryEvery = 5 * time.Second
-	// retryBusy is the same for a disk that somebody else has.
+	// retryBusy is the same for a disk that somebody else has, at first.
 	retryBusy = time.Second
 	// A local replica is as near as memory: more under way, and larger pieces,
 	// would only take memory out of the processor's caches.
