@@ -62,6 +62,25 @@ func TestIdentityExchangedDisks(t *testing.T) {
 		if before != [2][32]byte{digest(t, ssd), digest(t, ebs)} {
 			t.Error("a disk in the wrong place was written to")
 		}
+
+		// A blank SSD is not filled by itself from either of two volumes' replicas.
+		zeroDisk(t, ssd)
+		blank := digest(t, ssd)
+		c = newCLI(t, strings.Replace(oneReplica(ssd, ebs)+"      two:\n        device: "+ebs2+"\n", "    interval:", "    restore: auto\n    interval:", 1))
+		c.start(t)
+		v = c.await(t, "refused", 30*time.Second, func(v status.Volume) bool { return strings.Contains(v.Reason, "not restored by itself") })
+		for _, w := range []string{"replica 'ebs' on " + ebs + " holds volume", "replica 'two' on " + ebs2 + " holds volume", "check the paths"} {
+			if !strings.Contains(v.Reason, w) {
+				t.Errorf("'%s' is missing in: %s", w, v.Reason)
+			}
+		}
+		c.refused(t, 3, []string{"check the paths", "--from"}, "restore")
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		if digest(t, ssd) != blank {
+			t.Error("a blank disk was written to")
+		}
 	})
 }
 

@@ -32,7 +32,7 @@ const (
 	stopLimit = 20 * time.Second
 	// retryEvery is how often something that is not there is looked for.
 	retryEvery = 5 * time.Second
-	// retryBusy is the same for a disk that somebody else has.
+	// retryBusy is the same for a disk that somebody else has, at first.
 	retryBusy = time.Second
 	// retryRefused is the same, at most, for what was refused.
 	retryRefused = time.Minute

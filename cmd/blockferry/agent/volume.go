@@ -98,16 +98,19 @@ func (m *managed) run(ctx context.Context) {
 	defer replicas.Wait()
 	defer stop()
 	wait := retryEvery
+	before := stageStarting
 	for ctx.Err() == nil {
 		m.look(ctx)
-		switch m.at() {
-		case stageRefused:
-			wait = min(2*wait, retryRefused) // each try writes to the label
-		case stageBusy:
+		now := m.at()
+		switch {
+		case now == stageBusy && before != now:
 			wait = retryBusy // udev or blkid are done in a moment
+		case now == stageRefused, now == stageBusy:
+			wait = min(2*wait, retryRefused) // each try may write to the label
 		default:
 			wait = retryEvery
 		}
+		before = now
 		select {
 		case <-ctx.Done():
 		case <-m.poke:
