@@ -190,7 +190,7 @@ func (w *world) check(what string, got []blockdev.Extent, want []int64, exact bo
 
 func TestCoverageAgainstModel(t *testing.T) {
 	kills, exact := 0, 0
-	for seed := range uint64(1000) {
+	for seed := range uint64(400) {
 		w := newWorld(t, seed)
 		number := uint64(10)
 		for range 40 {
@@ -282,7 +282,7 @@ func TestCoverageAgainstModel(t *testing.T) {
 			}
 		}
 	}
-	if kills < 1000 || exact < 1000 {
+	if kills < 500 || exact < 500 {
 		t.Errorf("%d kills, %d exact answers: this test checks nothing", kills, exact)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -79,63 +80,76 @@ func TestEveryChangeIsNamed(t *testing.T) {
 			if c.length > 0 {
 				target.Offset, target.Length = c.offset, c.length
 			}
-			checkEveryWay(t, d, target)
+			checkEveryWay(t, d, target, "")
 		})
 	}
 }
 
-// The same on a device that BLOCKFERRY_BPF_DEVICE names: its path, and how many
-// bytes of it there are to change.
+// The same on a device that BLOCKFERRY_BPF_DEVICE names: its path, how many
+// bytes of it there are to change, and the ways that its statistics leave out.
 func TestEveryChangeOfADevice(t *testing.T) {
 	text := os.Getenv("BLOCKFERRY_BPF_DEVICE")
 	if text == "" {
 		t.Skip("no device was named")
 	}
+	text, uncounted, _ := strings.Cut(text, "\n")
 	var d disk
 	if _, err := fmt.Sscan(text, &d.path, &d.size); err != nil {
 		t.Fatal(err)
 	}
-	checkEveryWay(t, d, d.target(newPin(t)))
+	checkEveryWay(t, d, d.target(newPin(t)), uncounted)
 }
 
-func checkEveryWay(t *testing.T, d disk, target Target) {
+// checkEveryWay expects an answer for each way but those that the disk's
+// statistics leave out: of each of them, that it is not covered.
+func checkEveryWay(t *testing.T, d disk, target Target, uncounted string) {
 	t.Helper()
 	tracker := open(t, target)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1))
 	d.fio(t, "--ioengine=psync", "--direct=1", "--rw=write", "--bs=1m") // something to discard
 	cut := covered(t, tracker, 1)
-	answers := 0
 	for _, way := range ways {
-		before := d.sums(t)
-		touched := way.do(t, d, rng)
-		after := d.sums(t)
-		ok := seal(t, tracker, cut+1)
-		taken := tracker.Taken()
-		if !ok {
-			cut = covered(t, tracker, cut+2)
-			continue // a loss that was reported
-		}
-		named := changed(t, tracker, cut, cut+1)
-		cut++
-		answers++
-		if len(differing(before, after)) == 0 {
-			t.Logf("%s changed nothing", way.name)
-			continue
-		}
-		mustName(t, named, volumePart(target, differing(before, after)))
-		mustName(t, taken, volumePart(target, differing(before, after)))
-		if touched == nil {
-			continue
-		}
-		touched = volumePart(target, touched)
-		for grain := range grainsOf(named) {
-			if !touched[grain] {
-				t.Fatalf("%s: block %d is named and was not written", way.name, grain)
+		// A loss that was reported is an answer, one that comes each time is a
+		// kind of change that is not followed.
+		for try := 0; ; try++ {
+			before := d.sums(t)
+			touched := way.do(t, d, rng)
+			differ := differing(before, d.sums(t))
+			ok := seal(t, tracker, cut+1)
+			taken := tracker.Taken()
+			if strings.Contains(uncounted, way.name) {
+				if ok {
+					t.Errorf("%s is counted", way.name)
+				}
+				cut = covered(t, tracker, cut+2)
+				break
 			}
+			if !ok && try < 3 {
+				cut = covered(t, tracker, cut+2)
+				continue
+			}
+			if !ok {
+				t.Fatalf("%s: lost each time", way.name)
+			}
+			named := changed(t, tracker, cut, cut+1)
+			cut++
+			if len(differ) == 0 {
+				t.Logf("%s changed nothing", way.name)
+				break
+			}
+			mustName(t, named, volumePart(target, differ))
+			mustName(t, taken, volumePart(target, differ))
+			if touched == nil {
+				break
+			}
+			touched = volumePart(target, touched)
+			for grain := range grainsOf(named) {
+				if !touched[grain] {
+					t.Fatalf("%s: block %d is named and was not written", way.name, grain)
+				}
+			}
+			break
 		}
-	}
-	if answers < len(ways)/2 {
-		t.Errorf("of %d cuts %d were covered: this test checks little", len(ways), answers)
 	}
 }
 

@@ -90,6 +90,7 @@ type takenLog struct {
 	// exchange and in the last: from there on all that is kept counts as taken.
 	// noRest when all had room.
 	rest, lastRest uint32
+	near           uint64 // see exchangeLines
 }
 
 const noRest = ^uint32(0)
@@ -128,29 +129,56 @@ func (l *takenLog) add(index uint32, word uint64) {
 // mend, at the next start, finds them.
 func exchange(active, kept marks, log *takenLog, step func()) {
 	log.exchanged, log.last, log.lastRest = true, log.used, noRest
-	warm(active, kept)
+	var batch [batchLines]int
+	n := 0
 	for s := range active.lines {
-		set := atomic.LoadUint64(&active.lines[s])
+		set := active.line(s)
 		if set == 0 {
 			continue
 		}
 		visible(step)
-		atomic.OrUint64(&kept.lines[s], set)
-		visible(step)
+		if kept.line(s)&set != set {
+			atomic.OrUint64(&kept.lines[s], set)
+			visible(step)
+		}
 		atomic.AndUint64(&active.lines[s], ^set)
 		for ; set != 0; set &= set - 1 {
-			first := (s*wordBits + bits.TrailingZeros64(set)) * lineWords
-			for i := first; i < first+lineWords; i++ {
-				w := atomic.LoadUint64(&active.words[i])
-				if w == 0 {
-					continue
-				}
-				visible(step)
-				atomic.OrUint64(&kept.words[i], w)
-				log.add(uint32(i), w)
-				visible(step)
-				atomic.AndUint64(&active.words[i], ^w)
+			if n == len(batch) {
+				exchangeLines(active, kept, log, batch[:n], step)
+				n = 0
 			}
+			batch[n] = (s*wordBits + bits.TrailingZeros64(set)) * lineWords
+			n++
+		}
+	}
+	exchangeLines(active, kept, log, batch[:n], step)
+}
+
+// batchLines is how many lines are fetched at once.
+const batchLines = 64
+
+// exchangeLines does it for lines, each given by its first word. It reads all
+// of them first: the processor fetches many lines at once when nothing waits
+// for them, while each atomic operation waits for the one before.
+func exchangeLines(active, kept marks, log *takenLog, lines []int, step func()) {
+	var near uint64
+	for _, first := range lines {
+		near += atomic.LoadUint64(&active.words[first]) + atomic.LoadUint64(&kept.words[first])
+	}
+	log.near = near // so that the loads are not left out
+	for _, first := range lines {
+		for i := first; i < first+lineWords; i++ {
+			w := atomic.LoadUint64(&active.words[i])
+			if w == 0 {
+				continue
+			}
+			visible(step)
+			if atomic.LoadUint64(&kept.words[i])&w != w {
+				atomic.OrUint64(&kept.words[i], w)
+			}
+			log.add(uint32(i), w)
+			visible(step)
+			atomic.AndUint64(&active.words[i], ^w)
 		}
 	}
 }
@@ -159,20 +187,6 @@ func visible(step func()) {
 	if step != nil {
 		step()
 	}
-}
-
-// warm reads the lines that an exchange will touch. The processor fetches many
-// at once when nothing waits for them; the atomic operations after it, each of
-// which waits for the one before, then find them near.
-func warm(active, kept marks) uint64 {
-	var sum uint64
-	for s := range active.lines {
-		for set := active.line(s); set != 0; set &= set - 1 {
-			first := (s*wordBits + bits.TrailingZeros64(set)) * lineWords
-			sum += atomic.LoadUint64(&active.words[first]) + atomic.LoadUint64(&kept.words[first])
-		}
-	}
-	return sum
 }
 
 func (m marks) line(s int) uint64 { return atomic.LoadUint64(&m.lines[s]) }

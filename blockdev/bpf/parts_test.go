@@ -36,6 +36,15 @@ func newFakeDisk(t *testing.T) *fakeDisk {
 	return d
 }
 
+// after does something before a later look.
+func (d *fakeDisk) after(looks int, do func()) {
+	d.look = func() {
+		if looks--; looks == 0 {
+			do()
+		}
+	}
+}
+
 // shows writes it in place and at once, as a file of sysfs changes.
 func (d *fakeDisk) shows(written, discarded uint64) {
 	d.t.Helper()
@@ -82,16 +91,10 @@ func TestLedger(t *testing.T) {
 	// A request that was counted reaches the statistics in time.
 	d.shows(1150, 8)
 	d.counts[slotWritten] += 8
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		time.Sleep(agreePatience / 10)
-		d.shows(1158, 8)
-	}()
+	d.after(3, func() { d.shows(1158, 8) })
 	if why := d.agree(begin); why != "" {
 		t.Errorf("a request in between: %s", why)
 	}
-	<-done
 	if v, more, err := d.compare(sectors{1000, 0}); v != differs || more.discarded != 1 || err != nil {
 		t.Errorf("compared once: %v, %+v, %v", v, more, err)
 	}
@@ -103,18 +106,13 @@ func TestLedgerBegin(t *testing.T) {
 	d := newFakeDisk(t)
 	d.shows(1000, 0)
 	d.counts[slotWritten] = 8
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		time.Sleep(beginLook / 2)
+	d.after(3, func() {
 		d.shows(1008, 0)
-		time.Sleep(beginLook / 4)
-		d.shows(1007, 0) // the next one
-	}()
+		d.after(3, func() { d.shows(1007, 0) }) // the next one
+	})
 	if begin, err := d.begin(); err != nil || begin.written != 1000 {
 		t.Errorf("begins with a lead of %+v, %v", begin, err)
 	}
-	<-done
 }
 
 func TestLedgerNeedsStatistics(t *testing.T) {

@@ -21,10 +21,12 @@ const (
 )
 
 const (
-	// agreePatience is how long counts and statistics get to agree.
+	// agreePatience is how long counts and statistics get to agree, in at least
+	// fewestLooks.
 	agreePatience = 10 * time.Millisecond
 	// beginLook is how long both are watched before they are compared from there.
-	beginLook = 2 * time.Millisecond
+	beginLook   = 2 * time.Millisecond
+	fewestLooks = 8
 )
 
 // ledger compares the sectors that the programs counted with the disk's own
@@ -37,6 +39,7 @@ type ledger struct {
 	stat    *os.File // the disk's
 	iostats *os.File
 	buffer  [512]byte
+	look    func() // of tests: before each look at both
 }
 
 func openLedger(dir string, counts []uint64) (*ledger, error) {
@@ -84,6 +87,9 @@ func (l *ledger) trouble() uint64 { return l.sum(slotStrange) + l.sum(slotFull) 
 // that nothing was counted while they were read, without which it says nothing.
 // It allocates nothing unless it fails.
 func (l *ledger) lead() (lead sectors, still bool, err error) {
+	if l.look != nil {
+		l.look()
+	}
 	before := l.counted()
 	statistics, err := l.statistics()
 	if err != nil {
@@ -139,7 +145,7 @@ func (l *ledger) kept() error {
 // too small only finds a loss where there is none.
 func (l *ledger) begin() (lead sectors, err error) {
 	start, seen := time.Now(), 0
-	for seen < 8 || time.Since(start) < beginLook {
+	for seen < fewestLooks || time.Since(start) < beginLook {
 		now, still, err := l.lead()
 		if err != nil {
 			return sectors{}, err
@@ -187,14 +193,15 @@ func (l *ledger) compare(begin sectors) (v verdict, more sectors, err error) {
 // agree compares until both agree, for agreePatience at most; the answer is why
 // they do not, or "".
 func (l *ledger) agree(begin sectors) string {
-	for end := time.Now().Add(agreePatience); ; {
+	end := time.Now().Add(agreePatience)
+	for looks := 1; ; looks++ {
 		v, more, err := l.compare(begin)
 		switch {
 		case err != nil:
 			return err.Error()
 		case v == agrees:
 			return ""
-		case v == differs || time.Now().After(end):
+		case v == differs || looks >= fewestLooks && time.Now().After(end):
 			return differenceOf(more)
 		}
 	}
