@@ -20,6 +20,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/blocktest"
+	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/deadman"
 )
 
@@ -140,10 +141,31 @@ func (r *rig) mustCut(a *Attached, since uint64) *Cut {
 		r.t.Logf("again: %v", err)
 		c, err = r.cut(a, since)
 	}
+	if errors.Is(err, bpf.ErrUncovered) {
+		lostEvents.Add(1)
+		r.t.Skipf("begun anew: %v", err)
+	}
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	return c
+}
+
+// lostEvents counts the cuts of tests for which the kernel had lost events.
+var lostEvents atomic.Int64
+
+// unlessLost runs a test again in which events were lost, and said to be. If they
+// are each time it fails.
+func unlessLost(t *testing.T, test func(t *testing.T)) {
+	t.Helper()
+	for range 5 {
+		before := lostEvents.Load()
+		t.Run("try", test)
+		if lostEvents.Load() == before {
+			return
+		}
+	}
+	t.Error("events were lost each time")
 }
 
 // image is a copy of the device, brought up to date cut by cut.

@@ -123,143 +123,149 @@ func (r *rig) usage(t *testing.T, mounts []blockdev.Mount, others []blockdev.Use
 // A user that comes while the device is attached stands in the way of the next
 // cut, not of what was attached.
 func TestUserThatComesLater(t *testing.T) {
-	r := newRig(t, 64<<20)
-	blocktest.FileSystem(t, "ext4", r.device)
-	a := r.open()
-	base := r.base(a)
-	t.Run("comes", func(t *testing.T) {
-		blocktest.LoopOver(t, r.device)
-		if _, err := r.cut(a, base); !errors.Is(err, ErrUser) {
-			t.Errorf("with a second loop device: %v", err)
+	unlessLost(t, func(t *testing.T) {
+		r := newRig(t, 64<<20)
+		blocktest.FileSystem(t, "ext4", r.device)
+		a := r.open()
+		base := r.base(a)
+		t.Run("comes", func(t *testing.T) {
+			blocktest.LoopOver(t, r.device)
+			if _, err := r.cut(a, base); !errors.Is(err, ErrUser) {
+				t.Errorf("with a second loop device: %v", err)
+			}
+		})
+		r.mustCut(a, base).Release()
+		// One that comes between the look and the freeze.
+		was := usage
+		defer func() { usage = was }()
+		calls := 0
+		usage = func(device string) ([]blockdev.Mount, []blockdev.Use, error) {
+			mounts, others, err := was(device)
+			if calls++; calls > 1 {
+				mounts = append(mounts, blockdev.Mount{Point: "/late", Device: filepath.Base(r.device), Number: "7:99", Type: "xfs"})
+			}
+			return mounts, others, err
+		}
+		if _, err := r.cut(a, base); !errors.Is(err, errMounts) {
+			t.Errorf("a file system that came meanwhile: %v", err)
+		}
+		// Another stands at its place by the time it is opened.
+		usage = was
+		list, err := fileSystems(r.device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocktest.MountOn(t, list[0].points[0], "ext4", blocktest.Loop(t, 64<<20))
+		if f, err := list[0].open(); !errors.Is(err, errMounts) {
+			t.Errorf("opened another file system in its place: %v, %v", f, err)
 		}
 	})
-	r.mustCut(a, base).Release()
-	// One that comes between the look and the freeze.
-	was := usage
-	defer func() { usage = was }()
-	calls := 0
-	usage = func(device string) ([]blockdev.Mount, []blockdev.Use, error) {
-		mounts, others, err := was(device)
-		if calls++; calls > 1 {
-			mounts = append(mounts, blockdev.Mount{Point: "/late", Device: filepath.Base(r.device), Number: "7:99", Type: "xfs"})
-		}
-		return mounts, others, err
-	}
-	if _, err := r.cut(a, base); !errors.Is(err, errMounts) {
-		t.Errorf("a file system that came meanwhile: %v", err)
-	}
-	// Another stands at its place by the time it is opened.
-	usage = was
-	list, err := fileSystems(r.device)
-	if err != nil {
-		t.Fatal(err)
-	}
-	blocktest.MountOn(t, list[0].points[0], "ext4", blocktest.Loop(t, 64<<20))
-	if f, err := list[0].open(); !errors.Is(err, errMounts) {
-		t.Errorf("opened another file system in its place: %v, %v", f, err)
-	}
 }
 
 // What is mounted may change while the device is attached.
 func TestMountsChange(t *testing.T) {
-	r := newRig(t, 64<<20)
-	dir := blocktest.FileSystem(t, "ext4", r.device)
-	a := r.open()
-	i := r.newImage(a)
-	put := func(dir, name string) {
-		t.Helper()
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(name), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// cut takes one and looks for the files that should be there.
-	cut := func(frozen int, names ...string) {
-		t.Helper()
-		i.apply(r.mustCut(a, i.at))
-		if s := a.Stats(); len(s.Frozen) != frozen {
-			t.Errorf("froze %v, want %d file systems", s.Frozen, frozen)
-		}
-		i.mounted("ext4", func(dir string) {
-			for _, name := range names {
-				if text, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(text) != name {
-					t.Errorf("%s: '%s', %v", name, text, err)
-				}
-			}
-		})
-	}
-	put(dir, "one")
-	cut(1, "one")
-	again := blocktest.Mount(t, "ext4", r.device, 0) // the same file system, at a second place
-	put(again, "two")
-	cut(1, "one", "two")
-	// Mount namespaces that begin meanwhile, of whoever else is on this machine,
-	// have a copy of each mount.
-	unmount := func(dirs ...string) {
-		t.Helper()
-		for _, d := range dirs {
-			if err := unix.Unmount(d, 0); err != nil {
+	unlessLost(t, func(t *testing.T) {
+		r := newRig(t, 64<<20)
+		dir := blocktest.FileSystem(t, "ext4", r.device)
+		a := r.open()
+		i := r.newImage(a)
+		put := func(dir, name string) {
+			t.Helper()
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(name), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
-		for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
-			if points, err := a.Mounts(); err == nil && len(points) == 0 {
-				return
-			} else if time.Now().After(deadline) {
-				t.Fatalf("still mounted: %v, %v", points, err)
+		// cut takes one and looks for the files that should be there.
+		cut := func(frozen int, names ...string) {
+			t.Helper()
+			i.apply(r.mustCut(a, i.at))
+			if s := a.Stats(); len(s.Frozen) != frozen {
+				t.Errorf("froze %v, want %d file systems", s.Frozen, frozen)
+			}
+			i.mounted("ext4", func(dir string) {
+				for _, name := range names {
+					if text, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(text) != name {
+						t.Errorf("%s: '%s', %v", name, text, err)
+					}
+				}
+			})
+		}
+		put(dir, "one")
+		cut(1, "one")
+		again := blocktest.Mount(t, "ext4", r.device, 0) // the same file system, at a second place
+		put(again, "two")
+		cut(1, "one", "two")
+		// Mount namespaces that begin meanwhile, of whoever else is on this machine,
+		// have a copy of each mount.
+		unmount := func(dirs ...string) {
+			t.Helper()
+			for _, d := range dirs {
+				if err := unix.Unmount(d, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+				if points, err := a.Mounts(); err == nil && len(points) == 0 {
+					return
+				} else if time.Now().After(deadline) {
+					t.Fatalf("still mounted: %v, %v", points, err)
+				}
 			}
 		}
-	}
-	unmount(dir, again)
-	cut(0, "one", "two")
-	dir = blocktest.Mount(t, "ext4", r.device, 0)
-	put(dir, "three")
-	blocktest.Command(t, "mount", "-o", "remount,ro", dir)
-	cut(1, "one", "two", "three")
-	unmount(dir)
+		unmount(dir, again)
+		cut(0, "one", "two")
+		dir = blocktest.Mount(t, "ext4", r.device, 0)
+		put(dir, "three")
+		blocktest.Command(t, "mount", "-o", "remount,ro", dir)
+		cut(1, "one", "two", "three")
+		unmount(dir)
 
-	// Seen only in another mount namespace.
-	other := t.TempDir()
-	holder := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c",
-		`mount "$0" "$1" && echo four > "$1/x" && printf four > "$1/four" && echo mounted && read l`, r.device, other)
-	holder.Stderr = os.Stderr
-	stdin, err := holder.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := holder.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := holder.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = holder.Process.Kill(); _ = holder.Wait() }()
-	line := make([]byte, 64)
-	if n, err := stdout.Read(line); !strings.HasPrefix(string(line[:n]), "mounted") {
-		t.Fatalf("'%s', %v", line[:n], err)
-	}
-	cut(1, "one", "two", "three", "four")
-	stdin.Close()
-	_ = holder.Wait()
-	unmount()
-	cut(0, "four")
+		// Seen only in another mount namespace.
+		other := t.TempDir()
+		holder := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c",
+			`mount "$0" "$1" && echo four > "$1/x" && printf four > "$1/four" && echo mounted && read l`, r.device, other)
+		holder.Stderr = os.Stderr
+		stdin, err := holder.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stdout, err := holder.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := holder.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = holder.Process.Kill(); _ = holder.Wait() }()
+		line := make([]byte, 64)
+		if n, err := stdout.Read(line); !strings.HasPrefix(string(line[:n]), "mounted") {
+			t.Fatalf("'%s', %v", line[:n], err)
+		}
+		cut(1, "one", "two", "three", "four")
+		stdin.Close()
+		_ = holder.Wait()
+		unmount()
+		cut(0, "four")
+	})
 }
 
 // A device that is not mounted has a cut only if nobody writes meanwhile.
 func TestNotMounted(t *testing.T) {
-	r := newRig(t, 64<<20)
-	a := r.open()
-	base := r.base(a)
-	if err := rawWrite(t, r.device, a.Size()); err != nil {
-		t.Fatal(err)
-	}
-	c := r.mustCut(a, base)
-	if list, err := c.Changed(base); err != nil || blockdev.Total(list) != 4096 || c.Stalled() != 0 {
-		t.Errorf("%v, %v, stalled %s", list, err, c.Stalled())
-	}
-	c.Release()
-	f := r.stopper(a)
-	if _, err := f.Stop(t.Context(), 0, func() error { return rawWrite(t, r.device, a.Size()) }); !errors.Is(err, ErrWritten) {
-		t.Errorf("written to while it was read: %v", err)
-	}
+	unlessLost(t, func(t *testing.T) {
+		r := newRig(t, 64<<20)
+		a := r.open()
+		base := r.base(a)
+		if err := rawWrite(t, r.device, a.Size()); err != nil {
+			t.Fatal(err)
+		}
+		c := r.mustCut(a, base)
+		if list, err := c.Changed(base); err != nil || blockdev.Total(list) != 4096 || c.Stalled() != 0 {
+			t.Errorf("%v, %v, stalled %s", list, err, c.Stalled())
+		}
+		c.Release()
+		f := r.stopper(a)
+		if _, err := f.Stop(t.Context(), 0, func() error { return rawWrite(t, r.device, a.Size()) }); !errors.Is(err, ErrWritten) {
+			t.Errorf("written to while it was read: %v", err)
+		}
+	})
 }
