@@ -155,10 +155,7 @@ func wipe(t *testing.T, path string, size int64) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	zeros, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		t.Fatal(err)
-	}
+	zeros := alignedBuffer(1 << 20)
 	defer unix.Munmap(zeros)
 	for at := int64(0); at < size; at += int64(len(zeros)) {
 		if _, err := file.WriteAt(zeros, at); err != nil {
