@@ -118,6 +118,7 @@ type bundle struct {
 	memory []byte
 	pool   *framePool // of memory; nil: the garbage collector's
 	data   *lent      // what payloads lie in, of which the bundle has a reference; may be nil
+	summed bool       // by this process, and data did not move since: its checksums need no second look
 }
 
 // message is how it is sent.

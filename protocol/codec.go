@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/encoding"
 	_ "google.golang.org/grpc/encoding/proto" // what frameCodec leaves to it
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
 
 	"blockferry/proto"
@@ -23,6 +24,7 @@ func ServerOptions() []grpc.ServerOption {
 		grpc.ForceServerCodecV2(frameCodec{}), grpc.MaxRecvMsgSize(MaxMessageBytes),
 		grpc.ReadBufferSize(wireBufferBytes), grpc.WriteBufferSize(wireBufferBytes),
 		grpc.InitialWindowSize(wireWindowBytes), grpc.InitialConnWindowSize(wireWindowBytes),
+		experimental.BufferPool(wirePool{}),
 	}
 }
 
@@ -39,6 +41,32 @@ const (
 	wireBufferBytes = 128 << 10
 	wireWindowBytes = 4 << 20
 )
+
+// wirePool keeps the memory of the wire's own pieces without making them zeros
+// each time, as gRPC's does.
+type wirePool struct{}
+
+// wirePieceBytes is what gRPC cuts messages into.
+const wirePieceBytes = 16 << 10
+
+var wirePieces = sync.Pool{New: func() any { b := make([]byte, wirePieceBytes); return &b }}
+
+func (wirePool) Get(n int) *[]byte {
+	if n > wirePieceBytes || n <= wirePieceBytes/4 {
+		return mem.DefaultBufferPool().Get(n)
+	}
+	b := wirePieces.Get().(*[]byte)
+	*b = (*b)[:n]
+	return b
+}
+
+func (wirePool) Put(b *[]byte) {
+	if cap(*b) != wirePieceBytes {
+		mem.DefaultBufferPool().Put(b)
+		return
+	}
+	wirePieces.Put(b)
+}
 
 // frameCodec is protobuf's codec, but for frames: their payloads go out from
 // where they were read, and come in to where they can be written from.

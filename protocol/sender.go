@@ -101,6 +101,7 @@ type Link struct {
 	buffers *buffers // what is read into, BatchBytes each: all the memory of data there is
 	packers chan *packer
 	frames  *framePool
+	local   bool // the replica is of this process
 
 	done    chan struct{} // closed when the reader has ended
 	dead    chan struct{} // closed when the session ended
@@ -154,7 +155,7 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 	l.frames = &framePool{}
 	var options []grpc.CallOption
 	if c, ok := client.(localClient); ok {
-		l.frames = &c.receiver.frames
+		l.frames, l.local = &c.receiver.frames, true
 	} else {
 		options = append(options, grpc.ForceCodecV2(frameCodec{}))
 	}

@@ -346,7 +346,7 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, i
 			}
 		}
 		if p.out == nil {
-			p.out = &bundle{memory: l.frames.get(), pool: l.frames}
+			p.out = &bundle{memory: l.frames.get(), pool: l.frames, summed: l.local}
 		}
 		p.out.add(meta, r.Offset, data[:n], p.codec, in)
 		data = data[n:]
