@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 )
 
@@ -284,5 +285,53 @@ func TestStackStatisticsSwitchedOff(t *testing.T) {
 		if n, err := v.WrittenBytes(); err != nil || n <= before {
 			t.Errorf("not switched on again: %d bytes before, %d after, %v", before, n, err)
 		}
+	})
+}
+
+// A stop without a cut: what is read of the live volume meanwhile is one point
+// in time, and what fails in it, or takes too long, is no stop.
+func TestStackStop(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 192 << 20}}}, func(t *testing.T) {
+		ctl := mapper(t)
+		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize, CowBytes: 64 << 20})
+		v := up(t, ctl, volume.Options{Device: ubd(0)})
+		h := history{Seed: 5, Size: testSize, MaxBytes: 256 << 10, Span: 8 << 20}
+		w := startWriter(t, v.Path(), h, 1)
+		image := alignedBuffer(8 << 20)
+		h.Size = int64(len(image))
+		for range 5 {
+			w.awaitWrites(t, 50)
+			if err := v.Prepare(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			atLeast := w.acked()
+			stalled, err := v.Stop(t.Context(), 10*time.Second, func() error {
+				_, err := v.ReadAt(image, 0)
+				return err
+			})
+			atMost := w.issued()
+			if err != nil || stalled <= 0 {
+				t.Fatalf("stopped for %s: %v", stalled, err)
+			}
+			got, err := judgeImage(bytes.NewReader(image), h)
+			if err != nil || got.Latest < atLeast || got.K > atMost {
+				t.Fatalf("%+v, %v; want %d to %d", got, err, atLeast, atMost)
+			}
+		}
+		failure := errors.New("not today")
+		if _, err := v.Stop(t.Context(), 10*time.Second, func() error { return failure }); !errors.Is(err, failure) {
+			t.Errorf("what fails inside: %v", err)
+		}
+		_, err := v.Stop(t.Context(), 200*time.Millisecond, func() error { time.Sleep(time.Second); return failure })
+		if !errors.Is(err, deadman.ErrLate) || errors.Is(err, failure) {
+			t.Errorf("beyond the limit: %v", err)
+		}
+		// A cut is taken as before.
+		c := mustCut(t, v, 1, true)
+		if err := c.Release(); err != nil {
+			t.Error(err)
+		}
+		w.awaitWrites(t, 20)
+		w.stop(t)
 	})
 }

@@ -59,7 +59,18 @@ func (f *fakeDevices) running() bool {
 	return true
 }
 
-func (f *fakeDevices) ready() error { return f.missing }
+// set changes or reads its fields.
+func (f *fakeDevices) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+func (f *fakeDevices) ready() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.missing
+}
 
 // agent talks to a dead-man that runs in this process.
 type agent struct {
@@ -120,10 +131,12 @@ func TestDeadManInTime(t *testing.T) {
 	for range 3 {
 		a.say("ARM 10000 vol-base vol", "ARMED")
 		a.devices.suspend("vol", "vol-base")
-		a.devices.resumed = nil
+		a.devices.set(func() { a.devices.resumed = nil })
 		a.say("RESUME", "IN-TIME")
-		if !slices.Equal(a.devices.resumed, []string{"vol-base", "vol"}) {
-			t.Fatalf("resumed %v, want inner to outer", a.devices.resumed)
+		var resumed []string
+		a.devices.set(func() { resumed = a.devices.resumed })
+		if !slices.Equal(resumed, []string{"vol-base", "vol"}) {
+			t.Fatalf("resumed %v, want inner to outer", resumed)
 		}
 	}
 }
@@ -175,7 +188,7 @@ func TestDeadManResumesWhenTheAgentEnds(t *testing.T) {
 			a.say("RESUME", "IN-TIME")
 		}
 		a.devices.suspend("vol")
-		a.devices.fail = 2 // it tries again
+		a.devices.set(func() { a.devices.fail = 2 }) // it tries again
 		a.in.Close()
 		if err := <-a.ended; err != nil {
 			t.Fatal(err)
@@ -190,7 +203,7 @@ func TestDeadManResumesWhenTheAgentEnds(t *testing.T) {
 func TestDeadManCanNotResume(t *testing.T) {
 	a := newAgent(t)
 	a.say("ARM 10000 vol", "ARMED")
-	a.devices.fail = 1
+	a.devices.set(func() { a.devices.fail = 1 })
 	a.devices.suspend("vol")
 	a.say("RESUME", "ERROR resume failed: resume does not work; today")
 	a.awaitRunning(5 * time.Second)
@@ -200,9 +213,9 @@ func TestDeadManCanNotResume(t *testing.T) {
 // A kernel without device-mapper has no device to resume; it may get one later.
 func TestDeadManWithoutDeviceMapper(t *testing.T) {
 	a := newAgent(t)
-	a.devices.missing = errors.New("no such device")
+	a.devices.set(func() { a.devices.missing = errors.New("no such device") })
 	a.say("ARM 10000 vol", "ERROR no such device")
-	a.devices.missing = nil
+	a.devices.set(func() { a.devices.missing = nil })
 	a.say("ARM 10000 vol", "ARMED")
 }
 

@@ -38,7 +38,10 @@ type fakeMounts struct {
 }
 
 func (f *fakeMounts) freeze(file *os.File) error {
-	time.Sleep(f.slow)
+	f.mu.Lock()
+	slow := f.slow
+	f.mu.Unlock()
+	time.Sleep(slow)
 	return f.swap(file, true, unix.EBUSY)
 }
 
@@ -142,7 +145,9 @@ func TestDeadManThawsAtItsDeadline(t *testing.T) {
 	a.mounts.awaitThawed(t, one, two)
 	a.say("RESUME", "LATE the stall limit passed")
 	// What the kernel takes too long to freeze is thawed at once.
+	a.mounts.mu.Lock()
 	a.mounts.slow = 100 * time.Millisecond
+	a.mounts.mu.Unlock()
 	for _, names := range [][]string{{one}, {one, two}} {
 		a.armMounts(50*time.Millisecond, "ARMED", names...)
 		a.say("FREEZE", "LATE the stall limit passed")
@@ -152,7 +157,9 @@ func TestDeadManThawsAtItsDeadline(t *testing.T) {
 		a.say("RESUME", "LATE the stall limit passed")
 	}
 	// An agent that was stopped before it asked gets no freeze at all.
+	a.mounts.mu.Lock()
 	a.mounts.slow = 0
+	a.mounts.mu.Unlock()
 	a.armMounts(10*time.Millisecond, "ARMED", one)
 	time.Sleep(50 * time.Millisecond)
 	a.say("FREEZE", "LATE the stall limit passed")
@@ -184,7 +191,9 @@ func TestDeadManThawsWhenTheAgentEnds(t *testing.T) {
 func TestDeadManLeavesOthersFreeze(t *testing.T) {
 	a := newAgent(t)
 	one, two := folders(t)
+	a.mounts.mu.Lock()
 	a.mounts.frozen[two] = true
+	a.mounts.mu.Unlock()
 	a.armMounts(10*time.Second, "ARMED", one, two)
 	a.say("FREEZE", "BUSY "+strings.ReplaceAll(two, "\n", "; "))
 	a.say("RESUME", "LATE")
@@ -295,11 +304,18 @@ func TestGuardFreezes(t *testing.T) {
 				t.Fatalf("in time: %v", err)
 			}
 
-			arm(300 * time.Millisecond)
-			if err := g.Freeze(); err != nil {
-				t.Fatal(err)
+			for limit := 300 * time.Millisecond; ; limit *= 2 { // on a busy machine a freeze alone takes long
+				arm(limit)
+				err := g.Freeze()
+				if err == nil {
+					break
+				}
+				_ = g.Resume(rescue)
+				if !errors.Is(err, ErrLate) || limit > 10*time.Second {
+					t.Fatal(err)
+				}
 			}
-			if !writes(5 * time.Second) {
+			if !writes(20 * time.Second) {
 				t.Fatal("not thawed at the limit")
 			}
 			if err := g.Resume(noRescue); !errors.Is(err, ErrLate) {
