@@ -69,14 +69,14 @@ func TestBenchRuns(t *testing.T) {
 func TestRows(t *testing.T) {
 	m := &measured{}
 	m.add(row{Name: "rate", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Goal: atLeast(0.95)})
-	m.add(row{Name: "time", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Inverse: true, Goal: atLeast(1.5)})
+	m.add(row{Name: "time", Ours: []float64{1, 2, 8}, Theirs: []float64{3, 4, 4}, Inverse: true, Goal: atLeast(2.5)})
 	m.add(row{Name: "alone", Unit: "ms", Ours: []float64{1, 2, 8, 9}, Goal: atMost(4)})
 	for i, want := range []struct {
 		median float64
 		text   string
 	}{
 		{1, "rate: 1.00 (median of 3, from 0.500 to 2.00), wanted at least 0.950: "},
-		{1, "time: 1.00 (median of 3, from 0.500 to 2.00), wanted at least 1.50, MISSED: "},
+		{2, "time: 2.00 (median of 3, from 0.500 to 3.00), wanted at least 2.50, MISSED: "},
 		{5, "alone: 5.00 ms (median of 4, from 1.00 to 9.00), wanted at most 4.00, MISSED: "},
 	} {
 		if r := m.Rows[i]; r.Median != want.median || r.String() != want.text {
@@ -86,7 +86,7 @@ func TestRows(t *testing.T) {
 	if err := m.check(); err != nil {
 		t.Error(err)
 	}
-	for _, bad := range []row{{Ours: []float64{1}, Theirs: []float64{0}}, {}, {Ours: []float64{math.NaN()}}} {
+	for _, bad := range []row{{Ours: []float64{1, 1, 1, 1}, Theirs: []float64{1, 1, 1, 0}}, {}, {Ours: []float64{math.NaN()}}, {Ours: []float64{-1}}} {
 		n := &measured{}
 		n.add(bad)
 		if n.check() == nil {
