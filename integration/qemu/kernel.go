@@ -42,6 +42,10 @@ func readKernel(cache string) (k kernel, err error) {
 	if err == nil {
 		err = json.Unmarshal(text, &k)
 	}
+	if err == nil {
+		// Guests see a link's target elsewhere.
+		k.dir, err = filepath.EvalSymlinks(k.dir)
+	}
 	if err != nil {
 		return k, fmt.Errorf("%s: %w", path, err)
 	}
