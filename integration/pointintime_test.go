@@ -56,14 +56,14 @@ func (c *cli) syncAndSettle(t *testing.T, replica string) {
 // replica's data area must hold all up to some number and none after.
 func TestPointInTimeNumberedWrites(t *testing.T) {
 	disks := []disk{{Size: pointInTimeDisk}, {Size: pointInTimeDisk}}
-	inGuest(t, guest{Disks: disks, Timeout: 12 * time.Minute}, func(t *testing.T) { checkNumberedWrites(t, ubd(0), ubd(1), cutsProven) })
+	inGuest(t, guest{Disks: disks, Timeout: 12 * time.Minute}, func(t *testing.T) { checkNumberedWrites(t, ubd(0), ubd(1), cutsProven, "snapshot") })
 }
 
 const pointInTimeDisk = 200 << 20
 
-func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int) {
-	c := newCLI(t, onlyOnSync(ssd, ebs, oddVolumeBytes))
-	c.must(t, "create")
+func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int, image string) {
+	c := newCLI(t, strings.Replace(onlyOnSync(ssd, ebs, oddVolumeBytes), "    cow:", "    image: "+image+"\n    cow:", 1))
+	c.must(t, "create", "--discard-my-data")
 	c.start(t)
 	v := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
 	h := history{Seed: 2, Size: sectors(t, v.Path) * sector, Pause: 2 * time.Millisecond}
@@ -96,6 +96,9 @@ func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int) {
 	judgeDevice(t, ebs, h, last, last)
 	c.must(t, "verify")
 	c.must(t, "down")
+	if n := strings.Count(c.logText(t), `msg="read into memory"`); (n > cuts/2) != (image == "pre-copy") {
+		t.Errorf("image: %s, and of some %d cuts %d were read into memory", image, cuts, n)
+	}
 }
 
 // Promise 2 again, as a file system sees it: at every cut a copy of the

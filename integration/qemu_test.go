@@ -29,7 +29,8 @@ func TestDebianKernel(t *testing.T) {
 	inQemu(t, g, func(t *testing.T) {
 		t.Run("HasWhatTestsNeed", checkDebianKernel)
 		t.Run("FrozenView", func(t *testing.T) { checkFrozenView(t, vd(0)) })
-		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 2) })
+		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 2, "snapshot") })
+		t.Run("PreCopy", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 6, "pre-copy") })
 		t.Run("FineTracking", func(t *testing.T) { checkFineTracking(t, vd(1), vd(2)) })
 		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
 		t.Run("TrackerBelowEra", func(t *testing.T) { checkTrackerBelowEra(t, vd(3)) })

@@ -163,7 +163,7 @@ func TestStackCutsMountedFilesystems(t *testing.T) {
 							t.Errorf("cut %d of a frozen ext4 needs a replay", n)
 						}
 					}
-					fsck(t, kind, c.View().Name())
+					fsck(t, kind, c.View().(interface{ Name() string }).Name())
 					if err := c.Valid(); err != nil {
 						t.Fatal(err)
 					}

@@ -30,7 +30,7 @@ type memSource struct {
 	view    *memCut
 	viewMax int64 // a view overflows once so many bytes were read of it; 0: never
 	// frozenMax makes views hold only what changed, and gives none when that is
-	// more. 0: views are whole. Below 0: never a view.
+	// more, unless that went on for three rounds. 0: views are whole. Below 0: never a view.
 	frozenMax  int64
 	noViews    int
 	lastNoView error
@@ -124,7 +124,7 @@ func (s *memSource) Cut(ctx context.Context, epoch uint64, wish CutWish) (Cut, e
 	c := &memCut{s: s, epoch: epoch, written: s.written}
 	if wish.View && s.frozenMax != 0 {
 		c.since = wish.Since
-		if n := totalBytes(s.changed(wish.Since)); n > s.frozenMax {
+		if n := totalBytes(s.changed(wish.Since)); n > s.frozenMax && (wish.LiveRounds < 3 || s.frozenMax < 0) {
 			s.noViews++
 			c.noView = fmt.Errorf("%d bytes changed since epoch %d, only %d can be frozen", n, wish.Since, s.frozenMax)
 			s.lastNoView = c.noView

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/era"
+	"blockferry/blockdev/precopy"
 )
 
 // ErrViewLost says that a cut's frozen view is not whole any more.
@@ -29,8 +31,9 @@ type Cut struct {
 	number    uint64
 	withView  bool
 	view      *blockdev.File
-	rolled    bool // it began an era
-	fine      bool // fine tracking covers it
+	image     *precopy.Cut // in the view's place
+	rolled    bool         // it began an era
+	fine      bool         // fine tracking covers it
 	marksMu   sync.Mutex
 	hasMarks  bool   // a metadata snapshot was asked for
 	snapBlock uint64 // of the metadata snapshot, 0: none was taken yet
@@ -48,6 +51,10 @@ type Cut struct {
 // ErrLate, or any other error, means that there is no cut and nothing is
 // left of it.
 func (v *Volume) Cut(ctx context.Context, number uint64, withView bool) (*Cut, error) {
+	return v.cutBy(ctx, number, withView, (*Cut).take)
+}
+
+func (v *Volume) cutBy(ctx context.Context, number uint64, withView bool, take func(*Cut) error) (*Cut, error) {
 	v.cutMu.Lock()
 	defer v.cutMu.Unlock()
 	fail := func(err error) (*Cut, error) {
@@ -69,7 +76,7 @@ func (v *Volume) Cut(ctx context.Context, number uint64, withView bool) (*Cut, e
 	}
 	c := &Cut{volume: v, number: number, withView: withView}
 	v.cut = c
-	err := c.take()
+	err := take(c)
 	if err == nil {
 		return c, nil
 	}
@@ -186,12 +193,18 @@ func (c *Cut) failed() bool { return c.void }
 func (c *Cut) Number() uint64 { return c.number }
 
 // View is the frozen image, nil for a cut without one.
-func (c *Cut) View() blockdev.Device {
-	if c.view == nil {
-		return nil
+func (c *Cut) View() io.ReaderAt {
+	switch {
+	case c.image != nil:
+		return c.image
+	case c.view != nil:
+		return c.view
 	}
-	return c.view
+	return nil
 }
+
+// WholeView says whether View holds all of the volume.
+func (c *Cut) WholeView() bool { return c.image == nil }
 
 // At is when it was, for people only.
 func (c *Cut) At() time.Time { return c.at }
@@ -236,6 +249,9 @@ func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
 // frozen image.
 func (c *Cut) Valid() error {
 	v := c.volume
+	if c.image != nil {
+		return c.image.Valid()
+	}
 	if !c.withView {
 		return nil
 	}
@@ -283,10 +299,13 @@ func (c *Cut) release() error {
 		errs = append(errs, c.view.Close())
 		c.view = nil
 	}
+	if c.image != nil {
+		errs = append(errs, c.image.Release())
+	}
 	if c.hasMarks {
 		errs = append(errs, v.dropMetadataSnapshot())
 	}
-	if c.withView {
+	if c.withView && c.image == nil {
 		err := v.baseToLinear(v.options.StallLimit / 2)
 		if err == nil {
 			err = v.removeSnapshot()

@@ -103,9 +103,15 @@ func (c *Cut) sealFine() {
 	err := v.fine.tracker.Seal(c.number)
 	c.fine, v.fine.covered = err == nil, err == nil
 	if err != nil {
-		v.log.Warn("fine tracking has a gap; what the era marks is compared before it is sent", "cut", c.number, "error", err)
-		v.countStats(func(s *Stats) { s.FineGaps++ })
+		v.lostFine(c.number, err)
 	}
+}
+
+// lostFine notes that fine tracking does not know what changed before a cut.
+func (v *Volume) lostFine(number uint64, err error) {
+	v.fine.covered = false
+	v.log.Warn("fine tracking has a gap; what the era marks is compared before it is sent", "cut", number, "error", err)
+	v.countStats(func(s *Stats) { s.FineGaps++ })
 }
 
 // Exact says whether Changed(since) names only blocks that were written.

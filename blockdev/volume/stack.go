@@ -380,7 +380,7 @@ func (v *Volume) openStack() error {
 		return err
 	}
 	v.openFine()
-	return nil
+	return v.openPreCopy()
 }
 
 // Rescue resumes what a dead process left suspended of a volume, inner to

@@ -16,6 +16,7 @@ import (
 	"blockferry/blockdev"
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
+	"blockferry/blockdev/precopy"
 )
 
 const (
@@ -54,6 +55,11 @@ type Options struct {
 	FinePins string
 	// RollEvery is how often an era is begun while fine tracking answers; 0: 1 min.
 	RollEvery time.Duration
+	// PreCopy has CutSince read into memory what changed, in rounds, the last
+	// with writers stopped for about StallBudget (0: 20 ms), where fine tracking
+	// knows what that is.
+	PreCopy     bool
+	StallBudget time.Duration
 	// FreezeFilesystem freezes a mounted file system for each cut, so that an
 	// image needs no log replay. It costs far longer stalls.
 	FreezeFilesystem bool
@@ -111,8 +117,9 @@ type Volume struct {
 
 	devices map[string]dm.Info // by role
 
-	fine      *fineTracker // nil: the era tracks alone
-	newest    uint64       // cut of this process
+	fine      *fineTracker    // nil: the era tracks alone
+	engine    *precopy.Engine // nil: no pre-copy
+	newest    uint64          // cut of this process
 	rollNext  atomic.Bool
 	goingDown bool
 
@@ -263,7 +270,7 @@ func (v *Volume) Close() error {
 }
 
 func (v *Volume) closeFiles() error {
-	errs := []error{v.closeFine()}
+	errs := []error{v.closePreCopy(), v.closeFine()}
 	seen := map[*blockdev.File]bool{}
 	for _, f := range []*blockdev.File{v.data, v.eras, v.cow, v.meta, v.disk} {
 		if f != nil && !seen[f] {

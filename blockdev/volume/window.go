@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"runtime"
@@ -49,44 +48,6 @@ type window struct {
 	at      time.Time // writers stood still
 	stalled time.Duration
 	err     error
-}
-
-// Prepare has mounted file systems written back, if a stop is to freeze them.
-// With Stop it makes a volume a precopy.Stopper.
-func (v *Volume) Prepare(ctx context.Context) error {
-	if v.options.FreezeFilesystem {
-		v.syncMounts()
-	}
-	return ctx.Err()
-}
-
-// Stop stops writers and waits for what is in flight, calls inside and lets
-// writers go on, all within limit. nil says that they stood still from before
-// inside was called until it returned, and that it returned nil. Then every write
-// completed before is in what inside read, by ReadAt or of the disk itself, and
-// none issued after. Nothing is told to the tracker. inside must not allocate,
-// nor call any other method but ReadAt. stalled is how long writers may have
-// waited, also when it failed.
-func (v *Volume) Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
-	fail := func(err error) (time.Duration, error) {
-		return stalled, fmt.Errorf("volume %s: stop: %w", v.options.Name, err)
-	}
-	v.cutMu.Lock()
-	defer v.cutMu.Unlock()
-	if err := ctx.Err(); err != nil {
-		return fail(err)
-	}
-	w, err := v.newWindow(false, false)
-	if err != nil {
-		return fail(err)
-	}
-	w.limit, w.exchange, w.between = limit, nil, inside
-	err = w.run()
-	stalled = w.stalled
-	if err != nil {
-		return fail(err)
-	}
-	return stalled, nil
 }
 
 func (v *Volume) newWindow(withView, roll bool) (*window, error) {

@@ -111,18 +111,21 @@ func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (
 	return c, nil
 }
 
-// takeSnapshot cuts a volume on a stack of its own. Its view is whole.
-func takeSnapshot(v *volume.Volume) takeFunc {
+// takeSuspended cuts a volume on a stack of its own. When it is asked for a view it has
+// one.
+func takeSuspended(v *volume.Volume) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
-		c, err := v.Cut(ctx, epoch, wish.View)
+		var c *volume.Cut
+		var err error
+		if wish.View {
+			c, err = v.CutSince(ctx, epoch, wish.Since)
+		} else {
+			c, err = v.Cut(ctx, epoch, false)
+		}
 		if err != nil {
 			return cut{}, err
 		}
-		made := cut{taken: c, whole: true, exact: c.Exact}
-		if view := c.View(); view != nil {
-			made.view = view
-		}
-		return made, nil
+		return cut{taken: c, view: c.View(), whole: c.WholeView(), exact: c.Exact}, nil
 	}
 }
 

@@ -65,8 +65,11 @@ type Volume struct {
 	Attach bool
 	// StateFile keeps what a label keeps otherwise; only with Attach.
 	StateFile string
+	// PreCopy reads what changed into memory for a cut, where fine tracking knows
+	// what that is.
+	PreCopy bool
 	// StallBudget is how long writers may be stopped to read what changed last;
-	// only with Attach. StallWhenBusy lets that take up to StallLimit when more
+	// only with Attach or PreCopy. StallWhenBusy, only with Attach, lets that take up to StallLimit when more
 	// is written than can be read in time.
 	StallBudget   time.Duration
 	StallWhenBusy bool

@@ -52,6 +52,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.duration("stall-limit", &v.StallLimit, MinStallLimit, MaxStallLimit),
 		r.choice("cut", func(s string) { v.FreezeFilesystem = s == "filesystem" }, "block", "filesystem"),
 		r.choice("tracker", func(s string) { v.EraOnly = s == "era" }, "auto", "era"),
+		r.choice("image", func(s string) { v.PreCopy = s == "pre-copy" }, "snapshot", "pre-copy"),
 		r.size("era-block", &v.EraBlockBytes, MinEraBlockBytes, MaxEraBlockBytes, MinEraBlockBytes),
 		r.size("cow", &v.CowBytes, MinCowBytes, MaxCowBytes, 4096),
 		r.disk("cow-device", &v.CowDevice, what),
@@ -65,14 +66,20 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	case present["replicas"] == nil:
 		r.fail(pair.Key, "%s needs 'replicas:', at least one", what)
 	}
-	mode, other, keys := "mapper", "attach", []string{"state-file", "stall-budget", "when-busy"}
+	mode, other, keys := "mapper", "attach", []string{"state-file", "when-busy"}
 	if v.Attach {
-		mode, other, keys = "attach", "mapper", []string{"size", "cut", "tracker", "era-block", "cow", "cow-device", "metadata-device", "restore"}
+		mode, other, keys = "attach", "mapper", []string{"size", "cut", "tracker", "image", "era-block", "cow", "cow-device", "metadata-device", "restore"}
 	}
 	for _, key := range keys {
 		if present[key] != nil {
 			r.fail(present[key], "%s has 'mode: %s'; '%s' is for 'mode: %s'", what, mode, key, other)
 		}
+	}
+	if present["stall-budget"] != nil && !v.Attach && !v.PreCopy {
+		r.fail(present["stall-budget"], "%s has 'stall-budget', which is for 'image: pre-copy'", what)
+	}
+	if v.PreCopy && v.EraOnly {
+		r.fail(present["image"], "%s has 'image: pre-copy', which needs more than 'tracker: era'", what)
 	}
 	if present["cow"] != nil && present["cow-device"] != nil {
 		r.fail(present["cow-device"], "%s has both 'cow' and 'cow-device'; keep one", what)

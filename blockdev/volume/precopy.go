@@ -1,0 +1,134 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"blockferry/blockdev/bpf"
+	"blockferry/blockdev/precopy"
+)
+
+// openPreCopy makes what reads cuts into memory. It needs fine tracking: the
+// era would name far too much.
+func (v *Volume) openPreCopy() error {
+	if !v.options.PreCopy || v.fine == nil {
+		return nil
+	}
+	var err error
+	v.engine, err = precopy.New(precopy.Options{
+		Source: v, Tracker: v.fine.tracker, StallBudget: v.options.StallBudget, StallLimit: v.options.StallLimit,
+	})
+	return err
+}
+
+// CutSince is Cut with a view of which only that will be read which changed
+// after cut since; 0: anything may be. With pre-copy it holds just that, in
+// memory, and nothing is copied out. A cut that needs an era of its own, or for
+// which too much changes, is one with a whole view all the same.
+func (v *Volume) CutSince(ctx context.Context, number, since uint64) (*Cut, error) {
+	return v.cutBy(ctx, number, true, func(c *Cut) error {
+		if v.engine != nil && since > 0 && !v.rollNow() {
+			if first, _, ok := v.fine.tracker.Covered(); ok && first <= since {
+				done, err := c.preCopy(ctx, since)
+				if done || err != nil {
+					return err
+				}
+			}
+		}
+		return c.take()
+	})
+}
+
+// preCopy takes the cut, or says that it is to be taken another way.
+func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) {
+	v := c.volume
+	s := &stopper{volume: v}
+	image, err := v.engine.Cut(ctx, precopy.Request{Number: c.number, Since: since}, s)
+	switch {
+	case errors.Is(err, bpf.ErrUncovered):
+		v.lostFine(c.number, err)
+		return false, nil
+	case errors.Is(err, precopy.ErrTooMuch):
+		v.log.Debug("not read into memory", "cut", c.number, "reason", err)
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	v.log.Debug("read into memory", "cut", c.number, "rounds", image.Rounds(), "bytes", image.RoundBytes(), "inside-bytes", image.InsideBytes())
+	v.newest = c.number
+	c.image, c.fine, c.cuts = image, true, v.labelNow().Cuts
+	c.at, c.stalled, c.written = image.At(), image.Stalled(), s.written
+	v.countStats(func(s *Stats) { s.Cuts++ })
+	return true, nil
+}
+
+// stopper is a volume as a precopy.Stopper; cutMu is held.
+type stopper struct {
+	volume  *Volume
+	written uint64 // at the stop that held
+}
+
+func (s *stopper) Prepare(ctx context.Context) error { return s.volume.Prepare(ctx) }
+
+func (s *stopper) Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
+	w, err := s.volume.stop(ctx, limit, inside)
+	if w == nil {
+		return 0, err
+	}
+	s.written = w.written
+	return w.stalled, err
+}
+
+// stop is Stop with cutMu held. Its window is nil when none was begun.
+func (v *Volume) stop(ctx context.Context, limit time.Duration, inside func() error) (*window, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	w, err := v.newWindow(false, false)
+	if err != nil {
+		return nil, err
+	}
+	w.limit, w.exchange, w.between = limit, nil, inside
+	if err := w.run(); err != nil {
+		return w, fmt.Errorf("volume %s: stop: %w", v.options.Name, err)
+	}
+	return w, nil
+}
+
+// Prepare has mounted file systems written back, if a stop is to freeze them.
+// With Stop it makes a volume a precopy.Stopper.
+func (v *Volume) Prepare(ctx context.Context) error {
+	if v.options.FreezeFilesystem {
+		v.syncMounts()
+	}
+	return ctx.Err()
+}
+
+// Stop stops writers and waits for what is in flight, calls inside and lets
+// writers go on, all within limit. nil says that they stood still from before
+// inside was called until it returned, and that it returned nil. Then every write
+// completed before is in what inside read, by ReadAt or of the disk itself, and
+// none issued after. Nothing is told to the tracker. inside must not allocate,
+// nor call any other method but ReadAt. stalled is how long writers may have
+// waited, also when it failed.
+func (v *Volume) Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
+	v.cutMu.Lock()
+	defer v.cutMu.Unlock()
+	w, err := v.stop(ctx, limit, inside)
+	if w == nil {
+		return 0, err
+	}
+	return w.stalled, err
+}
+
+// closePreCopy comes before closeFine: a cut that was not released is.
+func (v *Volume) closePreCopy() error {
+	if v.engine == nil {
+		return nil
+	}
+	e := v.engine
+	v.engine = nil
+	return e.Close()
+}
