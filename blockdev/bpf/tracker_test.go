@@ -17,8 +17,8 @@ import (
 	"blockferry/blockdev"
 )
 
-// A mounted file system on the disk, trimmed at the end: all that differs is
-// named.
+// A mounted file system on the disk that discards what is removed, and is
+// trimmed at the end: all that differs is named.
 func TestFileSystemsAreFollowed(t *testing.T) {
 	for _, c := range []struct {
 		mkfs []string
@@ -34,7 +34,7 @@ func TestFileSystemsAreFollowed(t *testing.T) {
 			before := d.sums(t)
 			command(t, c.mkfs[0], append(c.mkfs[1:], d.path)...)
 			dir := t.TempDir()
-			command(t, "mount", d.path, dir)
+			command(t, "mount", "-o", "discard", d.path, dir)
 			mounted := true
 			unmount := func() {
 				if mounted {
