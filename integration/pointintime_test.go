@@ -63,6 +63,7 @@ const pointInTimeDisk = 200 << 20
 
 func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int, image string) {
 	c := newCLI(t, strings.Replace(onlyOnSync(ssd, ebs, oddVolumeBytes), "    cow:", "    image: "+image+"\n    cow:", 1))
+	wipe(t, ssd, pointInTimeDisk) // what another history left would be taken for this one's
 	c.must(t, "create", "--discard-my-data")
 	c.start(t)
 	v := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
