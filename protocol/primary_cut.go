@@ -138,6 +138,12 @@ func (e *flushError) Unwrap() error { return e.err }
 func (p *Primary) cutter(ctx context.Context) {
 	tick := p.cfg.Clock.Now()
 	var pause time.Duration
+	failures := 0 // in a row
+	// Each try may stop writers.
+	failed := func() {
+		pause = min(min(p.cfg.Interval, time.Second)<<min(failures, 20), p.cfg.RetryMax)
+		failures++
+	}
 	for ctx.Err() == nil {
 		var joiners []*replicaWorker
 		var wish CutWish
@@ -160,10 +166,11 @@ func (p *Primary) cutter(ctx context.Context) {
 		}
 		cut, err := p.takeCut(ctx, wish)
 		if err != nil {
-			pause = min(p.cfg.Interval, time.Second)
+			failed()
 			continue
 		}
-		s := p.share(cut, joiners)
+		failures = 0
+		s := p.share(cut, wish, joiners)
 		p.hold(s)
 		if err := cut.Release(); err != nil {
 			p.mu.Lock()
@@ -172,7 +179,7 @@ func (p *Primary) cutter(ctx context.Context) {
 			if f := p.cfg.Events.CutFailed; f != nil {
 				f(s.rec.epoch, err)
 			}
-			pause = min(p.cfg.Interval, time.Second)
+			failed()
 		}
 	}
 }
@@ -225,7 +232,7 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 }
 
 // share hands the cut to those of the joiners that still want it.
-func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
+func (p *Primary) share(cut Cut, wish CutWish, joiners []*replicaWorker) *sharedCut {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := &sharedCut{
@@ -236,6 +243,9 @@ func (p *Primary) share(cut Cut, joiners []*replicaWorker) *sharedCut {
 	for _, w := range joiners {
 		if w.wish == wishNone || (w.wish == wishView && cut.View() == nil && cut.NoView() == nil) {
 			continue
+		}
+		if w.wish == wishView && w.since < wish.Since && cut.View() != nil && !cut.WholeView() {
+			continue // it came anew, further behind, while the cut was taken
 		}
 		takers = append(takers, w)
 		s.patience = max(s.patience, w.patience)

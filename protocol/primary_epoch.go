@@ -133,7 +133,7 @@ func (a *attempt) step(ctx context.Context, h *cutHandle) (Lineage, error) {
 	noView := h.cut.NoView() // one was asked for
 	if a.liveNext && a.live > 0 && noView == nil && a.settled(size) {
 		a.liveNext = false
-		if view == nil {
+		if view == nil || !h.cut.WholeView() {
 			return nil, nil // a frozen round comes next, since the same base
 		}
 	}

@@ -86,7 +86,7 @@ func TestCutSharedWithAQuickReplica(t *testing.T) {
 	for range 20000 {
 		quick.wish, slow.wish = wishBarrier, wishBarrier
 		go func() { (<-quick.cuts).done() }()
-		s := p.share(cut, []*replicaWorker{quick, slow})
+		s := p.share(cut, CutWish{}, []*replicaWorker{quick, slow})
 		h := <-slow.cuts
 		select {
 		case <-s.idle:

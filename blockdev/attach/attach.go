@@ -144,22 +144,61 @@ func Open(o Options) (*Attached, error) {
 	return a, nil
 }
 
-func (a *Attached) open() (err error) {
+// Check says what would keep Open from attaching a device with a new state file.
+// It changes nothing.
+func Check(device, stateFile string, keep []string) error {
+	a := &Attached{options: Options{Device: device, StateFile: stateFile, Keep: keep}}
+	_, err := a.look()
+	if err == nil {
+		_, err = stateOf(device)
+	}
+	return err
+}
+
+// look finds the file systems to freeze, and refuses any other user.
+func (a *Attached) look() (list []fileSystem, err error) {
 	o := &a.options
 	if a.device, err = kernelName(o.Device); err != nil {
-		return err
+		return nil, err
 	}
 	if err := a.keptElsewhere(); err != nil {
-		return err
+		return nil, err
 	}
-	list, err := fileSystems(o.Device)
+	if list, err = fileSystems(o.Device); err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, notHeld(o.Device)
+	}
+	return list, nil
+}
+
+// pinName is of the tracking, not only the volume: numbers of cuts go back when a
+// restore goes back.
+func (a *Attached) pinName() string {
+	return hex.EncodeToString(a.state.UUID[:]) + "-" + hex.EncodeToString(a.state.Tracking[:])
+}
+
+// dropOldPins ends what is pinned for other trackings of the volume.
+func (a *Attached) dropOldPins() error {
+	old, err := filepath.Glob(filepath.Join(a.options.PinDir, hex.EncodeToString(a.state.UUID[:])+"*"))
 	if err != nil {
 		return err
 	}
-	if len(list) == 0 {
-		if err := notHeld(o.Device); err != nil {
-			return err
+	var errs []error
+	for _, path := range old {
+		if filepath.Base(path) != a.pinName() {
+			errs = append(errs, os.RemoveAll(path))
 		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Attached) open() (err error) {
+	o := &a.options
+	list, err := a.look()
+	if err != nil {
+		return err
 	}
 	if a.lock, err = blockdev.Lock(o.Device); err != nil {
 		return err
@@ -173,7 +212,10 @@ func (a *Attached) open() (err error) {
 	if err := a.openState(); err != nil {
 		return err
 	}
-	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, hex.EncodeToString(a.state.UUID[:]))}
+	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName())}
+	if err := a.dropOldPins(); err != nil {
+		return err
+	}
 	if a.tracker, err = o.openTracker(target); err != nil {
 		return err
 	}
@@ -242,7 +284,7 @@ func (a *Attached) openState() error {
 		if err := was.sameDevice(&now, o.Device, o.StateFile); err != nil {
 			return err
 		}
-		now.Generation, now.UUID, now.State = was.Generation, was.UUID, was.State
+		now.Generation, now.UUID, now.State, now.Tracking = was.Generation, was.UUID, was.State, was.Tracking
 		switch {
 		case was.Boot != now.Boot:
 			a.lost = "the machine was started anew since"

@@ -15,6 +15,20 @@ type Kept struct {
 	State []byte
 }
 
+// ReadStateOf is ReadState, and says whether a device is, for certain, the disk
+// that the file is of; what it holds does not matter.
+func ReadStateOf(device, path string) (k Kept, same bool, err error) {
+	if k, err = ReadState(path); err != nil {
+		return k, false, err
+	}
+	was, err := readState(path)
+	if err != nil {
+		return k, false, err
+	}
+	now, err := stateOf(device)
+	return k, err == nil && was.sameDisk(&now), err
+}
+
 // ReadState reads a state file, whatever device it is of. Without one the error
 // is fs.ErrNotExist.
 func ReadState(path string) (Kept, error) {
@@ -62,10 +76,10 @@ func OpenOffline(device, stateFile string) (*Offline, error) {
 		if was == nil {
 			return fmt.Errorf("state file %s: %w", stateFile, errNoState)
 		}
-		if err := was.sameDevice(now, device, stateFile); err != nil {
-			return err
+		if !was.sameDisk(now) {
+			return fmt.Errorf("%w: %s is not, for certain, the disk that state file %s is of", ErrOtherDevice, device, stateFile)
 		}
-		now.UUID, now.State = was.UUID, was.State
+		now.UUID, now.State, now.Tracking = was.UUID, was.State, was.Tracking
 		return nil
 	})
 }
@@ -110,7 +124,10 @@ func openOffline(device, stateFile string, adopt func(was, now *state) error) (_
 	return o, o.write()
 }
 
-func (o *Offline) write() error {
+func (o *Offline) write() (err error) {
+	if o.state.FileSystem, err = fileSystemID(o.File); err != nil {
+		return err
+	}
 	o.state.Generation++
 	return writeState(o.path, &o.state)
 }

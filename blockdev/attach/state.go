@@ -2,6 +2,7 @@ package attach
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -28,13 +29,15 @@ import (
 //	76  state length   u32
 //	80  partition      u32, 0: the whole disk
 //	84  zeros          12 bytes
-//	96  serial, WWID, state
+//	96  file system    UUID, 16 bytes, of the file system on the device; zeros: none known
+//	112 tracking       16 bytes, random: which tracking the numbers of cuts are of
+//	128 serial, WWID, state
 //
 // It is replaced as a whole; the one before stays beside it as <name>.old.
 const (
 	stateMagic   = "BFATTACH"
 	stateVersion = 1
-	stateHead    = 96
+	stateHead    = 128
 	// MaxStateBytes bounds the caller's state.
 	MaxStateBytes = 128 << 10
 	maxIdentity   = 4096 // of serial and WWID each
@@ -53,33 +56,84 @@ type state struct {
 	Sequence    uint64
 	DeviceBytes int64
 	Partition   uint32
+	FileSystem  [16]byte
+	Tracking    [16]byte
 	Serial      string
 	WWID        string
 	State       []byte
 }
 
-// stateOf is the state of a device that nothing is known of.
+// stateOf is the state of a device that nothing is known of. An attached volume
+// is all of its device, in whole blocks.
 func stateOf(device string) (s state, err error) {
 	id, err := blockdev.Identify(device)
 	if err != nil {
 		return s, err
+	}
+	if rest := id.SizeBytes % blockdev.BlockSize; rest != 0 {
+		return s, fmt.Errorf("%w: %s has %d bytes, %d more than whole blocks of %d: its end could not be copied; make the partition smaller by that", ErrUser,
+			device, id.SizeBytes, rest, blockdev.BlockSize)
 	}
 	place, err := blockdev.PlacementOf(device)
 	if err != nil {
 		return s, err
 	}
 	boot, err := bootID()
-	return state{Boot: boot, Sequence: place.Sequence, DeviceBytes: id.SizeBytes, Partition: uint32(id.Partition), Serial: id.Serial, WWID: id.WWID}, err
+	if err != nil {
+		return s, err
+	}
+	s = state{Boot: boot, Sequence: place.Sequence, DeviceBytes: id.SizeBytes, Partition: uint32(id.Partition), Serial: id.Serial, WWID: id.WWID}
+	rand.Read(s.Tracking[:])
+	disk, err := blockdev.OpenFile(device, blockdev.OpenOptions{})
+	if err != nil {
+		return s, err
+	}
+	s.FileSystem, err = fileSystemID(disk)
+	return s, errors.Join(err, disk.Close())
 }
 
-// sameDevice refuses a device that is another one than the state file's.
+// fileSystemID is the UUID of the file system on a device: of ext2 to ext4 (magic
+// EF53 at 1024+56, UUID at 1024+104) or XFS (magic at 0, UUID at 32); zeros for
+// any other content.
+func fileSystemID(disk blockdev.Device) (id [16]byte, err error) {
+	b := blockdev.AlignedBuffer(blockdev.BlockSize)
+	if _, err := disk.ReadAt(b, 0); err != nil {
+		return id, err
+	}
+	switch {
+	case bytes.HasPrefix(b, []byte("XFSB")):
+		copy(id[:], b[32:])
+	case binary.LittleEndian.Uint16(b[1024+56:]) == 0xef53:
+		copy(id[:], b[1024+104:])
+	}
+	return id, nil
+}
+
+// sameDevice refuses a device that is another one than the state file's. Many
+// have no serial number; then the file system, or that it never went away, has to
+// tell.
 func (s *state) sameDevice(now *state, device, file string) error {
-	if s.Serial == now.Serial && s.WWID == now.WWID && s.DeviceBytes == now.DeviceBytes && s.Partition == now.Partition {
+	why := ""
+	switch {
+	case s.Serial != now.Serial || s.WWID != now.WWID || s.DeviceBytes != now.DeviceBytes || s.Partition != now.Partition:
+		why = "another disk"
+	case s.FileSystem != [16]byte{} && s.FileSystem != now.FileSystem:
+		why = "another file system"
+	case s.FileSystem == [16]byte{} && s.Serial == "" && s.WWID == "" && (s.Boot != now.Boot || s.Sequence != now.Sequence):
+		why = "a disk that can't be told from another"
+	default:
 		return nil
 	}
-	return fmt.Errorf("%w: %s is (serial '%s', WWID '%s', partition %d, %d bytes); state file %s is of (serial '%s', WWID '%s', partition %d, %d bytes); "+
-		"if this device takes its place, move the state file away: it then is a new volume, with replicas of its own", ErrOtherDevice,
-		device, now.Serial, now.WWID, now.Partition, now.DeviceBytes, file, s.Serial, s.WWID, s.Partition, s.DeviceBytes)
+	return fmt.Errorf("%w: %s holds %s: (serial '%s', WWID '%s', partition %d, %d bytes, file system %x); state file %s is of (serial '%s', WWID '%s', partition %d, %d bytes, file system %x); "+
+		"its replicas are left as they are: to fill this device from one, blockferry restore; if what it holds is to count, move the state file away: it then is a new volume, with replicas of its own", ErrOtherDevice,
+		device, why, now.Serial, now.WWID, now.Partition, now.DeviceBytes, now.FileSystem, file, s.Serial, s.WWID, s.Partition, s.DeviceBytes, s.FileSystem)
+}
+
+// sameDisk is sameDevice for a disk that is being filled: what it holds says
+// nothing.
+func (s *state) sameDisk(now *state) bool {
+	certain := s.Serial != "" || s.WWID != "" || s.Boot == now.Boot && s.Sequence == now.Sequence
+	return certain && s.Serial == now.Serial && s.WWID == now.WWID && s.DeviceBytes == now.DeviceBytes && s.Partition == now.Partition
 }
 
 func (s *state) encode() ([]byte, error) {
@@ -99,6 +153,8 @@ func (s *state) encode() ([]byte, error) {
 	le.PutUint16(b[74:], uint16(len(s.WWID)))
 	le.PutUint32(b[76:], uint32(len(s.State)))
 	le.PutUint32(b[80:], s.Partition)
+	copy(b[96:], s.FileSystem[:])
+	copy(b[112:], s.Tracking[:])
 	b = append(append(append(b, s.Serial...), s.WWID...), s.State...)
 	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
 	return b, nil
@@ -120,12 +176,13 @@ func decodeState(b []byte) (*state, error) {
 	serial, wwid, length := int(le.Uint16(b[72:])), int(le.Uint16(b[74:])), int(le.Uint32(b[76:]))
 	size := int64(le.Uint64(b[64:]))
 	if serial > maxIdentity || wwid > maxIdentity || length > MaxStateBytes || len(b) != stateHead+serial+wwid+length ||
-		size <= 0 || !allZero(b[84:stateHead]) {
+		size <= 0 || !allZero(b[84:96]) {
 		return nil, errors.New("its lengths do not fit: it is damaged")
 	}
 	s := &state{
 		Generation: le.Uint64(b[16:]), UUID: [16]byte(b[24:40]), Boot: [16]byte(b[40:56]), Sequence: le.Uint64(b[56:]),
 		DeviceBytes: size, Partition: le.Uint32(b[80:]),
+		FileSystem: [16]byte(b[96:112]), Tracking: [16]byte(b[112:128]),
 	}
 	rest := b[stateHead:]
 	s.Serial, s.WWID = string(rest[:serial]), string(rest[serial:serial+wwid])

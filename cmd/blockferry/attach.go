@@ -95,6 +95,9 @@ func checkAttach(system *doctor.System, c *config.Config, v *config.Volume, purp
 	if err := findings.Err(); err != nil {
 		return nil, err
 	}
+	if err := attach.Check(v.Device, v.StateFile, []string{c.Path}); err != nil {
+		return nil, exit.Mark(exit.Refused, err)
+	}
 	size := disks[v.Device].SizeBytes
 	formats := map[string]protocol.FormatOptions{}
 	for _, r := range v.Replicas {
@@ -124,15 +127,15 @@ func writeAttached(v *config.Volume, formats map[string]protocol.FormatOptions, 
 		}
 		opened = append(opened, f)
 	}
+	if err := os.MkdirAll(filepath.Dir(v.StateFile), 0o700); err != nil {
+		return err
+	}
 	for i, r := range v.Replicas {
 		o := formats[r.Name]
 		o.VolumeUUID = uuid
 		if err := protocol.FormatReplica(opened[i], o); err != nil {
 			return fmt.Errorf("replica '%s': %w", r.Name, err)
 		}
-	}
-	if err := os.MkdirAll(filepath.Dir(v.StateFile), 0o700); err != nil {
-		return err
 	}
 	return attach.Create(v.Device, v.StateFile, uuid)
 }

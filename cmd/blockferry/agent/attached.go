@@ -113,6 +113,9 @@ func (m *managed) blankAttached() error {
 		return m.refuse(err)
 	}
 	defer disk.Close()
+	if err := notAReplica(disk); err != nil {
+		return m.refuse(err)
+	}
 	if content, why := volume.Inspect(disk); content == volume.Blank {
 		m.set(stageBlank, why, m.blankAdvice())
 		return exit.Errorf(exit.Refused, "%s; %s", why, m.blankAdvice())
@@ -184,12 +187,12 @@ func (m *managed) openForRestore(p restorePlan) (fillable, error) {
 // attachedRestore is the restore that was begun on an attached device, nil if
 // there was none, and its volume.
 func (m *managed) attachedRestore() (*protocol.RestoreState, volume.UUID, error) {
-	kept, err := attach.ReadState(m.config.StateFile)
+	kept, same, err := attach.ReadStateOf(m.config.Device, m.config.StateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, volume.UUID{}, nil
 	}
-	if err != nil {
-		return nil, volume.UUID{}, err
+	if err != nil || !same {
+		return nil, kept.UUID, err
 	}
 	s, err := protocol.DecodeSourceState(kept.State)
 	return s.Restore, kept.UUID, err
