@@ -3,6 +3,7 @@ package protocol
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -230,22 +231,12 @@ func TestBulkMemory(t *testing.T) {
 	}
 }
 
-// What lies in one piece of memory is written in one piece, the few zeros in
-// between too; many zeros are not written as data.
-func TestRawRunsAreOneWrite(t *testing.T) {
-	const size = 16 << 20
-	data := make([]byte, 1<<20)
-	fill(data, 1)
-	clear(data[8*BlockSize : 16*BlockSize])                        // 32 KiB
-	clear(data[100*BlockSize : 100*BlockSize+applyFill+BlockSize]) // more than applyFill
-	var returned atomic.Int32
-	in := lentOf(data, &returned)
-	b := &bundle{}
-	b.add(FrameMeta{1, 1, 0}, BlockSize, in.b, nil, in)
-	in.release()
-	store := &lateStore{Memory: blocktest.NewMemory(size)}
-	fill := bytes.Repeat([]byte{9}, size)
-	_, err := store.Memory.WriteAt(fill, 0)
+// pipeTo puts a bundle's frames into a volume full of nines, and returns what
+// it then holds.
+func pipeTo(t *testing.T, store *lateStore, b *bundle) []byte {
+	t.Helper()
+	got := bytes.Repeat([]byte{9}, int(store.Size()))
+	_, err := store.Memory.WriteAt(got, 0)
 	must(t, err)
 	pipe := newWritePipe(store, 0, nil, newRunPool())
 	for _, f := range b.frames {
@@ -255,18 +246,105 @@ func TestRawRunsAreOneWrite(t *testing.T) {
 	b.free()
 	must(t, pipe.drain())
 	pipe.close()
-	got := make([]byte, size)
 	_, err = store.ReadAt(got, 0)
 	must(t, err)
-	copy(fill[BlockSize:], data)
-	if at := firstDifference(got, fill); at >= 0 {
-		t.Fatalf("byte %d is %#x, want %#x", at, got[at], fill[at])
+	return got
+}
+
+// overTheWire is the bundle as it arrives.
+func overTheWire(t *testing.T, b *bundle) *bundle {
+	t.Helper()
+	sent, err := frameCodec{}.Marshal(b.message())
+	must(t, err)
+	wire := sent.Materialize()
+	sent.Free()
+	arrivedMemory().release() // that it goes to holds something else
+	var m proto.FromPrimary
+	must(t, frameCodec{}.Unmarshal(mem.BufferSlice{mem.SliceBuffer(wire)}, &m))
+	b, err = bundleOf(&m)
+	must(t, err)
+	if b.data == nil {
+		t.Fatal("it did not arrive as a bundle")
 	}
-	if n := store.writes.Load(); n != 2 {
-		t.Errorf("%d writes, want one in front of the zeros and one behind", n)
+	return b
+}
+
+// What lies in one piece of memory is written in one piece, the few zeros in
+// between too; many zeros are not written as data.
+func TestRawRunsAreOneWrite(t *testing.T) {
+	const size = 16 << 20
+	for _, way := range []string{"local", "wire"} {
+		data := make([]byte, 1<<20)
+		fill(data, 1)
+		clear(data[8*BlockSize : 16*BlockSize])                        // 32 KiB
+		clear(data[100*BlockSize : 100*BlockSize+applyFill+BlockSize]) // more than applyFill
+		var returned atomic.Int32
+		in := lentOf(data, &returned)
+		b := &bundle{memory: (&framePool{}).get(), pool: &framePool{}}
+		b.add(FrameMeta{1, 1, 0}, BlockSize, in.b, nil, in)
+		in.release()
+		if way == "wire" {
+			b = overTheWire(t, b)
+		}
+		store := &lateStore{Memory: blocktest.NewMemory(size)}
+		got := pipeTo(t, store, b)
+		want := bytes.Repeat([]byte{9}, size)
+		copy(want[BlockSize:], data)
+		if at := firstDifference(got, want); at >= 0 {
+			t.Fatalf("%s: byte %d is %#x, want %#x", way, at, got[at], want[at])
+		}
+		if n := store.writes.Load(); n != 2 {
+			t.Errorf("%s: %d writes, want one in front of the zeros and one behind", way, n)
+		}
+		if returned.Load() != 1 {
+			t.Errorf("%s: memory was given back %d times", way, returned.Load())
+		}
 	}
-	if returned.Load() != 1 {
-		t.Errorf("memory was given back %d times", returned.Load())
+}
+
+// Frames that follow one another in the volume but not in memory, and zeros
+// behind which something else lies, are not written as one piece.
+func TestRawRunsEndWhereMemoryDoes(t *testing.T) {
+	var returned atomic.Int32
+	data := make([]byte, 8*BlockSize)
+	for i := range data {
+		data[i] = byte(1 + i/BlockSize)
+	}
+	in := lentOf(data, &returned)
+	b := &bundle{}
+	meta := FrameMeta{1, 1, 0}
+	b.add(meta, 0, in.b[4*BlockSize:6*BlockSize], nil, in)
+	b.add(meta, 2*BlockSize, in.b[:2*BlockSize], nil, in) // lies in front
+	b.memory = AppendZeroFrames(b.memory, meta, Range{4 * BlockSize, BlockSize})
+	b.note(meta, FrameZero, CodecNone, 4*BlockSize, BlockSize, len(b.memory)-FrameHeaderBytes, nil)
+	b.add(meta, 5*BlockSize, in.b[6*BlockSize:], nil, in)
+	in.release()
+	got := pipeTo(t, &lateStore{Memory: blocktest.NewMemory(1 << 20)}, b)
+	for i, want := range []byte{5, 6, 1, 2, 0, 7, 8, 9} {
+		if got[i*BlockSize] != want || got[(i+1)*BlockSize-1] != want {
+			t.Errorf("block %d holds %d, want %d", i, got[i*BlockSize], want)
+		}
+	}
+}
+
+// A bit that flips on the way is found on arrival, also where frames are
+// written from where they arrived.
+func TestBundleIsCheckedOnArrival(t *testing.T) {
+	for _, mode := range []Mode{ModeInPlace, ModeJournal} {
+		o := FormatOptions{VolumeUUID: testUUID, SizeBytes: 4 << 20, JournalBytes: 8 << 20}
+		rep, _ := servedReplicaOn(t, blocktest.NewMemory(o.NeededBytes()), o)
+		must(t, rep.Begin(t.Context(), EpochStart{Epoch: 1, Attempt: 1, Mode: mode, Full: true, Lineage: Lineage{{gen(1), 1}}}))
+		var returned atomic.Int32
+		in := lentOf(bytes.Repeat([]byte{1}, 1<<20), &returned)
+		b := &bundle{memory: (&framePool{}).get(), pool: &framePool{}, summed: true}
+		b.add(FrameMeta{1, 1, 0}, 0, in.b, nil, in)
+		in.b[300<<10] ^= 4
+		in.release()
+		b = overTheWire(t, b)
+		if err := rep.appendBundle(t.Context(), 0, b, nil); !errors.Is(err, ErrBadFrame) {
+			t.Errorf("mode %d: %v", mode, err)
+		}
+		b.free()
 	}
 }
 

@@ -414,7 +414,9 @@ func (s *silence) wait(n int) {
 func (s *silence) heard() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.since = time.Now()
+	if s.waiting > 0 { // else the next wait sets it; asking for the time is not free everywhere
+		s.since = time.Now()
+	}
 }
 
 func (s *silence) lasts() time.Duration {
