@@ -2,6 +2,7 @@ package attach
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
@@ -80,6 +81,7 @@ func TestTrackingGoesOnWithoutAnAgent(t *testing.T) {
 // The state file says to which device, and to which boot, what is pinned belongs.
 func TestStateOfAnotherDevice(t *testing.T) {
 	r := newRig(t, 64<<20)
+	blocktest.Command(t, "mkfs.ext4", "-q", r.device) // without a serial number this tells it from others
 	a := r.open()
 	r.base(a)
 	a.Close()
@@ -126,10 +128,12 @@ func TestStateOfAnotherDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	for word, f := range map[string]func(*state){
-		"serial":    func(s *state) { s.Serial = "another" },
-		"WWID":      func(s *state) { s.WWID = "another" },
-		"bytes":     func(s *state) { s.DeviceBytes += 4096 },
-		"partition": func(s *state) { s.Partition = 3 },
+		"serial":      func(s *state) { s.Serial = "another" },
+		"WWID":        func(s *state) { s.WWID = "another" },
+		"bytes":       func(s *state) { s.DeviceBytes += 4096 },
+		"partition":   func(s *state) { s.Partition = 3 },
+		"file system": func(s *state) { s.FileSystem[0]++ },
+		"of nothing":  func(s *state) { s.FileSystem = [16]byte{}; s.Boot[3]++ },
 	} {
 		if err := os.WriteFile(r.options.StateFile, before, 0o600); err != nil {
 			t.Fatal(err)
@@ -138,6 +142,37 @@ func TestStateOfAnotherDevice(t *testing.T) {
 		if a, err := Open(r.options); !errors.Is(err, ErrOtherDevice) || !strings.Contains(err.Error(), r.options.StateFile) {
 			t.Errorf("another %s: %v, %v", word, a, err)
 		}
+	}
+	// A restore puts another in its place, and what was pinned is not used for it.
+	if err := os.WriteFile(r.options.StateFile, before, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kept, err := ReadState(r.options.StateFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := CreateOffline(r.device, r.options.StateFile, kept.UUID, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Close()
+	a = r.open()
+	if a.TrackingLost() == "" || a.UUID() != kept.UUID {
+		t.Errorf("after a restore the tracking goes on: '%s'", a.TrackingLost())
+	}
+	a.Close()
+	if pins, err := filepath.Glob(filepath.Join(r.options.PinDir, hex.EncodeToString(kept.UUID[:])+"*")); err != nil || len(pins) != 1 {
+		t.Errorf("pinned: %v, %v", pins, err)
+	}
+	if _, same, err := ReadStateOf(r.device, r.options.StateFile); err != nil || !same {
+		t.Errorf("its own disk: %v, %v", same, err)
+	}
+	change(func(s *state) { s.Sequence++ })
+	if _, same, err := ReadStateOf(r.device, r.options.StateFile); err != nil || same {
+		t.Errorf("a disk that may be another: %v, %v", same, err)
+	}
+	if _, err := OpenOffline(r.device, r.options.StateFile); !errors.Is(err, ErrOtherDevice) {
+		t.Errorf("a disk that may be another is filled: %v", err)
 	}
 }
 
