@@ -244,6 +244,11 @@ func (g *Guard) Freeze() error {
 	answer, err := g.ask(g.freeze[:], nil, g.deadline.Add(resumeGrace))
 	if err != nil {
 		g.lost = err
+		g.mu.Lock()
+		if g.link != nil {
+			g.link.freezing = errors.Is(err, os.ErrDeadlineExceeded)
+		}
+		g.mu.Unlock()
 		return fmt.Errorf("%w: the dead-man is gone in the middle of a freeze: %w", ErrLate, err)
 	}
 	if string(answer) == "FROZEN" {

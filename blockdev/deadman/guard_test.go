@@ -504,3 +504,39 @@ func TestGuardLeavesAServiceThatHangs(t *testing.T) {
 		t.Errorf("3 cuts took %s", took)
 	}
 }
+
+// A dead-man whose freeze the kernel has not finished is left alone: killed, it
+// would leave the file system frozen.
+func TestFreezingDeadManIsNotKilled(t *testing.T) {
+	done := filepath.Join(t.TempDir(), "thawed")
+	g, err := NewGuard(GuardOptions{Command: []string{"/bin/bash", "-c", "read a; echo ARMED; read b; sleep 1.5; touch " + done}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := g.ArmMounts(100*time.Millisecond, dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Freeze(); !errors.Is(err, ErrLate) {
+		t.Errorf("a freeze that takes too long: %v", err)
+	}
+	rescued := false
+	if err := g.Resume(func() error { rescued = true; return nil }); !errors.Is(err, ErrLate) || !rescued {
+		t.Errorf("resume: %v, rescued %v", err, rescued)
+	}
+	if err := g.Close(); err != nil {
+		t.Error(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if _, err := os.Stat(done); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("it was killed before it could thaw")
+		}
+	}
+}

@@ -18,6 +18,9 @@ type link struct {
 	pid    int       // the dead-man's
 	child  *exec.Cmd // nil: the service
 	failed bool      // it is of no use any more
+	// freezing: its answer to FREEZE has not come. The kernel may be at it, and
+	// once it is done only this dead-man knows that it has to thaw.
+	freezing bool
 }
 
 // connect connects to a dead-man's service.
@@ -66,6 +69,10 @@ func spawn(command []string) (*link, error) {
 func (l *link) end() error {
 	l.conn.Close()
 	if l.child == nil {
+		return nil
+	}
+	if l.freezing {
+		go func() { _ = l.child.Wait() }() // the closed connection ends it, after it has thawed
 		return nil
 	}
 	if l.failed {
