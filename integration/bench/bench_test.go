@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 // working; what it measures means nothing.
 func TestBenchRuns(t *testing.T) {
 	once = true
-	r, err := boot(t.Context(), figures[figureIndex("cut-stall")], true)
+	r, err := run(t.Context(), figures[figureIndex("cut-stall")], true)
 	if errors.Is(err, uml.ErrNoGuest) && os.Getenv("BLOCKFERRY_REQUIRE_GUEST") == "" {
 		t.Skip(err)
 	}
@@ -46,7 +46,7 @@ func TestBenchRuns(t *testing.T) {
 	}
 	dir := t.TempDir()
 	for range 2 { // the second takes the first's place
-		if err := keep(dir, r); err != nil {
+		if err := keep(t.Context(), dir, r); err != nil {
 			t.Fatal(err)
 		}
 	}

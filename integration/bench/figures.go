@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"blockferry/integration/uml"
 )
 
@@ -55,4 +57,29 @@ var figures = []figure{
 		disks:   []uml.Disk{{Size: rssBytes + 128<<30}, {Size: rssBytes + 128<<30}},
 		measure: agentRSS,
 	},
+	{
+		name:  "first-sync-vs-rsync",
+		about: "the first full sync of a volume against rsync and nbdcopy of the same device, and of the files on it",
+		note: "The volume of 1 GiB holds an ext4 with 864 MiB of files; a first sync copies all of it, rsync of the files only those. Source and target are forgotten by the page cache before each run. " +
+			"rsync and nbdcopy only copy: what changes meanwhile makes theirs no point in time, and they need no checksums.",
+		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
+		picture: ratios("first-sync-vs-rsync", "How many times as fast a first sync is"),
+		limit:   20 * time.Minute,
+		measure: firstSyncVersusRsync,
+	},
+	{
+		name:    "cpu-per-gib",
+		about:   "CPU time and memory that the first copy takes, beside rsync and nbdcopy",
+		note:    "The whole guest's CPU time counts all that is not idle, the kernel's threads included, in ticks of 10 ms. nbdcopy and a first sync read and write past the page cache or not as they please; memory is that of the processes, not of the page cache.",
+		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
+		picture: ratios("cpu-per-gib", "What a first sync takes, over what others take"),
+		limit:   20 * time.Minute,
+		measure: cpuPerGiB,
+	},
+	planFigure(1, "1000M", 10*time.Minute),
+	planFigure(4, "1500M", 20*time.Minute),
+	planFigure(16, "4000M", 40*time.Minute),
 }
+
+// planSizes are those volumes, in TiB.
+var planSizes = []int64{1, 4, 16}

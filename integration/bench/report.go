@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -74,7 +75,7 @@ func field(text, key, otherwise string) string {
 
 // keep puts a result in the place of the figure's last one and writes the
 // page anew.
-func keep(dir string, r result) error {
+func keep(ctx context.Context, dir string, r result) error {
 	path := filepath.Join(dir, reportJSON)
 	var kept report
 	text, err := os.ReadFile(path)
@@ -93,6 +94,11 @@ func keep(dir string, r result) error {
 	}
 	if err := os.WriteFile(path, append(compact(text), '\n'), 0o644); err != nil {
 		return err
+	}
+	if p := figures[figureIndex(r.Figure)].picture; p != nil {
+		if err := p.draw(ctx, dir, kept); err != nil {
+			return err
+		}
 	}
 	return os.WriteFile(filepath.Join(dir, reportPage), []byte(kept.page()), 0o644)
 }
@@ -139,11 +145,11 @@ func (r report) page() string {
 		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
 	kernels := []string{}
 	for _, f := range r.Figures {
-		if !slices.Contains(kernels, f.GuestKernel) {
+		if !f.Native && !slices.Contains(kernels, f.GuestKernel) {
 			kernels = append(kernels, f.GuestKernel)
 		}
 	}
-	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
+	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s, where a figure does not say otherwise. "+
 		"There a system call costs more than elsewhere, disks are as fast as memory, and the clock ticks every 10 ms: absolute values say nothing about real disks, ratios of "+
 		"paired runs do, the two sides taking turns. Each row is a median; beside it the smallest and the largest of its runs.\n",
 		strings.Join(kernels, ", "), m.Storage)
@@ -152,6 +158,9 @@ func (r report) page() string {
 		how := ""
 		if f.Quick {
 			how = ", short runs"
+		}
+		if f.Native {
+			how += ", on this machine's own kernel, loop devices over files in memory"
 		}
 		if f.HostLoad > 0 {
 			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)
@@ -177,8 +186,12 @@ func (r report) page() string {
 			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
 				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
 		}
-		if note := figures[figureIndex(f.Figure)].note; note != "" {
-			b.WriteString("\n" + note + "\n")
+		known := figures[figureIndex(f.Figure)]
+		if known.picture != nil && known.picture.script(r) != "" {
+			fmt.Fprintf(&b, "\n![%s](%s)\n", f.About, known.picture.file)
+		}
+		if known.note != "" {
+			b.WriteString("\n" + known.note + "\n")
 		}
 	}
 	for _, f := range figures {

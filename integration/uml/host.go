@@ -82,6 +82,9 @@ type Spec struct {
 	Console io.Writer
 	// KernelSilent keeps the kernel's own messages off the console.
 	KernelSilent bool
+	// Network, if set, has the guest's card vec0 at the tap of that name.
+	Network *Network
+	Tap     string
 	// Collect, if set, is called before the guest's files are removed, with
 	// the host's path of what the program sees as Dir.
 	Collect func(dir string) error
@@ -298,6 +301,9 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	for i, disk := range disks {
 		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, disk))
 	}
+	if spec.Network != nil {
+		args = append(args, "vec0:transport=tap,ifname="+spec.Tap+",depth=128,gro=1")
+	}
 	ctx, cancel := context.WithTimeout(ctx, spec.Timeout+stuckGrace+bootGrace)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, Binary, args...)
@@ -308,7 +314,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, func() { wakeOften(ctx, cmd.Process) })
+	waitErr := runOnThread(cmd, spec.Network, func() { wakeOften(ctx, cmd.Process) })
 
 	text, err := os.ReadFile(mark)
 	if err != nil {
@@ -327,11 +333,16 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 // runOnThread runs a command on a thread that lives as long as the command:
 // Pdeathsig is sent when the thread that started the child ends. meanwhile runs
 // beside it, on a goroutine of its own.
-func runOnThread(cmd *exec.Cmd, meanwhile func()) error {
+func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
+		if network == nil {
+			defer runtime.UnlockOSThread()
+		} else if err := network.enter(); err != nil {
+			done <- err
+			return
+		}
 		if err := cmd.Start(); err != nil {
 			done <- err
 			return
