@@ -1,20 +1,23 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"blockferry/integration/uml"
 )
 
 func TestMain(m *testing.M) {
 	uml.Init()
-	if uml.Inside() {
+	if uml.Inside() || os.Getenv(roomVar) != "" {
 		main()
 		return
 	}
@@ -62,6 +65,55 @@ func TestBenchRuns(t *testing.T) {
 	for _, want := range []string{"make bench FIGURE=cut-stall QUICK=1", "idle/cut-p50", r.Date, kept.Machine.CPU} {
 		if err != nil || !strings.Contains(string(page), want) {
 			t.Errorf("the page does not say %q (%v):\n%s", want, err, page)
+		}
+	}
+}
+
+// Likewise on this machine's kernel. Nothing is left of its disks, also when it
+// is ended in the middle.
+func TestBenchRunsNatively(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("loop devices need root")
+	}
+	once = true
+	f := figures[figureIndex("native-control")]
+	left := func() (files []string) {
+		paths, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		for _, path := range paths {
+			// A file without a name, in memory.
+			if text, _ := os.ReadFile(path); strings.HasPrefix(string(text), "/dev/shm/#") {
+				files = append(files, path+": "+strings.TrimSpace(string(text)))
+			}
+		}
+		return files
+	}
+	before := left()
+	r, err := run(t.Context(), f, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Rows) != len(loads) || !r.Native || len(r.Rows[0].Theirs) != 1 {
+		t.Errorf("measured %+v", r)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := run(ctx, f, true)
+		ended <- err
+	}()
+	for deadline := time.Now().Add(20 * time.Second); len(left()) < len(before)+len(f.disks); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("its loop devices did not appear")
+		}
+	}
+	cancel()
+	if err := <-ended; err == nil {
+		t.Error("it was ended in the middle, and says it is done")
+	}
+	// The last to close a device detaches it a moment later.
+	for deadline := time.Now().Add(5 * time.Second); !slices.Equal(left(), before); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("loop devices are left: %q, before there were %q", left(), before)
 		}
 	}
 }

@@ -58,6 +58,13 @@ var figures = []figure{
 		measure: agentRSS,
 	},
 	{
+		name:    "native-control",
+		about:   "two equal loop devices against each other: how far from 1 the machine itself takes a ratio",
+		disks:   []uml.Disk{{Size: volumeBytes}, {Size: volumeBytes}},
+		native:  true,
+		measure: nativeControl,
+	},
+	{
 		name:  "first-sync-vs-rsync",
 		about: "the first full sync of a volume against rsync and nbdcopy of the same device, and of the files on it",
 		note: "The volume of 1 GiB holds an ext4 with 864 MiB of files; a first sync copies all of it, rsync of the files only those. Source and target are forgotten by the page cache before each run. " +
@@ -75,6 +82,29 @@ var figures = []figure{
 		picture: ratios("cpu-per-gib", "What a first sync takes, over what others take"),
 		limit:   20 * time.Minute,
 		measure: cpuPerGiB,
+	},
+	{
+		name:  "lag-vs-lsyncd",
+		about: "how old the oldest write is that is not on the copy yet, under a load that goes on, beside lsyncd and rsync in a loop",
+		note: "The load overwrites the pages of two files of 80 MiB on ext4, nine writes of ten are of 4 KiB and the others of up to 128 KiB, eight at a time made durable; its rate is half of what the way through the journal sustains. " +
+			"After each eight writes the files are closed, since lsyncd by default copies a file only when it is closed. A write counts as arrived for blockferry when an epoch that holds it is committed, for the others " +
+			"when its number can be read in the copy, durable or not, and though what is beside it may be older or newer: theirs is no point in time. The rows are stretches of one run, one after another.",
+		disks:   []uml.Disk{{Size: lagBytes + 512<<20}, {Size: lagBytes + 512<<20}, {Size: lagBytes}, {Size: lagBytes}},
+		limit:   45 * time.Minute,
+		picture: lagPicture,
+		measure: lagVersusLsyncd,
+	},
+	{
+		name:  "tracked-vs-drbd-a",
+		about: "a volume written at full speed while it is replicated, against DRBD 8.4 and md RAID1 with write-behind in the same guest",
+		note: "DRBD replicates to a second guest, with a CPU of its own, over a bridge; blockferry to a second disk in the guest itself, whose one CPU the writer, the agent and the replica share. " +
+			"md writes to a second disk, too. DRBD's protocol A counts what it has sent as there.",
+		disks: []uml.Disk{{Size: volumeBytes + 512<<20}, {Size: volumeBytes + 512<<20}, {Size: volumeBytes},
+			{Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}},
+		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},
+		limit:     30 * time.Minute,
+		picture:   ratios("tracked-vs-drbd-a", "Writers at full speed on a volume that is replicated, over the same on"),
+		measure:   trackedVersusDRBD,
 	},
 	planFigure(1, "1000M", 10*time.Minute),
 	planFigure(4, "1500M", 20*time.Minute),

@@ -109,7 +109,8 @@ func fillSource() error {
 		if err := fill(source, syncBytes, 5); err != nil {
 			return err
 		}
-		if err := rig.Do("mkfs.ext4", "-q", "-F", "-E", "nodiscard", source) // so that what is free holds noise; err != nil {
+		// What is free keeps its noise.
+		if err := rig.Do("mkfs.ext4", "-q", "-F", "-E", "nodiscard", source); err != nil {
 			return err
 		}
 		unmount, err := mounted(map[string]string{source: "/mnt/from"})

@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -73,6 +75,10 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 	if err := s.rig.Await(ctx, "replicated", 5*time.Minute, upToDate); err != nil {
 		return s.withLog(err)
 	}
+	device, err := metadataDevice()
+	if err != nil {
+		return err
+	}
 	blocks := int(size / volume.DefaultEraBlockBytes)
 	var few, many []float64
 	for _, part := range []struct {
@@ -97,11 +103,11 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 		read := describe("metadata", "metadata read to find out that %s changed", "MiB")
 		peak := describe("memory", "the agent's peak memory until it has found out that %s changed", "MiB")
 		for n := range m.runs(5, 2) {
-			p, err := s.planOnce(ctx, part.count)
+			p, err := s.planOnce(ctx, device, part.count)
 			if err != nil {
 				return fmt.Errorf("%s: %w", part.name, err)
 			}
-			reading, err := readRate(ctx, metadataDevice, p.read)
+			reading, err := readRate(ctx, device, p.read)
 			if err != nil {
 				return err
 			}
@@ -122,8 +128,17 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 
 func sizeText(bytes int64) string { return fmt.Sprintf("%d TiB", bytes>>40) }
 
-// metadataDevice is where the kernel keeps its marks of the volume.
-const metadataDevice = "/dev/mapper/data-meta"
+// metadataDevice is where the kernel keeps its marks of the volume. A volume's
+// inner devices have no names but the kernel's.
+func metadataDevice() (string, error) {
+	names, _ := filepath.Glob("/sys/block/dm-*/dm/name")
+	for _, path := range names {
+		if name, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(name)) == "data-meta" {
+			return "/dev/" + strings.Split(path, "/")[3], nil
+		}
+	}
+	return "", errors.New("no mapped device is called data-meta")
+}
 
 // planned is what one answer took.
 type planned struct {
@@ -133,12 +148,12 @@ type planned struct {
 }
 
 // planOnce has a new session ask what changed, and ends it.
-func (s *stand) planOnce(ctx context.Context, count int) (p planned, err error) {
+func (s *stand) planOnce(ctx context.Context, device string, count int) (p planned, err error) {
 	// The most memory so far is counted anew from here.
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", s.rig.AgentPid()), []byte("5"), 0); err != nil {
 		return p, err
 	}
-	before, _, err := diskBytes(metadataDevice)
+	before, _, err := diskBytes(device)
 	if err != nil {
 		return p, err
 	}
@@ -150,7 +165,7 @@ func (s *stand) planOnce(ctx context.Context, count int) (p planned, err error) 
 	if err != nil {
 		return p, err
 	}
-	after, _, err := diskBytes(metadataDevice)
+	after, _, err := diskBytes(device)
 	if err != nil {
 		return p, err
 	}

@@ -22,7 +22,6 @@ import (
 // then: lsyncd looks at a file only when it is closed.
 const (
 	lagFiles       = 2
-	lagFilePages   = 20 << 10 // 80 MiB
 	lagPage        = 4096
 	lagWriteMost   = 32 // pages
 	lagBatch       = 8  // writes
@@ -41,7 +40,8 @@ type record struct {
 
 // numbered is the writer and what it remembers.
 type numbered struct {
-	dir string
+	dir   string
+	pages int // of each file
 
 	mu      sync.Mutex
 	records []record
@@ -59,7 +59,7 @@ func (n *numbered) prepare() error {
 		if err != nil {
 			return err
 		}
-		for page := 0; page < lagFilePages && err == nil; page += len(chunk) / lagPage {
+		for page := 0; page < n.pages && err == nil; page += len(chunk) / lagPage {
 			noise.Read(chunk)
 			for p := 0; p < len(chunk); p += lagPage {
 				sealPage(chunk[p:], 0)
@@ -100,7 +100,7 @@ func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float6
 					pages = 2 + random.IntN(lagWriteMost-1)
 				}
 				r := record{number: uint64(len(n.records) + len(batch) + 1), file: file}
-				r.first = random.IntN(lagFilePages - pages + 1)
+				r.first = random.IntN(n.pages - pages + 1)
 				r.last = r.first + pages - 1
 				noise.Read(buffer[:pages*lagPage])
 				for p := range pages {

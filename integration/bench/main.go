@@ -79,7 +79,7 @@ func start(quick bool, record, name string) error {
 		if i < 0 {
 			fmt.Println("figures:")
 			for _, f := range figures {
-				fmt.Printf("  %-18s %s\n", f.name, f.about)
+				fmt.Printf("  %-20s %s\n", f.name, f.about)
 			}
 			if name == "" {
 				return nil
