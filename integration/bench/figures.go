@@ -98,7 +98,7 @@ var figures = []figure{
 		name:  "tracked-vs-drbd-a",
 		about: "a volume written at full speed while it is replicated, against DRBD 8.4 and md RAID1 with write-behind in the same guest",
 		note: "DRBD replicates to a second guest, with a CPU of its own, over a bridge; blockferry to a second disk in the guest itself, whose one CPU the writer, the agent and the replica share. " +
-			"md writes to a second disk, too. DRBD's protocol A counts what it has sent as there.",
+			"md writes to a second disk, too. On the other side is what a commit holds, for blockferry, and what was written to the other disk, flushed or not, for the others.",
 		disks: []uml.Disk{{Size: volumeBytes + 512<<20}, {Size: volumeBytes + 512<<20}, {Size: volumeBytes},
 			{Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}},
 		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},

@@ -42,7 +42,7 @@ func trackedVersusDRBD(ctx context.Context, s *stand, m *measured) error {
 	if err := d.prepare(); err != nil {
 		return err
 	}
-	if err := md(); err != nil {
+	if err := makeMD(); err != nil {
 		return err
 	}
 	if err := s.replicated(ctx, volumeSpec{}); err != nil {
@@ -81,8 +81,7 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 		{name: "drbd-a", what: "DRBD 8.4 protocol A", run: func() (ended, error) { return d.fullSpeed(ctx, "A", l, bytes) }},
 		{name: "drbd-c", what: "DRBD 8.4 protocol C", run: func() (ended, error) { return d.fullSpeed(ctx, "C", l, bytes) }},
 		{name: "md", what: "md RAID1 write-mostly, write-behind", run: func() (ended, error) {
-			rate, err := rate(ctx, mdDevice, volumeBytes, l, bytes)
-			return ended{rate: rate}, err
+			return mdFullSpeed(ctx, l, bytes)
 		}},
 		{name: "raw", what: "the bare disk", run: func() (ended, error) {
 			rate, err := rate(ctx, raw, volumeBytes, l, bytes)
@@ -118,7 +117,7 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 		}
 		m.add(r)
 	}
-	for i, side := range sides[:3] {
+	for i, side := range sides[:4] {
 		who := side.what
 		if i == 0 {
 			who = "blockferry"
@@ -238,58 +237,89 @@ func (d *drbd) await(what string) error {
 	}
 }
 
-var drbdCounter = regexp.MustCompile(`\b(ns|pe|ua|ap|oos|lo):(\d+)`)
+var drbdWritten = regexp.MustCompile(`\bdw:(\d+)`)
 
-// counters are those of /proc/drbd.
-func (d *drbd) counters() (map[string]float64, error) {
-	said, err := here("cat", "/proc/drbd")
+// written is what DRBD has written to its disk, in bytes, as one of the guests
+// says.
+func (d *drbd) written(run runner) (float64, error) {
+	said, err := run("cat", "/proc/drbd")
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	found := map[string]float64{}
-	for _, c := range drbdCounter.FindAllStringSubmatch(said, -1) {
-		found[c[1]], _ = strconv.ParseFloat(c[2], 64)
+	found := drbdWritten.FindStringSubmatch(said)
+	if found == nil || !strings.Contains(said, "cs:Connected") || !strings.Contains(said, "ds:UpToDate/UpToDate") {
+		return 0, fmt.Errorf("DRBD does not replicate: %s", said)
 	}
-	if _, ok := found["ns"]; !ok || !strings.Contains(said, "cs:Connected") || found["oos"] > 0 {
-		return nil, fmt.Errorf("DRBD does not replicate: %s", said)
-	}
-	return found, nil
+	kib, err := strconv.ParseFloat(found[1], 64)
+	return kib * 1024, err
 }
 
 func (d *drbd) fullSpeed(ctx context.Context, protocol string, l load, bytes bool) (e ended, err error) {
 	if err := d.connect(protocol); err != nil {
 		return e, err
 	}
-	before, err := d.counters()
+	ownBefore, err := d.written(here)
+	if err != nil {
+		return e, err
+	}
+	peerBefore, err := d.written(d.there)
 	if err != nil {
 		return e, err
 	}
 	if e.rate, err = rate(ctx, drbdDevice, volumeBytes, l, bytes); err != nil {
 		return e, err
 	}
-	// What is on its way is in the send buffer: sent, and not acknowledged.
-	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		now, err := d.counters()
+	began := time.Now()
+	own, err := d.written(here)
+	if err != nil {
+		return e, err
+	}
+	for first := true; ; first = false {
+		there, err := d.written(d.there)
 		if err != nil {
 			return e, err
 		}
-		if e.committed == 0 {
-			e.committed = (now["ns"] - before["ns"]) * 1024
+		if first {
+			e.committed = there - peerBefore
 		}
-		if e.lag = time.Since(began).Seconds(); now["pe"] == 0 && now["ua"] == 0 && now["ap"] == 0 && now["lo"] == 0 {
+		if e.lag = time.Since(began).Seconds(); there-peerBefore >= own-ownBefore {
 			return e, nil
 		}
 		if e.lag > 60 {
-			return e, errors.New("DRBD still sends a minute after the last write")
+			return e, errors.New("the second guest's disk has not got all of it a minute after the last write")
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
-// md makes a mirror whose second half may be behind.
-func md() error {
+// makeMD makes a mirror whose second half may be behind.
+func makeMD() error {
 	if err := uml.Modprobe("raid1"); err != nil {
 		return err
 	}
 	return rig.Do("mdadm", "--create", mdDevice, "--run", "--assume-clean", "--level=1", "--raid-devices=2", "--metadata=1.2", "--bitmap=internal",
 		"--write-behind=16383", mdDisk, "--write-mostly", mdMirror)
+}
+
+// mdFullSpeed counts what was written to the second disk; when that stands still
+// it has all of it.
+func mdFullSpeed(ctx context.Context, l load, bytes bool) (e ended, err error) {
+	_, before, err := diskBytes(mdMirror)
+	if err != nil {
+		return e, err
+	}
+	if e.rate, err = rate(ctx, mdDevice, volumeBytes, l, bytes); err != nil {
+		return e, err
+	}
+	began := time.Now()
+	_, last, err := diskBytes(mdMirror)
+	e.committed = last - before
+	for still := began; err == nil && time.Since(still) < 200*time.Millisecond; time.Sleep(10 * time.Millisecond) {
+		var now float64
+		if _, now, err = diskBytes(mdMirror); now != last {
+			last, still = now, time.Now()
+			e.lag = still.Sub(began).Seconds()
+		}
+	}
+	return e, err
 }

@@ -178,7 +178,9 @@ func (s *stand) sustained(ctx context.Context, m *measured) (float64, error) {
 // what was said of void ones.
 func (s *stand) commits(from int) (commits []committedCut, void []string, err error) {
 	cuts := map[uint64]time.Time{}
-	for line := range strings.Lines(s.log.since(from)) {
+	at := 0
+	for line := range strings.Lines(s.log.since(0)) {
+		at += len(line)
 		var e struct {
 			Time    time.Time     `json:"time"`
 			Message string        `json:"msg"`
@@ -197,6 +199,12 @@ func (s *stand) commits(from int) (commits []committedCut, void []string, err er
 			// Its line is written when writers go on: what was durable before
 			// they were stopped is in.
 			cuts[e.Epoch] = e.Time.Add(-e.Stalled)
+			continue
+		}
+		if at <= from {
+			continue
+		}
+		switch e.Message {
 		case "epoch committed":
 			cut, known := cuts[e.Stats.Epoch]
 			if !known {
