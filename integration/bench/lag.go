@@ -235,6 +235,22 @@ func lagByCuts(records []record, commits []committedCut, from, to time.Time) (s 
 	return s
 }
 
+// growing says whether a replica falls behind more and more while writes go on from
+// one time to another: at the end its last cut was much older than half-way.
+func growing(commits []committedCut, from, to time.Time) bool {
+	age := func(at time.Time) time.Duration {
+		last := from
+		for _, c := range commits {
+			if !c.committed.After(at) {
+				last = c.cut
+			}
+		}
+		return at.Sub(last)
+	}
+	half := age(from.Add(to.Sub(from) / 2))
+	return age(to) > 2*time.Second && age(to) > half*3/2
+}
+
 // windows is the 99th percentile of each of count equal stretches of time.
 func (s sampled) windows(count int) (p99 []float64) {
 	for i := range count {

@@ -32,6 +32,22 @@ func TestLagByCuts(t *testing.T) {
 	}
 }
 
+func TestGrowing(t *testing.T) {
+	began := time.Now()
+	at := func(s float64) time.Time { return began.Add(time.Duration(s * float64(time.Second))) }
+	var steady, slower []committedCut
+	for i := range 9 {
+		steady = append(steady, committedCut{at(float64(i)), at(float64(i) + 1.2)})
+		slower = append(slower, committedCut{at(float64(i)), at(float64(i) * 2)})
+	}
+	if growing(steady, began, at(10)) {
+		t.Error("a replica that keeps up is said to fall behind")
+	}
+	if !growing(slower, began, at(10)) || !growing(nil, began, at(10)) {
+		t.Error("a replica that falls behind is said to keep up")
+	}
+}
+
 // A target holds a write when all of it is there, or something later is in
 // its place; a file that was replaced is looked at anew.
 func TestLagOfTarget(t *testing.T) {

@@ -8,7 +8,8 @@
 // there are two sides, as in a guest only ratios mean something. It prints the
 // raw numbers as one line of JSON, then a line for each row. With -record it
 // also keeps them in DIR/benchmarks.json and writes DIR/benchmarks.md anew.
-// FIGURE 'all' is every figure, one after another.
+// FIGURE 'all' is every figure, one after another; 'page' measures nothing and
+// writes the page and its pictures anew from what is kept in DIR.
 package main
 
 import (
@@ -73,6 +74,11 @@ func main() {
 }
 
 func start(quick bool, record, name string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if name == "page" && record != "" {
+		return writePage(ctx, record)
+	}
 	chosen := figures
 	if name != "all" {
 		i := slices.IndexFunc(figures, func(f figure) bool { return f.name == name })
@@ -88,8 +94,6 @@ func start(quick bool, record, name string) error {
 		}
 		chosen = figures[i : i+1]
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
 	switch {
 	case os.Getenv(peerVar) != "":
 		return servePeer()

@@ -105,6 +105,6 @@ var planPicture = &picture{file: "plan.png", script: func(r report) string {
 		}
 		plots.WriteString("\n")
 	}
-	return data.String() + "set logscale xy\nset xtics (1, 4, 16)\nset xrange [0.8:20]\nset xlabel 'volume, TiB'\nset key top left\nset multiplot layout 1,3\n" +
+	return data.String() + "set logscale xy\nset xtics (1, 4, 16)\nset xrange [0.8:20]\nset xlabel 'volume, TiB'\nset key bottom right\nset multiplot layout 1,3\n" +
 		plots.String() + "unset multiplot\n"
 }}

@@ -76,27 +76,50 @@ func field(text, key, otherwise string) string {
 // keep puts a result in the place of the figure's last one and writes the
 // page anew.
 func keep(ctx context.Context, dir string, r result) error {
-	path := filepath.Join(dir, reportJSON)
-	var kept report
-	text, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(text, &kept)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	kept, err := readReport(dir)
+	if err != nil {
 		return err
 	}
 	kept.Machine = thisMachine()
 	kept.Figures = slices.DeleteFunc(kept.Figures, func(old result) bool { return old.Figure == r.Figure || figureIndex(old.Figure) < 0 })
 	kept.Figures = append(kept.Figures, r)
 	slices.SortFunc(kept.Figures, func(a, b result) int { return figureIndex(a.Figure) - figureIndex(b.Figure) })
-	if text, err = json.MarshalIndent(kept, "", " "); err != nil {
+	text, err := json.MarshalIndent(kept, "", " ")
+	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(path, append(compact(text), '\n'), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, reportJSON), append(compact(text), '\n'), 0o644); err != nil {
 		return err
 	}
-	if p := figures[figureIndex(r.Figure)].picture; p != nil {
-		if err := p.draw(ctx, dir, kept); err != nil {
+	return writePage(ctx, dir)
+}
+
+// readReport reads what is kept; nothing, if there is none.
+func readReport(dir string) (kept report, err error) {
+	text, err := os.ReadFile(filepath.Join(dir, reportJSON))
+	if errors.Is(err, fs.ErrNotExist) {
+		return kept, nil
+	}
+	if err != nil {
+		return kept, err
+	}
+	return kept, json.Unmarshal(text, &kept)
+}
+
+// writePage writes the page and its pictures from what is kept.
+func writePage(ctx context.Context, dir string) error {
+	kept, err := readReport(dir)
+	if err != nil {
+		return err
+	}
+	drawn := map[*picture]bool{}
+	for _, r := range kept.Figures {
+		i := figureIndex(r.Figure)
+		if i < 0 || figures[i].picture == nil || drawn[figures[i].picture] {
+			continue
+		}
+		drawn[figures[i].picture] = true
+		if err := figures[i].picture.draw(ctx, dir, kept); err != nil {
 			return err
 		}
 	}
