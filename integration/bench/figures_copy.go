@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -66,7 +67,7 @@ func mounted(at map[string]string) (unmount func() error, err error) {
 	var done []string
 	unmount = func() (err error) {
 		for _, path := range done {
-			err = errors.Join(err, unix.Unmount(path, 0))
+			err = errors.Join(err, unmountSoon(path))
 		}
 		return err
 	}
@@ -81,6 +82,20 @@ func mounted(at map[string]string) (unmount func() error, err error) {
 		done = append(done, path)
 	}
 	return unmount, nil
+}
+
+// unmountSoon gives a process that was killed, and still has something open
+// there, a while to end.
+func unmountSoon(path string) error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		err := unix.Unmount(path, 0)
+		if err == nil {
+			return nil
+		}
+		if err != unix.EBUSY || time.Now().After(deadline) {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
 }
 
 // asSource makes what is to become the volume's data readable as a device, for as long

@@ -285,8 +285,6 @@ func lsyncd(config string) (stop func() error, err error) {
 	}
 	os.Remove(log)
 	cmd := exec.Command("lsyncd", path)
-	// Its rsyncs end with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -299,7 +297,9 @@ func lsyncd(config string) (stop func() error, err error) {
 			return fmt.Errorf("lsyncd ended by itself: %v: %s", err, text)
 		default:
 		}
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		for _, pid := range descendants(cmd.Process.Pid) {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
 		<-ended
 		fmt.Printf("lsyncd: %s\n", lastLines(string(text), 3))
 		return nil
