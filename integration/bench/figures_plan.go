@@ -79,6 +79,9 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 	if err != nil {
 		return err
 	}
+	if err := s.planEpochs(ctx, m, device, size); err != nil {
+		return err
+	}
 	blocks := int(size / volume.DefaultEraBlockBytes)
 	var few, many []float64
 	for _, part := range []struct {
@@ -123,6 +126,38 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 	if many != nil {
 		m.add(row{Name: "growth", What: "time to find out that a hundredth of " + sizeText(size) + " changed, over that for a ten-thousandth, of which it is a hundred times", Unit: "s", Ours: many, Theirs: few})
 	}
+	return nil
+}
+
+// planEpochs has epochs in which next to nothing was written: what each epoch
+// costs whatever changes.
+func (s *stand) planEpochs(ctx context.Context, m *measured, device string, size int64) error {
+	took := row{Name: "epoch/seconds", What: "time to find out what changed since the epoch before, when 16 blocks of " + sizeText(size) + " did", Unit: "s"}
+	read := row{Name: "epoch/metadata", What: "metadata read for that", Unit: "MiB"}
+	for range m.runs(5, 2) {
+		if _, err := fio(ctx, top, size, load{pattern: "randwrite", block: "64k", depth: 1, count: 16}); err != nil {
+			return err
+		}
+		before, _, err := diskBytes(device)
+		if err != nil {
+			return err
+		}
+		from := s.log.Len()
+		if err := s.settle(ctx); err != nil {
+			return err
+		}
+		after, _, err := diskBytes(device)
+		if err != nil {
+			return err
+		}
+		found, err := s.entries("changed", from)
+		if err != nil || len(found) == 0 {
+			return errors.Join(err, errors.New("nobody asked what changed"))
+		}
+		took.Ours, read.Ours = append(took.Ours, found[len(found)-1].Seconds), append(read.Ours, (after-before)/float64(len(found))/(1<<20))
+	}
+	m.add(took)
+	m.add(read)
 	return nil
 }
 
