@@ -10,9 +10,9 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
-	systemctl=systemd udevadm=udev fio=fio
+	systemctl=systemd udevadm=udev fio=fio ip=iproute2
 # What benchmarks compare with and draw with. Tests do without.
-BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils ip=iproute2 gnuplot=gnuplot-nox
+BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unit' runs them.

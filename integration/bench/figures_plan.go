@@ -95,7 +95,7 @@ func plan(ctx context.Context, s *stand, m *measured, size int64) error {
 		if once && part.name == "1%" {
 			continue
 		}
-		if err := s.mark(ctx, size, "64k", part.count); err != nil {
+		if err := s.mark(ctx, size, "64k", 1024, part.count); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 		describe := func(name, what, unit string) *row {

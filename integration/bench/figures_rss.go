@@ -48,7 +48,7 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 			continue
 		}
 		plan := row{Name: "plan-" + part.name, Unit: "s", What: fmt.Sprintf("time to find out what changed in 1 TiB after %d places were written, %s of its blocks of 64 KiB", part.count, part.name)}
-		if err := s.mark(ctx, rssBytes, "4k", part.count); err != nil {
+		if err := s.mark(ctx, rssBytes, "4k", 64, part.count); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 		for range m.runs(part.full, part.quick) {
@@ -89,12 +89,12 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 }
 
 // mark writes blocks to count places of a volume while replication is paused.
-func (s *stand) mark(ctx context.Context, size int64, block string, count int) error {
+// Deep, one commit of the kernel's marks serves many writes.
+func (s *stand) mark(ctx context.Context, size int64, block string, depth, count int) error {
 	if err := s.rig.Run(ctx, "pause", "data"); err != nil {
 		return s.withLog(err)
 	}
-	// Deep, so that one commit of the kernel's marks serves many writes.
-	w, err := fio(ctx, top, size, load{pattern: "randwrite", block: block, depth: 64, count: count})
+	w, err := fio(ctx, top, size, load{pattern: "randwrite", block: block, depth: depth, count: count})
 	if err == nil {
 		fmt.Printf("%d places written, %.0f a second\n", count, w.iops)
 	}
