@@ -10,9 +10,11 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
-	systemctl=systemd udevadm=udev fio=fio
+	systemctl=systemd udevadm=udev fio=fio ip=iproute2
 # What demo and benchmarks do without.
 TEST_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
+# What benchmarks compare with and draw with. Tests do without.
+BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev
 PROTO_DEPS := protoc=protobuf-compiler
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
@@ -20,7 +22,7 @@ PROTO_DEPS := protoc=protobuf-compiler
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race integration bench bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
+.PHONY: build demo test lint unit race integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
@@ -49,9 +51,13 @@ integration: # RUN=REGEXP chooses tests
 	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 60m $(if $(RUN),-run '$(RUN)') ./integration/...
 
 bench: uml-deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. RECORD=docs keeps the result there
+	@integration/deps $(BENCH_DEPS)
 	go run ./integration/bench $(if $(QUICK),-quick) $(if $(RECORD),-record $(RECORD)) $(FIGURE)
 
-bench-report: # measures everything and writes docs/benchmarks.md: 25 minutes on a quiet machine
+bench-list: # the figures that 'bench' can measure
+	@go run ./integration/bench
+
+bench-report: # measures everything and writes docs/benchmarks.md: two hours on a quiet machine
 	$(MAKE) bench FIGURE=all RECORD=docs
 
 fuzz: # each fuzz test for FUZZTIME

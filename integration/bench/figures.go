@@ -15,16 +15,20 @@ var figures = []figure{
 		measure: firstSync,
 	},
 	{
-		name:   "first-sync-natively",
-		about:  "a first full sync within one process, on loop devices over files in memory, against dd between the same two",
-		native: true, measure: firstSyncNatively,
+		name:    "first-sync-natively",
+		about:   "a first full sync within one process, on loop devices, against dd between the same two",
+		disks:   []uml.Disk{{Size: syncBytes + 64<<20}, {Size: syncBytes + 64<<20}},
+		native:  true,
+		measure: firstSyncNatively,
 	},
 	{
 		name:  "stream-vs-tcp",
 		about: "what goes through a session over loopback, from a device in memory to a replica in memory, against one plain TCP connection",
 		note: "Beside what the plain connection does, the session's two ends copy each byte out of the source and into the replica, compute a checksum and check it. " +
 			"The journaled way writes each byte three times, reads it once and checks it three times more.",
-		native: true, measure: streamVersusTCP,
+		disks:   []uml.Disk{}, // all in memory
+		native:  true,
+		measure: streamVersusTCP,
 	},
 	{
 		name:    "tracked-vs-raw",
@@ -70,4 +74,59 @@ var figures = []figure{
 		disks:   []uml.Disk{{Size: rssBytes + 128<<30}, {Size: rssBytes + 128<<30}},
 		measure: agentRSS,
 	},
+	{
+		name:    "native-control",
+		about:   "two equal loop devices against each other: how far from 1 the machine itself takes a ratio",
+		disks:   []uml.Disk{{Size: volumeBytes}, {Size: volumeBytes}},
+		native:  true,
+		measure: nativeControl,
+	},
+	{
+		name:  "first-sync-vs-rsync",
+		about: "the first full sync of a volume against rsync and nbdcopy of the same device, and of the files on it",
+		note: "The volume of 1 GiB holds an ext4 with 864 MiB of files; a first sync copies all of it, rsync of the files only those. Source and target are forgotten by the page cache before each run. " +
+			"rsync and nbdcopy only copy: what changes meanwhile makes theirs no point in time, and they need no checksums.",
+		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
+		picture: ratios("first-sync-vs-rsync", "How many times as fast a first sync is"),
+		limit:   20 * time.Minute,
+		measure: firstSyncVersusRsync,
+	},
+	{
+		name:    "cpu-per-gib",
+		about:   "CPU time and memory that the first copy takes, beside rsync and nbdcopy",
+		note:    "The whole guest's CPU time counts all that is not idle, the kernel's threads included, in ticks of 10 ms. nbdcopy and a first sync read and write past the page cache or not as they please; memory is that of the processes, not of the page cache.",
+		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
+		picture: ratios("cpu-per-gib", "What a first sync takes, over what others take"),
+		limit:   20 * time.Minute,
+		measure: cpuPerGiB,
+	},
+	{
+		name:  "lag-vs-lsyncd",
+		about: "how old the oldest write is that is not on the copy yet, under a load that goes on, beside lsyncd and rsync in a loop",
+		note: "The load overwrites the pages of two files of 80 MiB on ext4, nine writes of ten are of 4 KiB and the others of up to 128 KiB, eight at a time made durable; its rate is half of what the way through the journal sustains. " +
+			"After each eight writes the files are closed, since lsyncd by default copies a file only when it is closed. A write counts as arrived for blockferry when an epoch that holds it is committed, for the others " +
+			"when its number can be read in the copy, durable or not, and though what is beside it may be older or newer: theirs is no point in time. The rows are stretches of one run, one after another.",
+		disks:   []uml.Disk{{Size: lagBytes + 512<<20}, {Size: lagBytes + 512<<20}, {Size: lagBytes}, {Size: lagBytes}},
+		limit:   45 * time.Minute,
+		picture: lagPicture,
+		measure: lagVersusLsyncd,
+	},
+	{
+		name:  "tracked-vs-drbd-a",
+		about: "a volume written at full speed while it is replicated, against DRBD 8.4 and md RAID1 with write-behind in the same guest",
+		note: "DRBD replicates to a second guest, with a CPU of its own, over a bridge; blockferry to a second disk in the guest itself, whose one CPU the writer, the agent and the replica share. " +
+			"md writes to a second disk, too. On the other side is what a commit holds, for blockferry, and what was written to the other disk, flushed or not, for the others.",
+		disks: []uml.Disk{{Size: volumeBytes + 512<<20}, {Size: volumeBytes + 512<<20}, {Size: volumeBytes},
+			{Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}},
+		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},
+		limit:     30 * time.Minute,
+		picture:   ratios("tracked-vs-drbd-a", "Writers at full speed on a volume that is replicated, over the same on"),
+		measure:   trackedVersusDRBD,
+	},
+	planFigure(1, "1000M", 10*time.Minute),
+	planFigure(4, "1500M", 20*time.Minute),
+	planFigure(16, "4000M", 40*time.Minute),
 }
+
+// planSizes are those volumes, in TiB.
+var planSizes = []int64{1, 4, 16}

@@ -21,7 +21,7 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 	if err := s.create(ctx, volumeSpec{size: rssBytes, journal: "8GiB"}); err != nil {
 		return err
 	}
-	if err := syncedZeros(ctx); err != nil {
+	if err := syncedZeros(ctx, ssdDisk, ebsDisk, rssBytes); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
@@ -48,7 +48,8 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 			continue
 		}
 		plan := row{Name: "plan-" + part.name, Unit: "s", What: fmt.Sprintf("time to find out what changed in 1 TiB after %d places were written, %s of its blocks of 64 KiB", part.count, part.name)}
-		if err := s.mark(ctx, part.count); err != nil {
+		mark := func() error { return s.mark(ctx, rssBytes, "4k", 64, part.count) }
+		if err := mark(); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 		for range m.runs(part.full, part.quick) {
@@ -65,15 +66,7 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 				return s.withLog(fmt.Errorf("%s: %d places were written, %d found", part.name, part.count, e.Ranges))
 			}
 			plan.Ours = append(plan.Ours, e.Seconds)
-			if err := s.rig.Run(ctx, "pause", "data"); err != nil {
-				return s.withLog(err)
-			}
-			// So little may have been sent before it was paused.
-			committed, err := s.entries("epoch committed", from)
-			if err == nil && len(committed) > 0 {
-				err = s.mark(ctx, part.count)
-			}
-			if err != nil {
+			if err := s.pauseMarked(ctx, from, mark); err != nil {
 				return fmt.Errorf("%s: %w", part.name, err)
 			}
 		}
@@ -96,15 +89,28 @@ func agentRSS(ctx context.Context, s *stand, m *measured) error {
 	return nil
 }
 
-// mark writes to count places while replication is paused.
-func (s *stand) mark(ctx context.Context, count int) error {
+// mark writes blocks to count places of a volume while replication is paused.
+// Deep, one commit of the kernel's marks serves many writes.
+func (s *stand) mark(ctx context.Context, size int64, block string, depth, count int) error {
 	if err := s.rig.Run(ctx, "pause", "data"); err != nil {
 		return s.withLog(err)
 	}
-	// Deep, so that one commit of the kernel's marks serves many writes.
-	w, err := fio(ctx, top, rssBytes, load{pattern: "randwrite", block: "4k", depth: 64, count: count})
+	w, err := fio(ctx, top, size, load{pattern: "randwrite", block: block, depth: depth, count: count})
 	if err == nil {
 		fmt.Printf("%d places written, %.0f a second\n", count, w.iops)
+	}
+	return err
+}
+
+// pauseMarked pauses replication and marks again if an epoch was committed after
+// Len was from: when little is marked it may all be sent before the pause.
+func (s *stand) pauseMarked(ctx context.Context, from int, mark func() error) error {
+	if err := s.rig.Run(ctx, "pause", "data"); err != nil {
+		return s.withLog(err)
+	}
+	committed, err := s.entries("epoch committed", from)
+	if err == nil && len(committed) > 0 {
+		err = mark()
 	}
 	return err
 }
@@ -128,14 +134,14 @@ func memory(pid int) (now, peak float64, err error) {
 // syncedZeros makes disks that were never written what a restore leaves that
 // has only its comparison before it: the replica holds an epoch that is all zeros,
 // as is the SSD. To copy a terabyte of zeros would take an hour.
-func syncedZeros(ctx context.Context) (err error) {
+func syncedZeros(ctx context.Context, ssd, ebs string, size int64) (err error) {
 	lineage := protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 1}}
-	disk, err := blockdev.OpenFile(ebsDisk, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := blockdev.OpenFile(ebs, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
-	replica, err := protocol.OpenReplica(ctx, neverWritten{disk}, protocol.OpenOptions{})
+	replica, err := protocol.OpenReplica(ctx, neverWritten{disk, size}, protocol.OpenOptions{})
 	if err != nil {
 		return err
 	}
@@ -144,26 +150,30 @@ func syncedZeros(ctx context.Context) (err error) {
 	if err := replica.Begin(ctx, start); err != nil {
 		return err
 	}
-	frames := protocol.AppendZeroFrames(nil, protocol.FrameMeta{Epoch: 1, Attempt: 1}, protocol.Range{Offset: 0, Length: rssBytes})
 	digest := protocol.NewStreamDigest()
-	for r := protocol.NewFrameReader(frames); r.More(); {
-		f, err := r.Next()
-		if err != nil {
+	const piece = 64 << 30
+	var frames []byte
+	for offset := int64(0); offset < size; offset += piece {
+		frames = protocol.AppendZeroFrames(frames[:0], protocol.FrameMeta{Epoch: 1, Attempt: 1}, protocol.Range{Offset: offset, Length: min(piece, size-offset)})
+		for r := protocol.NewFrameReader(frames); r.More(); {
+			f, err := r.Next()
+			if err != nil {
+				return err
+			}
+			digest.Add(f.Header)
+		}
+		if err := replica.Append(ctx, 0, frames); err != nil {
 			return err
 		}
-		digest.Add(f.Header)
-	}
-	if err := replica.Append(ctx, 0, frames); err != nil {
-		return err
 	}
 	if err := replica.Commit(ctx, protocol.EpochCommit{Epoch: 1, Attempt: 1, Streams: []protocol.StreamSum{digest.Sum()}}); err != nil {
 		return err
 	}
-	state, err := protocol.SourceState{Restore: &protocol.RestoreState{Replica: "ebs", Lineage: lineage, OffsetBytes: rssBytes, Verifying: true}}.Encode()
+	state, err := protocol.SourceState{Restore: &protocol.RestoreState{Replica: "ebs", Lineage: lineage, OffsetBytes: uint64(size), Verifying: true}}.Encode()
 	if err != nil {
 		return err
 	}
-	offline, err := volume.OpenOffline(ssdDisk)
+	offline, err := volume.OpenOffline(ssd)
 	if err != nil {
 		return err
 	}
@@ -171,10 +181,13 @@ func syncedZeros(ctx context.Context) (err error) {
 }
 
 // neverWritten is a disk whose data area reads as zeros already.
-type neverWritten struct{ *blockdev.File }
+type neverWritten struct {
+	*blockdev.File
+	size int64 // of its data area
+}
 
 func (n neverWritten) ZeroOut(offset, length int64) error {
-	if offset+length <= rssBytes {
+	if offset+length <= n.size {
 		return nil
 	}
 	return n.File.ZeroOut(offset, length)

@@ -7,17 +7,12 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"blockferry/blockdev"
-	"blockferry/integration/rig"
 	"blockferry/proto"
 	"blockferry/protocol"
 )
@@ -64,17 +59,13 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 }
 
 // firstSyncNatively is first-sync-vs-dd without a guest: the sender's and the
-// replica's side of the agent, on loop devices over files in memory.
-func firstSyncNatively(ctx context.Context, _ *stand, m *measured) (err error) {
-	devices, free, err := loopDevices(syncBytes+64<<20, 2)
-	if err != nil {
+// replica's side of the agent, on loop devices.
+func firstSyncNatively(ctx context.Context, s *stand, m *measured) error {
+	source, target := s.disks[0], s.disks[1]
+	if err := fill(source, syncBytes, 3); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, free()) }()
-	if err := fill(devices[0], syncBytes, 3); err != nil {
-		return err
-	}
-	from, err := blockdev.OpenFile(devices[0], blockdev.OpenOptions{})
+	from, err := blockdev.OpenFile(source, blockdev.OpenOptions{})
 	if err != nil {
 		return err
 	}
@@ -82,7 +73,7 @@ func firstSyncNatively(ctx context.Context, _ *stand, m *measured) (err error) {
 	return m.pairs(ctx, row{Name: "loop-devices", Unit: "s", Inverse: true, Goal: atLeast(0.85),
 		What: "the rate of a first sync of 1 GiB, from Begin to its commit, over that of dd (bs=1M iflag=direct oflag=direct conv=fsync)"}, m.runs(5, 3),
 		func(ctx context.Context) (float64, error) {
-			to, err := blockdev.OpenFile(devices[1], blockdev.OpenOptions{Write: true})
+			to, err := blockdev.OpenFile(target, blockdev.OpenOptions{Write: true})
 			if err != nil {
 				return 0, err
 			}
@@ -94,43 +85,13 @@ func firstSyncNatively(ctx context.Context, _ *stand, m *measured) (err error) {
 			defer f.close()
 			return f.send(ctx, protocol.ModeInPlace, 1)
 		},
-		func(ctx context.Context) (float64, error) { return dd(ctx, devices[0], devices[1], syncBytes) })
+		func(ctx context.Context) (float64, error) { return dd(ctx, source, target, syncBytes) })
 }
 
 // section is the volume's part of a device.
 type section struct{ blockdev.Device }
 
 func (section) Size() int64 { return syncBytes }
-
-// loopDevices are over files in memory; free takes them away.
-func loopDevices(size int64, count int) (paths []string, free func() error, err error) {
-	dir, err := os.MkdirTemp("/dev/shm", "blockferry-bench-")
-	if err != nil {
-		return nil, nil, err
-	}
-	free = func() error {
-		var errs []error
-		for _, path := range paths {
-			errs = append(errs, rig.Do("losetup", "-d", path))
-		}
-		return errors.Join(append(errs, os.RemoveAll(dir))...)
-	}
-	for i := range count {
-		path := filepath.Join(dir, fmt.Sprint(i))
-		if err = os.WriteFile(path, nil, 0o600); err == nil {
-			err = os.Truncate(path, size)
-		}
-		var out []byte
-		if err == nil {
-			out, err = exec.Command("losetup", "--find", "--show", "--direct-io=on", path).Output()
-		}
-		if err != nil {
-			return nil, nil, errors.Join(fmt.Errorf("a loop device over %s: %w", path, err), free())
-		}
-		paths = append(paths, strings.TrimSpace(string(out)))
-	}
-	return paths, free, nil
-}
 
 // ramDisk is a device without any cost but the copying.
 type ramDisk struct{ b []byte }

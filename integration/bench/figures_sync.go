@@ -56,7 +56,7 @@ func firstSync(ctx context.Context, s *stand, m *measured) error {
 			func(ctx context.Context) (float64, error) {
 				return held(func() (float64, error) {
 					took, all, err := s.firstSyncOnce(ctx)
-					whole = append(whole, all)
+					whole = append(whole, all.seconds)
 					return took, err
 				})
 			},
@@ -74,22 +74,29 @@ func firstSync(ctx context.Context, s *stand, m *measured) error {
 
 // firstSyncOnce makes a volume of what ssdDisk holds and has it copied to
 // ebsDisk: seconds from the first cut to the commit, as the agent says, and
-// from the agent's start to the commit.
-func (s *stand) firstSyncOnce(ctx context.Context) (took, all float64, err error) {
+// what it all took from the agent's start to the commit.
+func (s *stand) firstSyncOnce(ctx context.Context) (took float64, all usage, err error) {
 	if err := s.create(ctx, volumeSpec{size: syncBytes, journal: "64MiB", cow: "64MiB"}); err != nil {
-		return 0, 0, err
+		return 0, all, err
+	}
+	before, err := machineBusy()
+	if err != nil {
+		return 0, all, err
 	}
 	from, began := s.log.Len(), time.Now()
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
-		return 0, 0, s.withLog(err)
+		return 0, all, s.withLog(err)
 	}
+	w := watchProcess(s.rig.AgentPid(), before)
 	e, err := s.awaitEntry(ctx, "epoch committed", from, 2*time.Minute)
-	if err != nil {
-		return 0, 0, err
+	ended := time.Since(began)
+	all, failed := w.end()
+	if err := errors.Join(err, failed); err != nil {
+		return 0, all, err
 	}
-	all = time.Since(began).Seconds()
+	all.seconds = ended.Seconds()
 	if e.Stats.Action != "full" || e.Stats.Link.SentBytes < syncBytes {
-		return 0, 0, fmt.Errorf("that was no whole first sync: %+v", e.Stats)
+		return 0, all, fmt.Errorf("that was no whole first sync: %+v", e.Stats)
 	}
 	fmt.Printf("first sync: %+v\n", e.Stats)
 	return e.Stats.TotalSeconds, all, s.gone(ctx)

@@ -1,5 +1,5 @@
-// Command bench measures blockferry against doing without it, in a guest or,
-// where a figure says so, on the machine itself.
+// Command bench measures blockferry against doing without it and against
+// others, in a guest or on this machine's kernel.
 //
 //	go run ./integration/bench [-quick] [-record DIR] FIGURE
 //
@@ -8,7 +8,8 @@
 // there are two sides, as in a guest only ratios mean something. It prints the
 // raw numbers as one line of JSON, then a line for each row. With -record it
 // also keeps them in DIR/benchmarks.json and writes DIR/benchmarks.md anew.
-// FIGURE 'all' is every figure, one after another.
+// FIGURE 'all' is every figure, one after another; 'page' measures nothing and
+// writes the page and its pictures anew from what is kept in DIR.
 package main
 
 import (
@@ -48,9 +49,16 @@ type figure struct {
 	modules []string // besides those of every figure
 	memory  string   // of the guest; "": 1000M
 	limit   time.Duration
-	native  bool // measured on the machine itself
+	// native: it runs on this machine's kernel, its disks are loop devices
+	// (see stand.disks).
+	native bool
+	// peerDisks are those of a second guest that the first one reaches over a network;
+	// none: there is no second guest.
+	peerDisks []uml.Disk
 	// measure runs in the guest and adds rows to m.
 	measure func(ctx context.Context, s *stand, m *measured) error
+	// picture shows it on the page, if set.
+	picture *picture
 }
 
 func main() {
@@ -66,13 +74,18 @@ func main() {
 }
 
 func start(quick bool, record, name string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if name == "page" && record != "" {
+		return writePage(ctx, record)
+	}
 	chosen := figures
 	if name != "all" {
 		i := slices.IndexFunc(figures, func(f figure) bool { return f.name == name })
 		if i < 0 {
 			fmt.Println("figures:")
 			for _, f := range figures {
-				fmt.Printf("  %-18s %s\n", f.name, f.about)
+				fmt.Printf("  %-20s %s\n", f.name, f.about)
 			}
 			if name == "" {
 				return nil
@@ -81,21 +94,18 @@ func start(quick bool, record, name string) error {
 		}
 		chosen = figures[i : i+1]
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	if uml.Inside() {
+	switch {
+	case os.Getenv(peerVar) != "":
+		return servePeer()
+	case uml.Inside() || os.Getenv(roomVar) != "":
 		return inside(ctx, chosen[0], quick)
 	}
 	// One that fails is no reason to go without the others.
 	var errs []error
 	for _, f := range chosen {
-		run := boot
-		if f.native {
-			run = natively
-		}
 		r, err := run(ctx, f, quick)
 		if err == nil && record != "" {
-			err = keep(record, r)
+			err = keep(ctx, record, r)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", f.name, err))
@@ -111,9 +121,47 @@ func start(quick bool, record, name string) error {
 	return errors.Join(errs...)
 }
 
-// boot runs this program in a guest and fetches its result.
+// run measures a figure where it is to be measured.
+func run(ctx context.Context, f figure, quick bool) (r result, err error) {
+	if f.limit == 0 {
+		f.limit = 10 * time.Minute
+	}
+	if f.memory == "" {
+		f.memory = "1000M"
+	}
+	if f.disks == nil {
+		f.disks = []uml.Disk{{Size: 1 << 30}, {Size: 1 << 30}, {Size: 512 << 20}}
+	}
+	began, load := time.Now(), hostLoad()
+	if f.native {
+		r, err = runNative(ctx, f, quick)
+	} else {
+		r, err = boot(ctx, f, quick)
+	}
+	if err != nil {
+		return r, err
+	}
+	r.Date, r.TookSeconds = began.UTC().Format(time.DateOnly), time.Since(began).Seconds()
+	r.HostLoad = load
+	return r, r.check()
+}
+
+// args are those with which this program measures a figure by itself.
+func (f figure) args(quick bool) []string {
+	var args []string
+	if once {
+		args = append(args, "-once")
+	}
+	if quick || once {
+		args = append(args, "-quick")
+	}
+	return append(args, f.name)
+}
+
+// boot runs this program in a guest, beside a second one if the figure has a
+// peer, and fetches its result.
 func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
-	host, err := uml.NewHost(1)
+	host, err := uml.NewHost(2)
 	if err != nil {
 		return r, err
 	}
@@ -126,27 +174,10 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 	if err != nil {
 		return r, err
 	}
-	if f.limit == 0 {
-		f.limit = 10 * time.Minute
-	}
-	if f.memory == "" {
-		f.memory = "1000M"
-	}
-	if f.disks == nil {
-		f.disks = []uml.Disk{{Size: 1 << 30}, {Size: 1 << 30}, {Size: 512 << 20}}
-	}
-	args := []string{self, f.name}
-	switch {
-	case once:
-		args = []string{self, "-once", "-quick", f.name}
-	case quick:
-		args = []string{self, "-quick", f.name}
-	}
-	began, load := time.Now(), hostLoad()
-	ran, err := host.Run(ctx, uml.Spec{
+	spec := uml.Spec{
 		Name: f.name, Memory: f.memory, Timeout: f.limit, KernelSilent: true, Console: os.Stderr, Disks: f.disks,
 		Modules: append([]string{"dm-mod", "dm-era", "dm-snapshot"}, f.modules...),
-		Args:    args, Env: []string{binaryVar + "=" + uml.GuestPath(binary)},
+		Args:    append([]string{self}, f.args(quick)...), Env: []string{binaryVar + "=" + uml.GuestPath(binary)},
 		Collect: func(dir string) error {
 			text, err := os.ReadFile(filepath.Join(dir, resultFile))
 			if errors.Is(err, fs.ErrNotExist) {
@@ -157,34 +188,44 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 			}
 			return json.Unmarshal(text, &r)
 		},
-	})
+	}
+	if f.peerDisks != nil {
+		endPeer, err := bootPeer(ctx, host, f, &spec)
+		if err != nil {
+			return r, err
+		}
+		defer endPeer()
+	}
+	ran, err := host.Run(ctx, spec)
 	if err == nil && ran.Exit != 0 {
 		err = fmt.Errorf("exit status %d", ran.Exit)
 	}
 	if err != nil {
 		return r, fmt.Errorf("in the guest: %w", err)
 	}
-	r.Date, r.TookSeconds = began.UTC().Format(time.DateOnly), time.Since(began).Seconds()
-	r.HostLoad = load
-	return r, r.check()
+	return r, nil
 }
 
-// natively runs it right here, as root.
-func natively(ctx context.Context, f figure, quick bool) (result, error) {
-	m := &measured{result: result{Figure: f.name, About: f.about, Quick: quick, HostLoad: hostLoad()}}
-	began := time.Now()
-	if err := f.measure(ctx, nil, m); err != nil {
-		return m.result, err
-	}
-	m.Date, m.TookSeconds = began.UTC().Format(time.DateOnly), time.Since(began).Seconds()
-	return m.result, m.check()
-}
-
-// inside measures, in the guest.
+// inside measures, in the guest or on this machine's kernel, where all that
+// it does is to itself.
 func inside(ctx context.Context, f figure, quick bool) (err error) {
 	s := &stand{rig: rig.Rig{Binary: os.Getenv(binaryVar), Config: "/run/blockferry/bench.yaml", Verbose: true}}
 	defer func() { err = s.withLog(errors.Join(err, s.close())) }()
-	m := &measured{result: result{Figure: f.name, About: f.about, Quick: quick}}
+	dir := uml.Dir
+	if f.native {
+		if dir, err = enterRoom(); err != nil {
+			return err
+		}
+		if err := s.openLoops(f.disks); err != nil {
+			return err
+		}
+	}
+	for i := range f.disks {
+		if !f.native {
+			s.disks = append(s.disks, fmt.Sprintf("/dev/ubd%c", 'a'+i))
+		}
+	}
+	m := &measured{result: result{Figure: f.name, About: f.about, Quick: quick, Native: f.native}}
 	if err := f.measure(ctx, s, m); err != nil {
 		return err
 	}
@@ -196,7 +237,7 @@ func inside(ctx context.Context, f figure, quick bool) (err error) {
 	if err != nil {
 		return err
 	}
-	file, err := os.Create(filepath.Join(uml.Dir, resultFile))
+	file, err := os.Create(filepath.Join(dir, resultFile))
 	if err != nil {
 		return err
 	}

@@ -88,6 +88,7 @@ type result struct {
 	Date        string         `json:"date"`
 	TookSeconds float64        `json:"took-seconds"`
 	GuestKernel string         `json:"guest-kernel"`
+	Native      bool           `json:"native,omitempty"`    // that kernel is this machine's
 	HostLoad    float64        `json:"host-load,omitempty"` // processes that wanted to run in the minute before it
 	Rows        []row          `json:"rows"`
 	Extra       map[string]any `json:"extra,omitempty"`

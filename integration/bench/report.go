@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -74,25 +75,53 @@ func field(text, key, otherwise string) string {
 
 // keep puts a result in the place of the figure's last one and writes the
 // page anew.
-func keep(dir string, r result) error {
-	path := filepath.Join(dir, reportJSON)
-	var kept report
-	text, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(text, &kept)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+func keep(ctx context.Context, dir string, r result) error {
+	kept, err := readReport(dir)
+	if err != nil {
 		return err
 	}
 	kept.Machine = thisMachine()
 	kept.Figures = slices.DeleteFunc(kept.Figures, func(old result) bool { return old.Figure == r.Figure || figureIndex(old.Figure) < 0 })
 	kept.Figures = append(kept.Figures, r)
 	slices.SortFunc(kept.Figures, func(a, b result) int { return figureIndex(a.Figure) - figureIndex(b.Figure) })
-	if text, err = json.MarshalIndent(kept, "", " "); err != nil {
+	text, err := json.MarshalIndent(kept, "", " ")
+	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(path, append(compact(text), '\n'), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, reportJSON), append(compact(text), '\n'), 0o644); err != nil {
 		return err
+	}
+	return writePage(ctx, dir)
+}
+
+// readReport reads what is kept; nothing, if there is none.
+func readReport(dir string) (kept report, err error) {
+	text, err := os.ReadFile(filepath.Join(dir, reportJSON))
+	if errors.Is(err, fs.ErrNotExist) {
+		return kept, nil
+	}
+	if err != nil {
+		return kept, err
+	}
+	return kept, json.Unmarshal(text, &kept)
+}
+
+// writePage writes the page and its pictures from what is kept.
+func writePage(ctx context.Context, dir string) error {
+	kept, err := readReport(dir)
+	if err != nil {
+		return err
+	}
+	drawn := map[*picture]bool{}
+	for _, r := range kept.Figures {
+		i := figureIndex(r.Figure)
+		if i < 0 || figures[i].picture == nil || drawn[figures[i].picture] {
+			continue
+		}
+		drawn[figures[i].picture] = true
+		if err := figures[i].picture.draw(ctx, dir, kept); err != nil {
+			return err
+		}
 	}
 	return os.WriteFile(filepath.Join(dir, reportPage), []byte(kept.page()), 0o644)
 }
@@ -139,11 +168,11 @@ func (r report) page() string {
 		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
 	kernels := []string{}
 	for _, f := range r.Figures {
-		if f.GuestKernel != "" && !slices.Contains(kernels, f.GuestKernel) {
+		if !f.Native && !slices.Contains(kernels, f.GuestKernel) {
 			kernels = append(kernels, f.GuestKernel)
 		}
 	}
-	fmt.Fprintf(&b, "Measured, but where a figure says otherwise, in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s. "+
+	fmt.Fprintf(&b, "Measured in a User-Mode Linux guest (Linux %s) with one CPU, whose disks are %s, where a figure does not say otherwise. "+
 		"There a system call costs more than elsewhere, disks are as fast as memory, and the clock ticks every 10 ms: absolute values say nothing about real disks, ratios of "+
 		"paired runs do, the two sides taking turns. Each row is a median; beside it the smallest and the largest of its runs.\n",
 		strings.Join(kernels, ", "), m.Storage)
@@ -153,8 +182,8 @@ func (r report) page() string {
 		if f.Quick {
 			how = ", short runs"
 		}
-		if f.GuestKernel == "" {
-			how += ", on the machine itself, without a guest"
+		if f.Native {
+			how += ", on this machine's own kernel, loop devices over files in memory"
 		}
 		if f.HostLoad > 0 {
 			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)
@@ -180,8 +209,12 @@ func (r report) page() string {
 			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
 				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
 		}
-		if note := figures[figureIndex(f.Figure)].note; note != "" {
-			b.WriteString("\n" + note + "\n")
+		known := figures[figureIndex(f.Figure)]
+		if known.picture != nil && known.picture.script(r) != "" {
+			fmt.Fprintf(&b, "\n![%s](%s)\n", f.About, known.picture.file)
+		}
+		if known.note != "" {
+			b.WriteString("\n" + known.note + "\n")
 		}
 	}
 	for _, f := range figures {

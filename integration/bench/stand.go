@@ -33,6 +33,9 @@ const (
 type stand struct {
 	rig rig.Rig
 	log safeBuffer
+	// disks are the figure's: in a guest ssdDisk and so on, otherwise loop devices.
+	disks []string
+	loops []*os.File // that keep those there
 }
 
 // safeBuffer is a buffer that is read while the agent writes to it.
@@ -60,8 +63,10 @@ func (b *safeBuffer) since(from int) string {
 	return string(b.text.Bytes()[from:])
 }
 
-// volumeSpec is a volume on ssdDisk, replicated to ebsDisk.
+// volumeSpec is a volume, replicated to one disk.
 type volumeSpec struct {
+	device   string        // "": ssdDisk
+	replica  string        // "": ebsDisk
 	size     int64         // 0: volumeBytes
 	interval time.Duration // 0: 1 s
 	eraBlock string        // "": the default
@@ -71,6 +76,12 @@ type volumeSpec struct {
 
 // configure describes that volume.
 func (s *stand) configure(v volumeSpec) error {
+	if v.device == "" {
+		v.device = ssdDisk
+	}
+	if v.replica == "" {
+		v.replica = ebsDisk
+	}
 	if v.size == 0 {
 		v.size = volumeBytes
 	}
@@ -94,7 +105,7 @@ func (s *stand) configure(v volumeSpec) error {
     interval: %v
 %s    replicas:
       ebs: {device: %s, compression: none, journal: %s}
-`, ssdDisk, v.size, v.interval, options, ebsDisk, v.journal))
+`, v.device, v.size, v.interval, options, v.replica, v.journal))
 }
 
 // create formats it. Forced: what the disk holds becomes the volume's content.
@@ -150,7 +161,13 @@ func (s *stand) withLog(err error) error {
 	return fmt.Errorf("%w; the agent's log ends with:\n%s", err, strings.Join(lines[max(0, len(lines)-15):], "\n"))
 }
 
-func (s *stand) close() error { return s.rig.StopAgent() }
+func (s *stand) close() error {
+	err := s.rig.StopAgent()
+	for _, device := range s.loops {
+		err = errors.Join(err, device.Close())
+	}
+	return err
+}
 
 // entry is a line of the agent's log, as far as something is measured by it.
 type entry struct {
@@ -254,7 +271,11 @@ func kernelRelease() string {
 // diskBytes is what was read from a disk and written to it, as the kernel
 // counts.
 func diskBytes(path string) (read, written float64, err error) {
-	text, err := os.ReadFile("/sys/block/" + strings.TrimPrefix(path, "/dev/") + "/stat")
+	var device unix.Stat_t
+	if err := unix.Stat(path, &device); err != nil {
+		return 0, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(device.Rdev), unix.Minor(device.Rdev)))
 	if err != nil {
 		return 0, 0, err
 	}

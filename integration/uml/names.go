@@ -4,9 +4,10 @@ import "blockferry/integration/vm"
 
 // Names of package vm.
 type (
-	Host = vm.Host
-	Spec = vm.Spec
-	Disk = vm.Disk
+	Host    = vm.Host
+	Spec    = vm.Spec
+	Disk    = vm.Disk
+	Network = vm.Network
 )
 
 const (
@@ -16,6 +17,7 @@ const (
 
 var (
 	ErrNoGuest    = vm.ErrNoGuest
+	NewNetwork    = vm.NewNetwork
 	Init          = vm.Init
 	Inside        = vm.Inside
 	Boot          = vm.Boot

@@ -78,6 +78,10 @@ type Spec struct {
 	Console io.Writer
 	// KernelSilent keeps the kernel's own messages off the console.
 	KernelSilent bool
+	// Network, if set, has the guest's network card at the tap of that name.
+	// Only a machine with Networks can have it.
+	Network *Network
+	Tap     string
 	// Collect, if set, is called before the guest's files are removed, with
 	// the host's path of what the program sees as Dir.
 	Collect func(dir string) error
@@ -98,6 +102,8 @@ var ErrNoGuest = errors.New("no guest kernel")
 type Machine struct {
 	// Command is the command that boots one: the program and its arguments.
 	Command func(Guest) []string
+	// Networks says that Command joins a guest to its Spec's Network.
+	Networks bool
 	// Shared is what the guest mounts on Dir: the folder that Guest names so.
 	Shared func(Guest) Mount
 	// Modules is the host's folder that holds what a machine has in /lib/modules.
@@ -220,6 +226,9 @@ func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Cl
 // however it ended, is not. The error is about the guest, Result.Exit about
 // the program; Result.Output is there in either case.
 func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
+	if spec.Network != nil && !h.machine.Networks {
+		return Result{}, fmt.Errorf("guest %s: guests of this kind join no network", spec.Name)
+	}
 	for _, slots := range h.slots {
 		select {
 		case slots <- struct{}{}:
@@ -333,7 +342,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, func() {
+	waitErr := runOnThread(cmd, spec.Network, func() {
 		if h.machine.Meanwhile != nil {
 			h.machine.Meanwhile(ctx, cmd.Process)
 		}
@@ -355,12 +364,18 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 
 // runOnThread runs a command on a thread that lives as long as the command:
 // Pdeathsig is sent when the thread that started the child ends. meanwhile runs
-// beside it, on a goroutine of its own.
-func runOnThread(cmd *exec.Cmd, meanwhile func()) error {
+// beside it, on a goroutine of its own. A thread that entered a network ends too:
+// nothing else may run there.
+func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
+		if network == nil {
+			defer runtime.UnlockOSThread()
+		} else if err := network.enter(); err != nil {
+			done <- err
+			return
+		}
 		if err := cmd.Start(); err != nil {
 			done <- err
 			return

@@ -43,6 +43,58 @@ func TestHostsShareTheirLimit(t *testing.T) {
 	}
 }
 
+// A machine that knows no networks refuses one, and boots nothing.
+func TestNetworkIsRefused(t *testing.T) {
+	t.Parallel()
+	h, err := NewHost(Machine{}, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if result, err := h.Run(t.Context(), Spec{Name: "x", Network: &Network{}}); err == nil || !strings.Contains(err.Error(), "guest x: guests of this kind join no network") {
+		t.Errorf("%+v, %v", result, err)
+	}
+}
+
+// Guests are on the taps of their network, of which nobody else sees anything.
+func TestNetworkIsItsGuestsOwn(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("a network needs root")
+	}
+	network, err := NewNetwork("bf-left", "bf-right")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer network.Close()
+	log := filepath.Join(t.TempDir(), "log")
+	h, err := NewHost(Machine{
+		Networks: true, Shared: func(Guest) Mount { return Mount{} },
+		Command: func(Guest) []string { return []string{"/bin/sh", "-c", "ip -o link > " + log} },
+	}, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	links := func(spec Spec) string {
+		if result, err := h.Run(t.Context(), spec); !errors.Is(err, ErrNoEnd) {
+			t.Errorf("%+v, %v", result, err) // as above
+		}
+		text, err := os.ReadFile(log)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(text)
+	}
+	for _, tap := range []string{"bf-left", "bf-right"} {
+		if got := links(Spec{Network: network}); !strings.Contains(got, tap) {
+			t.Errorf("a guest of the network does not see %s: %s", tap, got)
+		}
+		if got := links(Spec{}); strings.Contains(got, tap) {
+			t.Errorf("a guest without it sees %s: %s", tap, got)
+		}
+	}
+}
+
 // Each Host sweeps what killed ones left, and must never take another's
 // folder for such, however new it is.
 func TestHostsBeginTogether(t *testing.T) {
