@@ -162,9 +162,11 @@ func onlyTheTop(t *testing.T) {
 	}
 }
 
-// makeFileSystem makes the one with a UUID that is known.
+// makeFileSystem makes the one with a UUID that is known. udevd watches a device
+// for what is written to it only once it has dealt with its arrival.
 func makeFileSystem(t *testing.T) {
 	t.Helper()
+	run(t, "udevadm", "settle", "--timeout=60")
 	run(t, "mkfs.ext4", "-q", "-F", "-U", fileSystemID, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "/dev/mapper/data")
 }
 
