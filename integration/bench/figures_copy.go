@@ -172,7 +172,7 @@ func (s *stand) copies(ctx context.Context, count int, c copier) (copied, error)
 		r.bytes = filesBytes
 	}
 	ours := func() error {
-		took, whole, err := s.firstSyncOnce(ctx)
+		took, whole, err := s.firstSyncOnce(ctx, true)
 		r.sync, r.ours = append(r.sync, usage{seconds: took}), append(r.ours, whole)
 		return err
 	}
