@@ -107,6 +107,15 @@ func firstText(dir string, names ...string) string {
 	return ""
 }
 
+// nodeAt is the node of the block device at path.
+func (k kernel) nodeAt(path string) (sysNode, error) {
+	major, minor, err := k.device(path)
+	if err != nil {
+		return sysNode{}, err
+	}
+	return k.node(major, minor)
+}
+
 func (k kernel) identify(path string) (Identity, error) {
 	fail := func(err error) (Identity, error) { return Identity{}, fmt.Errorf("identify %s: %w", path, err) }
 	major, minor, err := k.device(path)

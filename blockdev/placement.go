@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -31,11 +32,7 @@ func PlacementOf(path string) (Placement, error) { return hostKernel.placement(p
 
 func (k kernel) placement(path string) (Placement, error) {
 	fail := func(err error) (Placement, error) { return Placement{}, fmt.Errorf("place of %s: %w", path, err) }
-	major, minor, err := k.device(path)
-	if err != nil {
-		return fail(err)
-	}
-	n, err := k.node(major, minor)
+	n, err := k.nodeAt(path)
 	if err != nil {
 		return fail(err)
 	}
@@ -66,4 +63,18 @@ func (k kernel) placement(path string) (Placement, error) {
 		return fail(err)
 	}
 	return p, nil
+}
+
+// BootID is the random id of this boot.
+func BootID() (id [16]byte, err error) {
+	const path = "/proc/sys/kernel/random/boot_id"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return id, err
+	}
+	b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(string(text)), "-", ""))
+	if err != nil || len(b) != len(id) {
+		return id, fmt.Errorf("%s holds %q, want a UUID", path, text)
+	}
+	return [16]byte(b), nil
 }

@@ -28,11 +28,7 @@ func WrittenBytes(path string) (uint64, error) {
 
 func (k kernel) traffic(path string) (Traffic, error) {
 	fail := func(err error) (Traffic, error) { return Traffic{}, fmt.Errorf("statistics of %s: %w", path, err) }
-	major, minor, err := k.device(path)
-	if err != nil {
-		return fail(err)
-	}
-	n, err := k.node(major, minor)
+	n, err := k.nodeAt(path)
 	if err != nil {
 		return fail(err)
 	}

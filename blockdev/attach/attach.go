@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -179,21 +178,6 @@ func (a *Attached) pinName() string {
 	return hex.EncodeToString(a.state.UUID[:]) + "-" + hex.EncodeToString(a.state.Tracking[:])
 }
 
-// dropOldPins ends what is pinned for other trackings of the volume.
-func (a *Attached) dropOldPins() error {
-	old, err := filepath.Glob(filepath.Join(a.options.PinDir, hex.EncodeToString(a.state.UUID[:])+"*"))
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, path := range old {
-		if filepath.Base(path) != a.pinName() {
-			errs = append(errs, os.RemoveAll(path))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 func (a *Attached) open() (err error) {
 	o := &a.options
 	list, err := a.look()
@@ -213,7 +197,7 @@ func (a *Attached) open() (err error) {
 		return err
 	}
 	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName())}
-	if err := a.dropOldPins(); err != nil {
+	if err := bpf.UnpinOthers(o.PinDir, hex.EncodeToString(a.state.UUID[:]), a.pinName()); err != nil {
 		return err
 	}
 	if a.tracker, err = o.openTracker(target); err != nil {
@@ -309,19 +293,6 @@ func kernelName(path string) (string, error) {
 	}
 	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", id.Major, id.Minor))
 	return filepath.Base(dir), err
-}
-
-func bootID() (id [16]byte, err error) {
-	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return id, err
-	}
-	b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(string(text)), "-", ""))
-	if err != nil || len(b) != len(id) {
-		return id, fmt.Errorf("boot id '%s': want 32 hexadecimal digits", strings.TrimSpace(string(text)))
-	}
-	copy(id[:], b)
-	return id, nil
 }
 
 // Name is the volume's name.

@@ -18,28 +18,31 @@ type Kept struct {
 // ReadStateOf is ReadState, and says whether a device is, for certain, the disk
 // that the file is of; what it holds does not matter.
 func ReadStateOf(device, path string) (k Kept, same bool, err error) {
-	if k, err = ReadState(path); err != nil {
-		return k, false, err
-	}
-	was, err := readState(path)
+	was, err := mustReadState(path)
 	if err != nil {
 		return k, false, err
 	}
 	now, err := stateOf(device)
-	return k, err == nil && was.sameDisk(&now), err
+	return Kept{was.UUID, was.State}, err == nil && was.sameDisk(&now), err
 }
 
 // ReadState reads a state file, whatever device it is of. Without one the error
 // is fs.ErrNotExist.
 func ReadState(path string) (Kept, error) {
-	s, err := readState(path)
-	if err == nil && s == nil {
-		err = fmt.Errorf("state file %s: %w", path, errNoState)
-	}
+	s, err := mustReadState(path)
 	if err != nil {
 		return Kept{}, err
 	}
 	return Kept{s.UUID, s.State}, nil
+}
+
+// mustReadState is readState for a file that has to be there.
+func mustReadState(path string) (*state, error) {
+	s, err := readState(path)
+	if err == nil && s == nil {
+		err = fmt.Errorf("state file %s: %w", path, errNoState)
+	}
+	return s, err
 }
 
 // Create makes the state file of a device that is attached for the first time;

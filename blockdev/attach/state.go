@@ -78,7 +78,7 @@ func stateOf(device string) (s state, err error) {
 	if err != nil {
 		return s, err
 	}
-	boot, err := bootID()
+	boot, err := blockdev.BootID()
 	if err != nil {
 		return s, err
 	}

@@ -3,10 +3,11 @@ package bpf
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
+	"errors"
 	"fmt"
 	"math/bits"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -45,9 +46,11 @@ func find(t Target) (w where, err error) {
 		return w, err
 	}
 	w.start = w.place.StartBytes + t.Offset
-	if w.boot, err = bootID(); err != nil {
+	boot, err := blockdev.BootID()
+	if err != nil {
 		return w, err
 	}
+	w.boot = [2]uint64{binary.BigEndian.Uint64(boot[:]), binary.BigEndian.Uint64(boot[8:])}
 	w.grain = grainOf(t.Length)
 	return w, nil
 }
@@ -65,19 +68,6 @@ func grainOf(length int64) int64 {
 func (w where) grains() int64 { return (w.target.Length + w.grain - 1) / w.grain }
 
 func (w where) grainShift() uint32 { return uint32(bits.TrailingZeros64(uint64(w.grain / sectorSize))) }
-
-func bootID() (id [2]uint64, err error) {
-	const path = "/proc/sys/kernel/random/boot_id"
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return id, err
-	}
-	b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(string(text)), "-", ""))
-	if err != nil || len(b) != 16 {
-		return id, fmt.Errorf("%s holds %q, want a UUID", path, text)
-	}
-	return [2]uint64{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])}, nil
-}
 
 // identity is what the header says from headIdentity on, and what each part is
 // called.
@@ -142,4 +132,23 @@ func EnsureMounted(folder string) error {
 		return fmt.Errorf("mount a bpffs on %s, to pin fine tracking in: %w", folder, err)
 	}
 	return nil
+}
+
+// UnpinOthers ends tracking that is pinned below root for a volume, by folders
+// whose names begin with the volume's and '-', but for keep.
+func UnpinOthers(root, volume, keep string) error {
+	found, err := os.ReadDir(root)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range found {
+		if strings.HasPrefix(e.Name(), volume+"-") && e.Name() != keep {
+			errs = append(errs, os.RemoveAll(filepath.Join(root, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -158,14 +158,10 @@ func (c *Cut) afterWindow() error {
 // entry of a cut that never was would lose writes.
 func (c *Cut) recordEra() error {
 	v := c.volume
-	status, err := v.eraStatus()
-	if err != nil {
+	var err error
+	if c.snapBlock, err = v.heldSnapshot(); err != nil {
 		return err
 	}
-	if status.snapshot == 0 {
-		return fmt.Errorf("%s has no metadata snapshot though it took one", deviceName(v.options.Name, roleEra))
-	}
-	c.snapBlock = status.snapshot
 	// The era in the metadata snapshot, not the present one: something may
 	// have begun another since.
 	super, err := era.ReadSuperblock(v.eras, c.snapBlock)

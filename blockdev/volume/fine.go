@@ -1,11 +1,7 @@
 package volume
 
 import (
-	"errors"
-	"fmt"
-	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"blockferry/blockdev"
@@ -36,7 +32,7 @@ func (v *Volume) openFine() {
 	// Coverage is in numbers of cuts, and those are of one era metadata.
 	name := v.label.UUID.String()
 	keep := name + "-" + v.label.EraID.String()
-	if err := dropPins(root, name, keep); err != nil {
+	if err := bpf.UnpinOthers(root, name, keep); err != nil {
 		v.log.Warn("pins of earlier tracking are left", "error", err)
 	}
 	t, err := bpf.Open(bpf.Target{
@@ -53,25 +49,6 @@ func (v *Volume) openFine() {
 	} else {
 		v.log.Info("fine tracking begins", "reason", t.Fresh())
 	}
-}
-
-// dropPins ends tracking that is pinned for a volume under another name than
-// keep.
-func dropPins(root, volume, keep string) error {
-	found, err := os.ReadDir(root)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range found {
-		if strings.HasPrefix(e.Name(), volume+"-") && e.Name() != keep {
-			errs = append(errs, os.RemoveAll(filepath.Join(root, e.Name())))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // rollNow says whether the next cut begins an era. While fine tracking answers
@@ -152,11 +129,8 @@ func (c *Cut) marks() (uint64, error) {
 	if err := v.ctl.Message(deviceName(v.options.Name, roleEra), 0, "take_metadata_snap"); err != nil {
 		return 0, err
 	}
-	status, err := v.eraStatus()
-	if err == nil && status.snapshot == 0 {
-		err = fmt.Errorf("%s has no metadata snapshot though it took one", deviceName(v.options.Name, roleEra))
-	}
-	c.snapBlock = status.snapshot
+	var err error
+	c.snapBlock, err = v.heldSnapshot()
 	return c.snapBlock, err
 }
 

@@ -200,6 +200,15 @@ func (v *Volume) eraStatus() (eraStatus, error) {
 	return s, nil
 }
 
+// heldSnapshot is the block of the metadata snapshot that was just taken.
+func (v *Volume) heldSnapshot() (uint64, error) {
+	status, err := v.eraStatus()
+	if err == nil && status.snapshot == 0 {
+		err = fmt.Errorf("%s has no metadata snapshot though it took one", deviceName(v.options.Name, roleEra))
+	}
+	return status.snapshot, err
+}
+
 // dropMetadataSnapshot drops the metadata snapshot if there is one. It would
 // outlive the device, and the next cut could not take its own.
 func (v *Volume) dropMetadataSnapshot() error {

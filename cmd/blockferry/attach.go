@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -114,28 +113,16 @@ func checkAttach(system *doctor.System, c *config.Config, v *config.Volume, purp
 // is there nothing of this counts. The first write comes after every disk could
 // be claimed.
 func writeAttached(v *config.Volume, formats map[string]protocol.FormatOptions, uuid volume.UUID) error {
-	var opened []*blockdev.File
-	defer func() {
-		for _, f := range opened {
-			f.Close()
-		}
-	}()
-	for _, r := range v.Replicas {
-		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
-		if err != nil {
-			return exit.Mark(exit.Refused, err)
-		}
-		opened = append(opened, f)
+	replicas, release, err := claimReplicas(v)
+	if err != nil {
+		return err
 	}
+	defer release()
 	if err := os.MkdirAll(filepath.Dir(v.StateFile), 0o700); err != nil {
 		return err
 	}
-	for i, r := range v.Replicas {
-		o := formats[r.Name]
-		o.VolumeUUID = uuid
-		if err := protocol.FormatReplica(opened[i], o); err != nil {
-			return fmt.Errorf("replica '%s': %w", r.Name, err)
-		}
+	if err := formatReplicas(v, replicas, formats, uuid); err != nil {
+		return err
 	}
 	return attach.Create(v.Device, v.StateFile, uuid)
 }

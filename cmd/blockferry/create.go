@@ -104,19 +104,11 @@ func checkCreate(system *doctor.System, c *config.Config, v *config.Volume, purp
 // there, nothing of this counts. The first write comes after every disk could
 // be claimed.
 func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force bool) error {
-	var opened []*blockdev.File
-	defer func() {
-		for _, f := range opened {
-			f.Close()
-		}
-	}()
-	for _, r := range v.Replicas {
-		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
-		if err != nil {
-			return exit.Mark(exit.Refused, err)
-		}
-		opened = append(opened, f)
+	replicas, release, err := claimReplicas(v)
+	if err != nil {
+		return err
 	}
+	defer release()
 	for _, path := range []string{v.Device, v.CowDevice, v.MetadataDevice} {
 		if path == "" {
 			continue
@@ -127,19 +119,47 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 		}
 		f.Close() // volume.Format claims it again
 	}
-	for i, r := range v.Replicas {
-		options := plan.Replicas[r.Name]
-		options.VolumeUUID = uuid
-		if err := protocol.FormatReplica(opened[i], options); err != nil {
-			return fmt.Errorf("replica '%s': %w", r.Name, err)
-		}
+	if err := formatReplicas(v, replicas, plan.Replicas, uuid); err != nil {
+		return err
 	}
-	_, err := volume.Format(volume.FormatOptions{
+	_, err = volume.Format(volume.FormatOptions{
 		Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
 		SizeBytes: plan.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: plan.Volume.CowBytes, TailBytes: plan.Volume.TailBytes,
 		UUID: uuid, Overwrite: force,
 	})
 	return err
+}
+
+// claimReplicas opens the disks of all replicas, in their order, for nobody else
+// to use until release. Nothing is written.
+func claimReplicas(v *config.Volume) (opened []*blockdev.File, release func(), err error) {
+	release = func() {
+		for _, f := range opened {
+			f.Close()
+		}
+	}
+	for _, r := range v.Replicas {
+		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		if err != nil {
+			release()
+			return nil, nil, exit.Mark(exit.Refused, err)
+		}
+		opened = append(opened, f)
+	}
+	return opened, release, nil
+}
+
+// formatReplicas formats what claimReplicas opened, each as its name's format
+// says.
+func formatReplicas(v *config.Volume, opened []*blockdev.File, formats map[string]protocol.FormatOptions, uuid volume.UUID) error {
+	for i, r := range v.Replicas {
+		options := formats[r.Name]
+		options.VolumeUUID = uuid
+		if err := protocol.FormatReplica(opened[i], options); err != nil {
+			return fmt.Errorf("replica '%s': %w", r.Name, err)
+		}
+	}
+	return nil
 }
 
 // createReplica formats one replica's disk for a volume that exists. Nothing
