@@ -63,7 +63,7 @@ var (
 // made when the first test needs it.
 var (
 	emulator = sync.OnceValues(func() (*uml.Host, error) {
-		h, err := qemu.NewHost(host)
+		h, err := qemu.NewHost(1, host)
 		madeEmulator = h
 		return h, err
 	})

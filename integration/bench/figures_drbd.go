@@ -4,28 +4,48 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev/volume"
 	"blockferry/integration/rig"
 	"blockferry/integration/uml"
 )
 
 // Disks of the figure besides those of every stand.
-const (
-	drbdDisk     = "/dev/ubdd" // in both guests' words: the first guest's
-	drbdPeerDisk = "/dev/ubda" // the second guest's
-	mdDisk       = "/dev/ubde"
-	mdMirror     = "/dev/ubdf"
-	drbdDevice   = "/dev/drbd0"
-	mdDevice     = "/dev/md0"
-	drbdPort     = ":7789"
+var (
+	drbdDisk     = guestDisk('d') // in both guests' words: the first guest's
+	drbdPeerDisk = guestDisk('a') // the second guest's
+	mdDisk       = guestDisk('e')
+	mdMirror     = guestDisk('f')
 )
+
+const (
+	drbdDevice = "/dev/drbd0"
+	mdDevice   = "/dev/md0"
+	drbdPort   = ":7789"
+)
+
+// peerDisks are the first guest's.
+var peerDisks = []uml.Disk{{Size: volumeBytes + 512<<20}, {Size: volumeBytes + 512<<20}, {Size: volumeBytes},
+	{Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}}
 
 // peerLoads are written at full speed.
 var peerLoads = []int{0, 1, 3} // of loads: 4 KiB at random with 1 and 16 at once, 256 KiB in sequence
+
+// images are the ways to take a cut that are compared in this guest. Without fine
+// tracking there is but one.
+func images() []string {
+	if onDebian() {
+		return []string{"snapshot", "pre-copy"}
+	}
+	return []string{"snapshot"}
+}
 
 // trackedVersusDRBD writes at full speed to a volume that is replicated meanwhile, and to
 // what others replicate: DRBD to a second guest, md to a second disk.
@@ -53,7 +73,7 @@ func trackedVersusDRBD(ctx context.Context, s *stand, m *measured) error {
 			return err
 		}
 	}
-	lasting := m.lasting(10*time.Second, 4*time.Second)
+	lasting := m.lasting(5*time.Second, 3*time.Second)
 	for _, i := range peerLoads {
 		l := loads[i]
 		l.load.lasting = lasting
@@ -73,12 +93,19 @@ type ended struct {
 }
 
 func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, what, unit string, l load, bytes bool) error {
-	sides := []struct {
+	type side struct {
 		name, what string
 		run        func() (ended, error)
 		results    []ended
-	}{
-		{name: "ours", run: func() (ended, error) { return s.fullSpeed(ctx, l, bytes) }},
+	}
+	var sides []side
+	ours := images()
+	for _, image := range ours {
+		sides = append(sides, side{name: image, what: "blockferry, image: " + image, run: func() (ended, error) {
+			return s.fullSpeed(ctx, image, l, bytes)
+		}})
+	}
+	sides = append(sides, []side{
 		{name: "drbd-a", what: "DRBD 8.4 protocol A", run: func() (ended, error) { return d.fullSpeed(ctx, "A", l, bytes) }},
 		{name: "drbd-c", what: "DRBD 8.4 protocol C", run: func() (ended, error) { return d.fullSpeed(ctx, "C", l, bytes) }},
 		{name: "md", what: "md RAID1 write-mostly, write-behind", run: func() (ended, error) {
@@ -88,7 +115,7 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 			rate, err := rate(ctx, raw, volumeBytes, l, bytes)
 			return ended{rate: rate}, err
 		}},
-	}
+	}...)
 	count := m.runs(5, 2)
 	for n := range count {
 		for i := range sides {
@@ -109,20 +136,18 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 		return v
 	}
 	rateOf := func(e ended) float64 { return e.rate }
-	ours := values(0, rateOf)
-	for i, side := range sides[1:] {
-		r := row{Name: name + "/over-" + side.name, Unit: unit, Ours: ours, Theirs: values(i+1, rateOf),
-			What: what + ", at full speed on a volume that is replicated meanwhile, over " + side.what}
-		if side.name == "drbd-a" {
-			r.Goal = atLeast(1)
+	for i, image := range ours {
+		for j, other := range sides[len(ours):] {
+			r := row{Name: name + "/" + image + "-over-" + other.name, Unit: unit, Ours: values(i, rateOf), Theirs: values(len(ours)+j, rateOf),
+				What: what + ", at full speed on a volume that is replicated meanwhile, image: " + image + ", over " + other.what}
+			if other.name == "drbd-a" {
+				r.Goal = atLeast(1)
+			}
+			m.add(r)
 		}
-		m.add(r)
 	}
-	for i, side := range sides[:4] {
+	for i, side := range sides[:len(sides)-1] {
 		who := side.what
-		if i == 0 {
-			who = "blockferry"
-		}
 		lag := row{Name: name + "/" + side.name + "-lag", Unit: "s", Ours: values(i, func(e ended) float64 { return e.lag }),
 			What: fmt.Sprintf("seconds after %v of it until all was on the other side, %s", l.lasting, who)}
 		grew := 0
@@ -142,9 +167,17 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 }
 
 // fullSpeed is blockferry's side.
-func (s *stand) fullSpeed(ctx context.Context, l load, bytes bool) (e ended, err error) {
+func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool) (e ended, err error) {
+	if err := s.withImage(ctx, image); err != nil {
+		return e, err
+	}
 	if err := s.settle(ctx); err != nil {
 		return e, err
+	}
+	if onDebian() {
+		if err := s.marked(ctx); err != nil {
+			return e, err
+		}
 	}
 	from, began := s.log.Len(), time.Now()
 	if e.rate, err = rate(ctx, top, volumeBytes, l, bytes); err != nil {
@@ -165,6 +198,45 @@ func (s *stand) fullSpeed(ctx context.Context, l load, bytes bool) (e ended, err
 	commits, _, err := s.commits(from)
 	e.growing = growing(commits, began, ended)
 	return e, err
+}
+
+// withImage has cuts taken that way.
+func (s *stand) withImage(ctx context.Context, image string) error {
+	if s.image == image {
+		return nil
+	}
+	if err := s.rig.StopAgent(); err != nil {
+		return s.withLog(err)
+	}
+	if err := s.configure(volumeSpec{image: image}); err != nil {
+		return err
+	}
+	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
+		return s.withLog(err)
+	}
+	s.image = image
+	return s.withLog(s.rig.Await(ctx, "replicated", time.Minute, upToDate))
+}
+
+// marked has each block of the era written once, as it is for all but the first
+// moments of the minute in which the era lasts.
+func (s *stand) marked(ctx context.Context) error {
+	file, err := os.OpenFile(top, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	block, err := rig.Buffer(4096)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(block)
+	for offset := int64(0); offset < volumeBytes; offset += volume.DefaultEraBlockBytes {
+		if _, err := file.WriteAt(block, offset); err != nil {
+			return err
+		}
+	}
+	return s.settle(ctx)
 }
 
 // drbd is a DRBD resource on both guests.

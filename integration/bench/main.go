@@ -25,6 +25,7 @@ import (
 	"slices"
 	"time"
 
+	"blockferry/integration/qemu"
 	"blockferry/integration/rig"
 	"blockferry/integration/uml"
 )
@@ -34,6 +35,7 @@ var once bool
 
 const (
 	binaryVar  = "BLOCKFERRY_BINARY"
+	debianVar  = "BLOCKFERRY_BENCH_DEBIAN" // set in a guest on Debian's own kernel
 	resultFile = "figure.json"
 )
 
@@ -52,6 +54,9 @@ type figure struct {
 	// native: it runs on this machine's kernel, its disks are loop devices
 	// (see stand.disks).
 	native bool
+	// debian: it runs on Debian's own kernel, under an emulator, with fine
+	// tracking; otherwise the guest is User-Mode Linux.
+	debian bool
 	// peerDisks are those of a second guest that the first one reaches over a network;
 	// none: there is no second guest.
 	peerDisks []uml.Disk
@@ -161,7 +166,7 @@ func (f figure) args(quick bool) []string {
 // boot runs this program in a guest, beside a second one if the figure has a
 // peer, and fetches its result.
 func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
-	host, err := uml.NewHost(2)
+	host, err := f.host()
 	if err != nil {
 		return r, err
 	}
@@ -189,6 +194,9 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 			return json.Unmarshal(text, &r)
 		},
 	}
+	if f.debian {
+		spec.Env = append(spec.Env, debianVar+"=1")
+	}
 	if f.peerDisks != nil {
 		endPeer, err := bootPeer(ctx, host, f, &spec)
 		if err != nil {
@@ -204,6 +212,25 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 		return r, fmt.Errorf("in the guest: %w", err)
 	}
 	return r, nil
+}
+
+// host starts the figure's guests.
+func (f figure) host() (*uml.Host, error) {
+	if f.debian {
+		return qemu.NewHost(2, nil)
+	}
+	return uml.NewHost(2)
+}
+
+// onDebian says whether this guest's kernel is Debian's own.
+func onDebian() bool { return os.Getenv(debianVar) != "" }
+
+// guestDisk is a guest's disk, the first one's letter being a.
+func guestDisk(letter rune) string {
+	if onDebian() {
+		return "/dev/vd" + string(letter)
+	}
+	return "/dev/ubd" + string(letter)
 }
 
 // inside measures, in the guest or on this machine's kernel, where all that
@@ -222,10 +249,10 @@ func inside(ctx context.Context, f figure, quick bool) (err error) {
 	}
 	for i := range f.disks {
 		if !f.native {
-			s.disks = append(s.disks, fmt.Sprintf("/dev/ubd%c", 'a'+i))
+			s.disks = append(s.disks, guestDisk('a'+rune(i)))
 		}
 	}
-	m := &measured{result: result{Figure: f.name, About: f.about, Quick: quick, Native: f.native}}
+	m := &measured{result: result{Figure: f.name, About: f.about, Quick: quick, Native: f.native, Debian: f.debian}}
 	if err := f.measure(ctx, s, m); err != nil {
 		return err
 	}

@@ -89,6 +89,7 @@ type result struct {
 	TookSeconds float64        `json:"took-seconds"`
 	GuestKernel string         `json:"guest-kernel"`
 	Native      bool           `json:"native,omitempty"`    // that kernel is this machine's
+	Debian      bool           `json:"debian,omitempty"`    // the guest's kernel is Debian's own, under an emulator
 	HostLoad    float64        `json:"host-load,omitempty"` // processes that wanted to run in the minute before it
 	Rows        []row          `json:"rows"`
 	Extra       map[string]any `json:"extra,omitempty"`

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"blockferry/integration/qemu"
 	"blockferry/integration/uml"
 )
 
@@ -36,6 +37,10 @@ func bootPeer(ctx context.Context, host *uml.Host, f figure, spec *uml.Spec) (en
 	second := *spec
 	second.Name, second.Disks, second.Collect = f.name+" (peer)", f.peerDisks, nil
 	second.Env = append(append([]string{}, spec.Env...), peerVar+"=1")
+	if f.debian {
+		spec.Modules = append(spec.Modules, qemu.CardModule)
+	}
+	second.Modules = spec.Modules
 	spec.Network, spec.Tap = network, "left"
 	second.Network, second.Tap = network, "right"
 	ended := make(chan error, 1)
@@ -50,9 +55,17 @@ func bootPeer(ctx context.Context, host *uml.Host, f figure, spec *uml.Spec) (en
 	}, nil
 }
 
+// card is this guest's network card.
+func card() string {
+	if onDebian() {
+		return qemu.Card
+	}
+	return uml.Card
+}
+
 // servePeer is the second guest's work.
 func servePeer() error {
-	if err := uml.Address(peerAddress + "/24"); err != nil {
+	if err := uml.Address(card(), peerAddress+"/24"); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", peerAddress+peerPort)
@@ -108,7 +121,7 @@ func here(args ...string) (string, error) {
 
 // peer reaches the second guest, from the first.
 func peer(ctx context.Context) (there runner, leave func() error, err error) {
-	if err := uml.Address(ownAddress + "/24"); err != nil {
+	if err := uml.Address(card(), ownAddress+"/24"); err != nil {
 		return nil, nil, err
 	}
 	var connection net.Conn

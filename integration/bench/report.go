@@ -168,7 +168,7 @@ func (r report) page() string {
 		"Machine: %s, %d cores, %s, Linux %s, %s.\n\n", reportJSON, m.CPU, m.Cores, m.Memory, m.Kernel, m.Go)
 	kernels := []string{}
 	for _, f := range r.Figures {
-		if !f.Native && !slices.Contains(kernels, f.GuestKernel) {
+		if !f.Native && !f.Debian && !slices.Contains(kernels, f.GuestKernel) {
 			kernels = append(kernels, f.GuestKernel)
 		}
 	}
@@ -184,6 +184,9 @@ func (r report) page() string {
 		}
 		if f.Native {
 			how += ", on this machine's own kernel, loop devices over files in memory"
+		}
+		if f.Debian {
+			how += fmt.Sprintf(", on Debian's kernel %s with two CPUs, emulated", f.GuestKernel)
 		}
 		if f.HostLoad > 0 {
 			how += fmt.Sprintf(", on a host with a load of %.1f", f.HostLoad)

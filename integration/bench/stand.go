@@ -19,20 +19,24 @@ import (
 	"blockferry/protocol"
 )
 
+var (
+	ssdDisk = guestDisk('a')
+	ebsDisk = guestDisk('b')
+	rawDisk = guestDisk('c')
+)
+
 const (
-	ssdDisk = "/dev/ubda"
-	ebsDisk = "/dev/ubdb"
-	rawDisk = "/dev/ubdc"
-	top     = "/dev/mapper/data"
-	raw     = "/dev/mapper/raw" // the same kind of disk, with nothing but a linear target over it
+	top = "/dev/mapper/data"
+	raw = "/dev/mapper/raw" // the same kind of disk, with nothing but a linear target over it
 
 	volumeBytes = 256 << 20
 )
 
 // stand is the place a figure is measured at.
 type stand struct {
-	rig rig.Rig
-	log safeBuffer
+	rig   rig.Rig
+	log   safeBuffer
+	image string // of the volume's cuts, where figures change it
 	// disks are the figure's: in a guest ssdDisk and so on, otherwise loop devices.
 	disks []string
 	loops []*os.File // that keep those there
@@ -72,6 +76,7 @@ type volumeSpec struct {
 	eraBlock string        // "": the default
 	journal  string        // "": 320MiB
 	cow      string        // "": the default
+	image    string        // "": the default
 }
 
 // configure describes that volume.
@@ -97,6 +102,9 @@ func (s *stand) configure(v volumeSpec) error {
 	}
 	if v.cow != "" {
 		options += "    cow: " + v.cow + "\n"
+	}
+	if v.image != "" {
+		options += "    image: " + v.image + "\n"
 	}
 	return s.rig.Configure(fmt.Sprintf(`volumes:
   data:

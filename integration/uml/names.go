@@ -18,6 +18,7 @@ const (
 var (
 	ErrNoGuest    = vm.ErrNoGuest
 	NewNetwork    = vm.NewNetwork
+	Address       = vm.Address
 	Init          = vm.Init
 	Inside        = vm.Inside
 	Boot          = vm.Boot

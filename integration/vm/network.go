@@ -59,6 +59,17 @@ func (n *Network) enter() error {
 	return nil
 }
 
+// Address gives a guest's network card an address, as in 10.0.0.1/24. It is
+// called in the guest.
+func Address(card, address string) error {
+	for _, args := range [][]string{{"address", "add", address, "dev", card}, {"link", "set", card, "up"}} {
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	return nil
+}
+
 // Close gives it up. Guests that are running keep it until they end.
 func (n *Network) Close() error {
 	if n.namespace == nil {
