@@ -46,6 +46,7 @@ type window struct {
 	buffer  [512]byte
 	written uint64
 	at      time.Time // writers stood still
+	ready   time.Time // all that needs them to is done
 	stalled time.Duration
 	err     error
 }
@@ -87,11 +88,13 @@ func (w *window) run() error {
 	}
 	var late error
 	rescue := w.rescue
+	var start time.Time
 	deadman.Quiet(func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		start := time.Now()
+		start = time.Now()
 		w.inside()
+		w.ready = time.Now()
 		late = w.guard.Resume(rescue)
 		w.stalled = time.Since(start)
 	})
@@ -99,6 +102,10 @@ func (w *window) run() error {
 		late = nil // nothing was suspended
 	}
 	w.volume.stopped("cut", w.stalled)
+	if !w.at.IsZero() {
+		w.volume.log.Debug("a cut's stop in parts", "drain-seconds", w.at.Sub(start).Seconds(),
+			"inside-seconds", w.ready.Sub(w.at).Seconds(), "resume-seconds", (w.stalled - w.ready.Sub(start)).Seconds())
+	}
 	if w.between != nil && late != nil {
 		return late // whatever it read is worth nothing
 	}

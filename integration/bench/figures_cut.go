@@ -22,6 +22,24 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{interval: 100 * time.Millisecond}); err != nil {
 		return err
 	}
+	for i, image := range images() {
+		prefix := ""
+		if i > 0 {
+			prefix = image + "/"
+		}
+		if err := s.withImage(ctx, volumeSpec{interval: 100 * time.Millisecond, image: image}); err != nil {
+			return err
+		}
+		if err := s.cutStalls(ctx, m, prefix); err != nil {
+			return fmt.Errorf("image %s: %w", image, err)
+		}
+	}
+	return nil
+}
+
+// cutStalls is all that is measured with one kind of image; its rows' names begin
+// with prefix.
+func (s *stand) cutStalls(ctx context.Context, m *measured, prefix string) error {
 	lasting := m.lasting(8*time.Second, 3*time.Second)
 	for _, c := range []struct {
 		name, what string
@@ -37,13 +55,17 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 		}},
 	} {
 		describe := func(name, what string, p int) *row {
-			return &row{Name: fmt.Sprintf("%s/%s-p%d", c.name, name, p), What: fmt.Sprintf("%s, p%d over a run of %v, %s", what, p, lasting, c.what), Unit: "ms"}
+			return &row{Name: fmt.Sprintf("%s%s/%s-p%d", prefix, c.name, name, p), What: fmt.Sprintf("%s, p%d over a run of %v, %s", what, p, lasting, c.what), Unit: "ms"}
 		}
 		rows := []*row{
 			describe("cut", "one stop for a cut", 50), describe("cut", "one stop for a cut", 99),
 			describe("release", "one stop for the release of its view", 50), describe("release", "one stop for the release of its view", 99),
 			describe("both", "all stops of one cut together", 50), describe("both", "all stops of one cut together", 99),
+			describe("drain", "of a stop, until nothing is in flight", 50), describe("drain", "of a stop, until nothing is in flight", 99),
+			describe("inside", "of a stop, what is done while writers stand still", 50), describe("inside", "of a stop, what is done while writers stand still", 99),
+			describe("resume", "of a stop, until the dead-man has resumed and the agent knows", 50), describe("resume", "of a stop, until the dead-man has resumed and the agent knows", 99),
 		}
+		rows[5].Goal = atMost(20)
 		counts := []int{}
 		for range m.runs(5, 2) {
 			if err := s.settle(ctx); err != nil {
@@ -62,16 +84,21 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 			if err != nil {
 				return err
 			}
-			for i, values := range [][]float64{stops.cut, stops.release, stops.both} {
+			for i, values := range [][]float64{stops.cut, stops.release, stops.both, stops.drain, stops.inside, stops.resume} {
+				if len(values) == 0 {
+					continue // with pre-copy there is no view to be released
+				}
 				rows[2*i].Ours = append(rows[2*i].Ours, percentile(values, 50))
 				rows[2*i+1].Ours = append(rows[2*i+1].Ours, percentile(values, 99))
 			}
 			counts = append(counts, len(stops.both))
 		}
 		for _, r := range rows {
-			m.add(*r)
+			if r.Ours != nil {
+				m.add(*r)
+			}
 		}
-		m.note(c.name+"-cuts-per-run", counts)
+		m.note(prefix+c.name+"-cuts-per-run", counts)
 	}
 	// The same from outside: what a writer saw.
 	longest := func(device string) side {
@@ -83,12 +110,15 @@ func cutStall(ctx context.Context, s *stand, m *measured) error {
 			return percentile(took, 100), err
 		}
 	}
-	return m.pairs(ctx, row{Name: "outside/longest-write", What: "the longest of single writes, one after another, while cuts are taken 10 times a second, over that on the bare disk", Unit: "ms"},
+	return m.pairs(ctx, row{Name: prefix + "outside/longest-write", What: "the longest of single writes, one after another, while cuts are taken 10 times a second, over that on the bare disk", Unit: "ms"},
 		m.runs(5, 2), longest(top), longest(raw))
 }
 
 // stops are times in which writers were stopped, in ms.
-type stops struct{ cut, release, both []float64 }
+type stops struct {
+	cut, release, both    []float64
+	drain, inside, resume []float64 // parts of a cut's
+}
 
 func (s *stand) stops(from int) (stops, error) {
 	var r stops
@@ -105,8 +135,15 @@ func (s *stand) stops(from int) (stops, error) {
 			r.both[n-1] += ms
 		}
 	}
-	if err == nil && (len(r.cut) == 0 || len(r.release) == 0) {
-		err = errors.New("no cut was taken and released in all the time")
+	if err != nil {
+		return r, err
+	}
+	if len(r.cut) == 0 || len(r.release) == 0 && s.image != "pre-copy" {
+		return r, errors.New("no cut was taken and released in all the time")
+	}
+	parts, err := s.entries("a cut's stop in parts", from)
+	for _, p := range parts {
+		r.drain, r.inside, r.resume = append(r.drain, p.Drain*1000), append(r.inside, p.Inside*1000), append(r.resume, p.Resume*1000)
 	}
 	return r, err
 }

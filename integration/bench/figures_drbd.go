@@ -168,7 +168,7 @@ func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, wh
 
 // fullSpeed is blockferry's side.
 func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool) (e ended, err error) {
-	if err := s.withImage(ctx, image); err != nil {
+	if err := s.withImage(ctx, volumeSpec{image: image}); err != nil {
 		return e, err
 	}
 	if err := s.settle(ctx); err != nil {
@@ -200,21 +200,21 @@ func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool)
 	return e, err
 }
 
-// withImage has cuts taken that way.
-func (s *stand) withImage(ctx context.Context, image string) error {
-	if s.image == image {
+// withImage has cuts taken in that volume's way.
+func (s *stand) withImage(ctx context.Context, v volumeSpec) error {
+	if s.image == v.image {
 		return nil
 	}
 	if err := s.rig.StopAgent(); err != nil {
 		return s.withLog(err)
 	}
-	if err := s.configure(volumeSpec{image: image}); err != nil {
+	if err := s.configure(v); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
 		return s.withLog(err)
 	}
-	s.image = image
+	s.image = v.image
 	return s.withLog(s.rig.Await(ctx, "replicated", time.Minute, upToDate))
 }
 

@@ -22,7 +22,11 @@ func sentPerChanged(ctx context.Context, s *stand, m *measured) error {
 		return err
 	}
 	random := rand.New(rand.NewPCG(3, 3))
-	for _, grain := range eraBlocks {
+	grains, wanted := eraBlocks, 2.0
+	if onDebian() {
+		grains, wanted = []string{"64KiB"}, 1.1 // beside what is tracked exactly the era's grain does not matter
+	}
+	for _, grain := range grains {
 		// Cuts are taken by hand, so that each run is one epoch.
 		if err := s.replicated(ctx, volumeSpec{size: sentBytes, eraBlock: grain, interval: time.Hour, journal: "64MiB", cow: "64MiB"}); err != nil {
 			return err
@@ -31,7 +35,7 @@ func sentPerChanged(ctx context.Context, s *stand, m *measured) error {
 			return &row{Name: grain + "/" + name, What: what + " per byte changed by 4 KiB writes at random, era-block " + grain, Unit: "bytes"}
 		}
 		sent := describe("sent", "bytes on the wire, both ways, checksums included,")
-		sent.Goal = atMost(2)
+		sent.Goal = atMost(wanted)
 		rows := []*row{
 			sent,
 			describe("read-from-ssd", "bytes read from the SSD"),

@@ -180,10 +180,13 @@ func (s *stand) close() error {
 // entry is a line of the agent's log, as far as something is measured by it.
 type entry struct {
 	Message string              `json:"msg"`
-	Stats   protocol.EpochStats `json:"stats"`   // "epoch committed"
-	For     string              `json:"for"`     // "writers stopped": cut or release
-	Seconds float64             `json:"seconds"` // likewise; of "changed", the time to find out
-	Ranges  int                 `json:"ranges"`  // "changed"
+	Stats   protocol.EpochStats `json:"stats"`         // "epoch committed"
+	For     string              `json:"for"`           // "writers stopped": cut or release
+	Seconds float64             `json:"seconds"`       // likewise; of "changed", the time to find out
+	Ranges  int                 `json:"ranges"`        // "changed"
+	Drain   float64             `json:"drain-seconds"` // "a cut's stop in parts"
+	Inside  float64             `json:"inside-seconds"`
+	Resume  float64             `json:"resume-seconds"`
 }
 
 // entries are the log's lines with a message, after Len was from.
