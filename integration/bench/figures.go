@@ -130,7 +130,7 @@ var figures = []figure{
 		disks:     peerDisks,
 		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},
 		debian:    true,
-		limit:     30 * time.Minute,
+		limit:     60 * time.Minute,
 		picture:   ratios("tracked-vs-drbd-a-debian", "Writers at full speed on a volume that is replicated, over the same on"),
 		measure:   trackedVersusDRBD,
 	},
