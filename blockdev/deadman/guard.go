@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -45,6 +46,9 @@ type GuardOptions struct {
 	// Socket is where a dead-man's service answers (Serve), "" for
 	// none. It is looked for before each suspend.
 	Socket string
+	// Notes is the folder in which the dead-man notes what it freezes; "": beside
+	// Socket.
+	Notes string
 	// Command starts a dead-man while there is no service: its main must be
 	// Run on its standard input, which is a socket. Its standard error is this
 	// process's.
@@ -67,10 +71,11 @@ type Guard struct {
 	closed bool
 
 	// These belong to who holds window.
-	deadline time.Time // of the suspend
-	notYet   time.Time // the service is left alone until then
-	lost     error     // FREEZE was not answered
-	resume   [7]byte   // requests that must not allocate
+	armed    time.Duration // when that was, since boot
+	deadline time.Time     // of the suspend
+	notYet   time.Time     // the service is left alone until then
+	lost     error         // FREEZE was not answered
+	resume   [7]byte       // requests that must not allocate
 	freeze   [7]byte
 	reply    [maxLineBytes]byte
 }
@@ -82,6 +87,9 @@ func NewGuard(o GuardOptions) (*Guard, error) {
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Notes == "" && o.Socket != "" {
+		o.Notes = filepath.Dir(o.Socket)
 	}
 	g := &Guard{options: o}
 	return g, g.ensure()
@@ -217,6 +225,7 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte) error {
 		if err = g.ensure(); err != nil {
 			break
 		}
+		g.armed = bootTime()
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
