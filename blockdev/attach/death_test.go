@@ -333,3 +333,21 @@ func alignedBlock() []byte {
 	}
 	return b
 }
+
+// A freeze that failed and left something frozen says both.
+func TestThawThatFailsIsTold(t *testing.T) {
+	r := newRig(t, 64<<20)
+	blocktest.FileSystem(t, "ext4", r.device)
+	g, err := deadman.NewGuard(deadman.GuardOptions{Notes: t.TempDir(), Command: []string{"/bin/sh", "-c", "read l; echo ARMED; read l"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	r.options.Guard = g
+	f := r.stopper(r.open())
+	f.rescue = func() error { return errors.New("thaw it: input/output error") }
+	_, err = f.Stop(t.Context(), time.Second, func() error { t.Error("called"); return nil })
+	if !errors.Is(err, deadman.ErrLate) || !errors.Is(err, deadman.ErrStopped) || !strings.Contains(err.Error(), "thaw it: input/output error") {
+		t.Errorf("its dead-man died, and it could not be thawed: %v", err)
+	}
+}

@@ -117,8 +117,10 @@ func (f *freezer) Stop(ctx context.Context, limit time.Duration, inside func() e
 	})
 	f.attached.stopped(stalled)
 	switch {
-	case !froze:
+	case !froze && !errors.Is(late, deadman.ErrStopped):
 		return stalled, err // and so it says why it was no time
+	case !froze:
+		return stalled, errors.Join(err, late)
 	case late != nil:
 		// Whatever was read is worth nothing, so one more round does not help.
 		return stalled, late

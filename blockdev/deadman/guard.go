@@ -38,6 +38,10 @@ const (
 // is worth nothing.
 var ErrLate = errors.New("the suspend did not hold until its end")
 
+// ErrStopped says that neither the dead-man nor the agent could let writers go on:
+// they may be stopped still.
+var ErrStopped = errors.New("writers may still be stopped")
+
 // ErrFrozen says that somebody else had frozen a file system. It was left so.
 var ErrFrozen = errors.New("frozen by somebody else")
 
@@ -274,7 +278,7 @@ func (g *Guard) Freeze() error {
 
 // Resume has the devices resumed and the file systems thawed. Its error is
 // ErrLate when the dead-man was faster, or is dead; in the latter case rescue
-// was called, which has to resume them.
+// was called, which has to resume them. ErrStopped: that failed.
 func (g *Guard) Resume(rescue func() error) error {
 	defer g.window.Unlock()
 	limit := time.Now()
@@ -293,6 +297,9 @@ func (g *Guard) Resume(rescue func() error) error {
 		return nil
 	}
 	rescued := rescue()
+	if rescued != nil {
+		rescued = fmt.Errorf("%w: %w", ErrStopped, rescued)
+	}
 	if err == nil {
 		err = fmt.Errorf("the dead-man answers '%s'", answer)
 	} else {
