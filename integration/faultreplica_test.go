@@ -110,8 +110,11 @@ func TestFaultReplica(t *testing.T) {
 				run(t, "dmsetup", "create", "late", "--table", sane)
 			},
 		}, {
-			name:   "stuck",
-			inject: func() { run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "late") },
+			name: "stuck",
+			inject: func() {
+				t.Cleanup(func() { cleanup("dmsetup", "resume", "late") }) // the agent's end waits for it
+				run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "late")
+			},
 			words:  []string{"ebs", "has not answered for"},
 			lasts:  10 * time.Second,
 			during: func() { c.refused(t, 6, []string{"ebs"}, "sync", "--timeout", "1s") },

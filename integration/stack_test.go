@@ -29,7 +29,7 @@ func init() {
 	var err error
 	switch {
 	case os.Getenv(deadmanVar) != "":
-		err = deadman.Run(os.Stdin)
+		err = deadman.Run(os.Stdin, "")
 	case os.Getenv(cutterVar) != "":
 		err = cutWithoutEnd(os.Getenv(cutterVar))
 	default:

@@ -19,16 +19,18 @@ import (
 )
 
 // freezerVar makes this test binary an agent that freezes what is on a device
-// and stays in the freeze; the value is the limit, a colon and the device.
+// and stays in the freeze; the value is the limit, a colon, the device, a colon
+// and the folder of its dead-man's notes.
 const freezerVar = "BLOCKFERRY_TEST_FREEZER"
 
 func freezeAndWait(value string) error {
-	limitText, device, _ := strings.Cut(value, ":")
+	limitText, rest, _ := strings.Cut(value, ":")
+	device, notes, _ := strings.Cut(rest, ":")
 	limit, err := time.ParseDuration(limitText)
 	if err != nil {
 		return err
 	}
-	g, err := newGuard()
+	g, err := newGuard(notes)
 	if err != nil {
 		return err
 	}
@@ -58,10 +60,10 @@ func freezeAndWait(value string) error {
 }
 
 // frozenBy starts an agent and returns when it is in its freeze.
-func frozenBy(t *testing.T, device string, limit time.Duration) (agent *exec.Cmd, out *bufio.Scanner, goOn func()) {
+func frozenBy(t *testing.T, device string, limit time.Duration, notes string) (agent *exec.Cmd, out *bufio.Scanner, goOn func()) {
 	t.Helper()
 	for range 10 { // on a busy machine the freeze alone may take longer
-		if agent, out, goOn = tryFreeze(t, device, limit); strings.HasPrefix(out.Text(), "inside") {
+		if agent, out, goOn = tryFreeze(t, device, limit, notes); strings.HasPrefix(out.Text(), "inside") {
 			return agent, out, goOn
 		}
 	}
@@ -69,14 +71,14 @@ func frozenBy(t *testing.T, device string, limit time.Duration) (agent *exec.Cmd
 	return nil, nil, nil
 }
 
-func tryFreeze(t *testing.T, device string, limit time.Duration) (agent *exec.Cmd, out *bufio.Scanner, goOn func()) {
+func tryFreeze(t *testing.T, device string, limit time.Duration, notes string) (agent *exec.Cmd, out *bufio.Scanner, goOn func()) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	agent = exec.Command(self)
-	agent.Env = append(os.Environ(), fmt.Sprintf("%s=%s:%s", freezerVar, limit, device))
+	agent.Env = append(os.Environ(), fmt.Sprintf("%s=%s:%s:%s", freezerVar, limit, device, notes))
 	agent.Stderr = os.Stderr
 	stdin, err := agent.StdinPipe()
 	if err != nil {
@@ -116,7 +118,7 @@ func TestFreezeEndsWithTheAgent(t *testing.T) {
 			device := blocktest.Loop(t, 320<<20)
 			dir := blocktest.FileSystem(t, kind, device)
 
-			agent, _, _ := frozenBy(t, device, 30*time.Second)
+			agent, _, _ := frozenBy(t, device, 30*time.Second, t.TempDir())
 			done := write(t, dir)
 			time.Sleep(100 * time.Millisecond)
 			select {
@@ -134,7 +136,7 @@ func TestFreezeEndsWithTheAgent(t *testing.T) {
 			}
 
 			const limit = 500 * time.Millisecond
-			agent, out, goOn := frozenBy(t, device, limit)
+			agent, out, goOn := frozenBy(t, device, limit, t.TempDir())
 			if err := agent.Process.Signal(unix.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
@@ -152,6 +154,53 @@ func TestFreezeEndsWithTheAgent(t *testing.T) {
 			goOn()
 			if !out.Scan() || !strings.Contains(out.Text(), deadman.ErrLate.Error()) {
 				t.Errorf("it was stopped beyond its limit, and says '%s'", out.Text())
+			}
+		})
+	}
+}
+
+// Promise 6: when agent and dead-man are killed together in the middle of a
+// freeze, the next dead-man thaws.
+func TestFreezeEndsThoughBothAreKilled(t *testing.T) {
+	for _, kind := range []string{"ext4", "xfs"} {
+		t.Run(kind, func(t *testing.T) {
+			device, notes := blocktest.Loop(t, 320<<20), t.TempDir()
+			dir := blocktest.FileSystem(t, kind, device)
+			agent, out, _ := frozenBy(t, device, 30*time.Second, notes)
+			var deadMan int
+			if _, err := fmt.Sscanf(out.Text(), "inside %d", &deadMan); err != nil {
+				t.Fatal(err)
+			}
+			if err := agent.Process.Signal(unix.SIGSTOP); err != nil { // it is not to thaw either
+				t.Fatal(err)
+			}
+			if err := errors.Join(unix.Kill(deadMan, unix.SIGKILL), agent.Process.Kill()); err != nil {
+				t.Fatal(err)
+			}
+			_ = agent.Wait()
+			done := write(t, dir)
+			select {
+			case <-done:
+				t.Fatal("it was not frozen: this test checks nothing")
+			case <-time.After(300 * time.Millisecond):
+			}
+			g, err := newGuard(notes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer g.Close()
+			select {
+			case <-done:
+			case <-time.After(10 * time.Second):
+				_ = blocktest.Thaw(dir)
+				t.Fatal("the next dead-man leaves it frozen")
+			}
+			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+				if left, _ := os.ReadDir(notes); len(left) == 0 {
+					break
+				} else if time.Now().After(deadline) {
+					t.Fatalf("left: %v", left)
+				}
 			}
 		})
 	}
@@ -283,4 +332,22 @@ func alignedBlock() []byte {
 		panic(err)
 	}
 	return b
+}
+
+// A freeze that failed and left something frozen says both.
+func TestThawThatFailsIsTold(t *testing.T) {
+	r := newRig(t, 64<<20)
+	blocktest.FileSystem(t, "ext4", r.device)
+	g, err := deadman.NewGuard(deadman.GuardOptions{Notes: t.TempDir(), Command: []string{"/bin/sh", "-c", "read l; echo ARMED; read l"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	r.options.Guard = g
+	f := r.stopper(r.open())
+	f.rescue = func() error { return errors.New("thaw it: input/output error") }
+	_, err = f.Stop(t.Context(), time.Second, func() error { t.Error("called"); return nil })
+	if !errors.Is(err, deadman.ErrLate) || !errors.Is(err, deadman.ErrStopped) || !strings.Contains(err.Error(), "thaw it: input/output error") {
+		t.Errorf("its dead-man died, and it could not be thawed: %v", err)
+	}
 }

@@ -51,7 +51,7 @@ type freezer struct {
 
 func newFreezer(a *Attached) (f *freezer, err error) {
 	f = &freezer{attached: a}
-	f.rescue = f.thaw
+	f.rescue = func() error { return a.options.Guard.Thaw(f.files...) }
 	dir := "/sys/class/block/" + a.device
 	if f.stat, err = os.Open(dir + "/stat"); err != nil {
 		return nil, err
@@ -117,8 +117,10 @@ func (f *freezer) Stop(ctx context.Context, limit time.Duration, inside func() e
 	})
 	f.attached.stopped(stalled)
 	switch {
-	case !froze:
+	case !froze && !errors.Is(late, deadman.ErrStopped):
 		return stalled, err // and so it says why it was no time
+	case !froze:
+		return stalled, errors.Join(err, late)
 	case late != nil:
 		// Whatever was read is worth nothing, so one more round does not help.
 		return stalled, late
@@ -162,15 +164,6 @@ func (f *freezer) watched(inside func() error) error {
 			ErrWritten, f.attached.options.Device, f.atEnd.bytes()-f.frozen.bytes(), f.atEnd.writes-f.frozen.writes+f.atEnd.discards-f.frozen.discards, n)
 	}
 	return nil
-}
-
-// thaw thaws without a dead-man.
-func (f *freezer) thaw() error {
-	var errs []error
-	for _, file := range f.files {
-		errs = append(errs, deadman.Thaw(file))
-	}
-	return errors.Join(errs...)
 }
 
 func (f *freezer) closeFiles() {

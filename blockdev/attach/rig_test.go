@@ -24,14 +24,14 @@ import (
 	"blockferry/blockdev/deadman"
 )
 
-// deadmanVar makes this test binary a dead-man.
+// deadmanVar makes this test binary a dead-man; the value is the folder of its notes.
 const deadmanVar = "BLOCKFERRY_TEST_DEADMAN"
 
 func TestMain(m *testing.M) {
 	var err error
 	switch {
 	case os.Getenv(deadmanVar) != "":
-		err = deadman.Run(os.Stdin)
+		err = deadman.Run(os.Stdin, os.Getenv(deadmanVar))
 	case os.Getenv(freezerVar) != "":
 		err = freezeAndWait(os.Getenv(freezerVar))
 	default:
@@ -44,12 +44,12 @@ func TestMain(m *testing.M) {
 	os.Exit(0)
 }
 
-func newGuard() (*deadman.Guard, error) {
+func newGuard(notes string) (*deadman.Guard, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	return deadman.NewGuard(deadman.GuardOptions{Command: []string{"/usr/bin/env", "-u", freezerVar, deadmanVar + "=1", self}})
+	return deadman.NewGuard(deadman.GuardOptions{Notes: notes, Command: []string{"/usr/bin/env", "-u", freezerVar, deadmanVar + "=" + notes, self}})
 }
 
 // rig is a loop device, and what is needed to attach it.
@@ -64,7 +64,7 @@ type rig struct {
 func newRig(t testing.TB, size int64) *rig {
 	t.Helper()
 	pin := blocktest.PinDir(t)
-	g, err := newGuard()
+	g, err := newGuard(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

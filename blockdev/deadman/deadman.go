@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -42,7 +43,8 @@ import (
 // A file system is frozen by the dead-man itself: whether a freeze is the
 // agent's or somebody else's could not be told by looking, and somebody else's
 // is never thawed. It is named by a descriptor: the same mount point may lead
-// elsewhere in another mount namespace, or nowhere.
+// elsewhere in another mount namespace, or nowhere. A note (see there) is written
+// first, so that a later dead-man can thaw what a killed one froze.
 const (
 	deadmanRecheck = 100 * time.Millisecond
 	// deadmanLastTries bounds how often a dead-man without an agent tries.
@@ -64,8 +66,9 @@ type resumer interface {
 // Run is the whole life of a dead-man that one agent started: it serves the
 // Unix socket (Guard's other end of it) until that closes. It is the only
 // thing its process should do. The process is locked in memory and ignores the
-// signals that end an agent.
-func Run(socket *os.File) error {
+// signals that end an agent. In the folder notes it writes what it freezes, and
+// thaws what a killed dead-man noted there; without one it freezes nothing.
+func Run(socket *os.File, notes string) error {
 	// An answer that nobody takes must not end it: there may be devices to resume.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
 	if err := becomeDeadMan(); err != nil {
@@ -85,7 +88,11 @@ func Run(socket *os.File) error {
 	_ = mapper.ready() // at ARM it is tried again
 	in := &inbox{conn: unixConn}
 	defer in.close()
-	return (&deadman{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, out: conn, inbox: in}).run(in)
+	done := make(chan struct{})
+	defer close(done)
+	left := &sweeper{notes, kernelFreezer{}, bootTime, slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	go left.until(done, nil)
+	return (&deadman{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, out: conn, inbox: in, notes: notes}).run(in)
 }
 
 // becomeDeadMan makes this process one that waits for nothing.
@@ -155,9 +162,11 @@ type deadman struct {
 	out      io.Writer
 	inbox    *inbox
 	stopping <-chan struct{} // closed: end as soon as nothing is armed; may be nil
+	notes    string          // folder
 
 	devices  []string      // inner to outer; of the last ARM
 	mounts   []mount       // of the last ARM-MOUNTS
+	note     *note         // of mounts
 	armed    bool          // from ARM to the answer to RESUME
 	deadline time.Duration // on now's clock
 	late     string        // why it is late; "" while in time
@@ -327,6 +336,10 @@ func (d *deadman) disarm() {
 		m.file.Close()
 	}
 	d.mounts = nil
+	if d.note != nil {
+		d.note.close()
+		d.note = nil
+	}
 }
 
 // leave resumes for the last time: the agent is gone, or can't be spoken to.

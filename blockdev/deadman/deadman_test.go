@@ -77,6 +77,7 @@ type agent struct {
 	t       *testing.T
 	devices *fakeDevices
 	mounts  *fakeMounts
+	notes   string
 	slept   atomic.Int64 // added to the dead-man's clock
 	in      *net.UnixConn
 	out     *bufio.Scanner
@@ -99,10 +100,10 @@ func newAgent(t *testing.T) *agent {
 		t.Cleanup(func() { c.Close() })
 		ends[i] = c.(*net.UnixConn)
 	}
-	a := &agent{t: t, devices: &fakeDevices{suspended: map[string]bool{}}, mounts: &fakeMounts{frozen: map[string]bool{}},
+	a := &agent{t: t, devices: &fakeDevices{suspended: map[string]bool{}}, mounts: &fakeMounts{frozen: map[string]bool{}}, notes: t.TempDir(),
 		in: ends[0], out: bufio.NewScanner(ends[0]), ended: make(chan error, 1)}
 	in := &inbox{conn: ends[1]}
-	d := &deadman{resumer: a.devices, freezer: a.mounts, out: ends[1], inbox: in, now: func() time.Duration { return bootTime() + time.Duration(a.slept.Load()) }}
+	d := &deadman{resumer: a.devices, freezer: a.mounts, out: ends[1], inbox: in, notes: a.notes, now: func() time.Duration { return bootTime() + time.Duration(a.slept.Load()) }}
 	go func() { a.ended <- d.run(in) }()
 	return a
 }

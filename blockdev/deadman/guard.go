@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -37,6 +38,10 @@ const (
 // is worth nothing.
 var ErrLate = errors.New("the suspend did not hold until its end")
 
+// ErrStopped says that neither the dead-man nor the agent could let writers go on:
+// they may be stopped still.
+var ErrStopped = errors.New("writers may still be stopped")
+
 // ErrFrozen says that somebody else had frozen a file system. It was left so.
 var ErrFrozen = errors.New("frozen by somebody else")
 
@@ -45,6 +50,9 @@ type GuardOptions struct {
 	// Socket is where a dead-man's service answers (Serve), "" for
 	// none. It is looked for before each suspend.
 	Socket string
+	// Notes is the folder in which the dead-man notes what it freezes; "": beside
+	// Socket.
+	Notes string
 	// Command starts a dead-man while there is no service: its main must be
 	// Run on its standard input, which is a socket. Its standard error is this
 	// process's.
@@ -67,10 +75,11 @@ type Guard struct {
 	closed bool
 
 	// These belong to who holds window.
-	deadline time.Time // of the suspend
-	notYet   time.Time // the service is left alone until then
-	lost     error     // FREEZE was not answered
-	resume   [7]byte   // requests that must not allocate
+	armed    time.Duration // when that was, since boot
+	deadline time.Time     // of the suspend
+	notYet   time.Time     // the service is left alone until then
+	lost     error         // FREEZE was not answered
+	resume   [7]byte       // requests that must not allocate
 	freeze   [7]byte
 	reply    [maxLineBytes]byte
 }
@@ -82,6 +91,9 @@ func NewGuard(o GuardOptions) (*Guard, error) {
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Notes == "" && o.Socket != "" {
+		o.Notes = filepath.Dir(o.Socket)
 	}
 	g := &Guard{options: o}
 	return g, g.ensure()
@@ -217,6 +229,7 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte) error {
 		if err = g.ensure(); err != nil {
 			break
 		}
+		g.armed = bootTime()
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
@@ -265,7 +278,7 @@ func (g *Guard) Freeze() error {
 
 // Resume has the devices resumed and the file systems thawed. Its error is
 // ErrLate when the dead-man was faster, or is dead; in the latter case rescue
-// was called, which has to resume them.
+// was called, which has to resume them. ErrStopped: that failed.
 func (g *Guard) Resume(rescue func() error) error {
 	defer g.window.Unlock()
 	limit := time.Now()
@@ -284,6 +297,9 @@ func (g *Guard) Resume(rescue func() error) error {
 		return nil
 	}
 	rescued := rescue()
+	if rescued != nil {
+		rescued = fmt.Errorf("%w: %w", ErrStopped, rescued)
+	}
 	if err == nil {
 		err = fmt.Errorf("the dead-man answers '%s'", answer)
 	} else {

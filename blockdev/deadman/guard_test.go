@@ -211,7 +211,7 @@ func startService(t *testing.T, socket string) *testService {
 	s := &testService{t: t, socket: socket, devices: &fakeDevices{suspended: map[string]bool{}}, stopped: make(chan struct{})}
 	stop := make(chan struct{})
 	s.stop = sync.OnceFunc(func() { close(stop) })
-	inner := &service{resumer: s.devices, freezer: &fakeMounts{frozen: map[string]bool{}}, now: bootTime, log: slog.New(slog.NewTextHandler(&s.log, nil))}
+	inner := &service{resumer: s.devices, freezer: &fakeMounts{frozen: map[string]bool{}}, now: bootTime, log: slog.New(slog.NewTextHandler(&s.log, nil)), notes: filepath.Dir(socket)}
 	go func() { inner.serve(l, stop); close(s.stopped) }()
 	t.Cleanup(s.stop)
 	return s

@@ -28,15 +28,6 @@ type kernelFreezer struct{}
 func (kernelFreezer) freeze(f *os.File) error { return fsIoctl(f, fiFreeze) }
 func (kernelFreezer) thaw(f *os.File) error   { return fsIoctl(f, fiThaw) }
 
-// Thaw thaws the file system that f is on, for an agent whose dead-man is dead.
-// One that is not frozen is no error.
-func Thaw(f *os.File) error {
-	if err := fsIoctl(f, fiThaw); err != nil && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("thaw %s: %w", f.Name(), err)
-	}
-	return nil
-}
-
 func fsIoctl(f *os.File, request uint) error {
 	for {
 		if err := unix.IoctlSetInt(int(f.Fd()), request, 0); !errors.Is(err, unix.EINTR) {
@@ -61,8 +52,10 @@ func (d *deadman) armMounts(fields []string) error {
 			for _, f := range files {
 				mounts = append(mounts, mount{file: f})
 			}
-			d.begin(limit, nil, mounts)
-			return nil
+			if d.note, err = newNote(d.notes, mounts); err == nil {
+				d.begin(limit, nil, mounts)
+				return nil
+			}
 		}
 	}
 	closeAll(files)
@@ -76,6 +69,7 @@ func (d *deadman) freeze() string {
 	if !d.armed || len(d.mounts) == 0 {
 		return "ERROR no file system is armed"
 	}
+	d.note.since = d.now()
 	for i := range d.mounts {
 		m := &d.mounts[i]
 		if d.checkTime(); d.late != "" {
@@ -85,7 +79,14 @@ func (d *deadman) freeze() string {
 			d.late = "it was to freeze twice"
 			break
 		}
+		if err := d.note.set(i, noteFreezing); err != nil {
+			d.late = "the note of the freeze can't be written: " + err.Error()
+			break
+		}
 		err := d.freezer.freeze(m.file)
+		if err != nil {
+			_ = d.note.set(i, noteArmed) // it was written a moment ago
+		}
 		if errors.Is(err, unix.EBUSY) {
 			d.late = m.file.Name() + " is frozen by somebody else"
 			if _, err := d.thaw(); err == nil {
@@ -99,6 +100,7 @@ func (d *deadman) freeze() string {
 			return "ERROR " + d.late
 		}
 		m.frozen = true
+		_ = d.note.set(i, noteFrozen) // 'freezing' does, too
 	}
 	if d.checkTime(); d.late == "" {
 		return "FROZEN"
@@ -117,16 +119,17 @@ func (d *deadman) thaw() (gone string, err error) {
 			continue
 		}
 		err := d.freezer.thaw(m.file)
-		if errors.Is(err, unix.EINVAL) {
+		if err == nil || errors.Is(err, unix.EINVAL) {
 			m.frozen = false
+			_ = d.note.set(i, noteThawed) // it is removed in a moment
+		}
+		if errors.Is(err, unix.EINVAL) {
 			gone = m.file.Name() + " was not frozen any more: somebody else thawed it"
 			continue
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("thaw %s: %w", m.file.Name(), err))
-			continue
 		}
-		m.frozen = false
 	}
 	return gone, errors.Join(errs...)
 }

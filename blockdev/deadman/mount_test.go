@@ -15,12 +15,12 @@ import (
 	"blockferry/blockdev/blocktest"
 )
 
-// deadmanVar makes this test binary a dead-man.
+// deadmanVar makes this test binary a dead-man; the value is the folder of its notes.
 const deadmanVar = "BLOCKFERRY_TEST_DEADMAN"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(deadmanVar) != "" {
-		if err := Run(os.Stdin); err != nil {
+	if notes := os.Getenv(deadmanVar); notes != "" {
+		if err := Run(os.Stdin, notes); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -249,7 +249,8 @@ func realGuard(t *testing.T) *Guard {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newTestGuard(t, GuardOptions{Command: []string{"/usr/bin/env", deadmanVar + "=1", self}})
+	notes := t.TempDir()
+	return newTestGuard(t, GuardOptions{Notes: notes, Command: []string{"/usr/bin/env", deadmanVar + "=" + notes, self}})
 }
 
 // The kernel's own freeze, through the guard and a dead-man's process.
@@ -276,7 +277,7 @@ func TestGuardFreezes(t *testing.T) {
 					return err
 				}
 				defer f.Close()
-				return Thaw(f)
+				return g.Thaw(f)
 			}
 			noRescue := func() error { return errors.New("not called") }
 			// writes says whether a write ends within a time.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -35,7 +36,8 @@ const (
 // locked in memory and ignores the signals that end others. Only processes of
 // its own user, root, are answered. Devices that were left suspended and whose
 // device-mapper UUID is ours are resumed first; then ready is called, and it is
-// about to accept. The listener is closed.
+// about to accept. What killed dead-men froze, of whom notes stand beside the
+// socket, is thawed. The listener is closed.
 func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
@@ -52,7 +54,7 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 		resumeOrphans(mapper.control, ours, log)
 	}
 	ready()
-	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log}
+	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: filepath.Dir(l.Addr().String())}
 	s.serve(l, ctx.Done())
 	return nil
 }
@@ -84,12 +86,16 @@ type service struct {
 	freezer freezer
 	now     func() time.Duration
 	log     *slog.Logger
+	notes   string // folder
 }
 
 // serve returns when stop is closed and nothing is armed.
 func (s *service) serve(l *net.UnixListener, stop <-chan struct{}) {
 	var connections sync.WaitGroup
 	defer connections.Wait()
+	// An agent that comes may have lost a dead-man of its own.
+	came := make(chan struct{}, 1)
+	connections.Go(func() { (&sweeper{s.notes, s.freezer, s.now, s.log}).until(stop, came) })
 	go func() {
 		<-stop
 		l.Close() // and removes the socket: agents look for the next one
@@ -112,6 +118,10 @@ func (s *service) serve(l *net.UnixListener, stop <-chan struct{}) {
 			conn.Close()
 			continue
 		}
+		select {
+		case came <- struct{}{}:
+		default:
+		}
 		connections.Go(func() {
 			defer func() { <-room }()
 			if err := s.one(conn, stop); err != nil {
@@ -129,7 +139,7 @@ func (s *service) one(conn *net.UnixConn, stop <-chan struct{}) error {
 	}
 	in := &inbox{conn: conn}
 	defer in.close()
-	return (&deadman{resumer: s.resumer, freezer: s.freezer, now: s.now, out: patient{conn}, inbox: in, stopping: stop}).run(in)
+	return (&deadman{resumer: s.resumer, freezer: s.freezer, now: s.now, out: patient{conn}, inbox: in, stopping: stop, notes: s.notes}).run(in)
 }
 
 // patient gives up on a reader that does not read: while it is waited for,

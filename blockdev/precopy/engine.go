@@ -39,9 +39,10 @@ var ErrTooMuch = errors.New("too much changes for a cut within the stall budget"
 // still: the cut is void.
 var ErrWritten = errors.New("written to while writers were stopped")
 
-// ErrNotWhole says that a cut lacks what an earlier process had taken note of.
+// ErrNotWhole says that a cut lacks what was marked before it and not sealed: most
+// often an earlier process had taken it and ended before its own seal.
 // It is void, the next is not.
-var ErrNotWhole = errors.New("what changed before this process began is not in it")
+var ErrNotWhole = errors.New("the cut does not hold all that changed")
 
 // ErrOutside says that a cut was asked for what it does not hold.
 var ErrOutside = errors.New("not in this cut")
@@ -284,7 +285,7 @@ func (e *Engine) whole(r Request, holds []blockdev.Extent) error {
 	}
 	want := blockdev.Clip(changed, e.o.Source.Size())
 	if missing := want.Total() - blockdev.Intersect(want, holds).Total(); missing > 0 {
-		return fmt.Errorf("%s: %w: %d bytes; the next cut holds them", e.o.Source.Name(), ErrNotWhole, missing)
+		return fmt.Errorf("%s: %w: %d bytes were marked earlier and become known only with it; it is void, the next cut holds them", e.o.Source.Name(), ErrNotWhole, missing)
 	}
 	return nil
 }

@@ -33,6 +33,7 @@ type Cut struct {
 	view      *blockdev.File
 	image     *precopy.Cut // in the view's place
 	rolled    bool         // it began an era
+	rollAsked uint64       // the volume's, before it began
 	fine      bool         // fine tracking covers it
 	marksMu   sync.Mutex
 	hasMarks  bool   // a metadata snapshot was asked for
@@ -74,10 +75,13 @@ func (v *Volume) cutBy(ctx context.Context, number uint64, withView bool, take f
 	if n := v.newestCut(); number > math.MaxInt64 || number <= n {
 		return fail(fmt.Errorf("%w; the newest is %d", errNumber, n))
 	}
-	c := &Cut{volume: v, number: number, withView: withView}
+	c := &Cut{volume: v, number: number, withView: withView, rollAsked: v.rollAsked.Load()}
 	v.cut = c
 	err := take(c)
 	if err == nil {
+		if c.rolled {
+			v.rollDone = c.rollAsked
+		}
 		return c, nil
 	}
 	v.countStats(func(s *Stats) { s.VoidCuts++ })
@@ -174,7 +178,6 @@ func (c *Cut) recordEra() error {
 	}); err != nil {
 		return err
 	}
-	v.rollNext.Store(false)
 	if v.fine != nil {
 		v.fine.rolled = time.Now()
 	}

@@ -55,12 +55,12 @@ func (v *Volume) openFine() {
 // that need not be; a cut without it needs one of its own.
 func (v *Volume) rollNow() bool {
 	f := v.fine
-	return f == nil || !f.covered || v.rollNext.Load() || time.Since(f.rolled) >= v.options.RollEvery
+	return f == nil || !f.covered || v.rollAsked.Load() != v.rollDone || time.Since(f.rolled) >= v.options.RollEvery
 }
 
-// RollNext has the next cut begin an era, whatever tracks what: the marks can
-// then prove that nothing was written after it.
-func (v *Volume) RollNext() { v.rollNext.Store(true) }
+// RollNext has the next cut that is taken from now on and is whole begin an era,
+// whatever tracks what: the marks can then prove that nothing was written after it.
+func (v *Volume) RollNext() { v.rollAsked.Add(1) }
 
 // Forget says that nobody will ask for what changed before a cut. It may be
 // called at any time.

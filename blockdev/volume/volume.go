@@ -120,7 +120,8 @@ type Volume struct {
 	fine      *fineTracker    // nil: the era tracks alone
 	engine    *precopy.Engine // nil: no pre-copy
 	newest    uint64          // cut of this process
-	rollNext  atomic.Bool
+	rollAsked atomic.Uint64   // how often RollNext was called
+	rollDone  uint64          // of them, before the last whole cut that began an era
 	goingDown bool
 
 	labelMu sync.Mutex

@@ -98,7 +98,7 @@ func (w *window) run() error {
 		late = w.guard.Resume(rescue)
 		w.stalled = time.Since(start)
 	})
-	if w.at.IsZero() && w.err != nil {
+	if w.at.IsZero() && w.err != nil && !errors.Is(late, deadman.ErrStopped) {
 		late = nil // nothing was suspended
 	}
 	w.volume.stopped("cut", w.stalled)

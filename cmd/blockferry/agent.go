@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -68,7 +69,8 @@ func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan dea
 	if err != nil {
 		return err
 	}
-	deadMan.Command = []string{self, "dead-man"}
+	deadMan.Notes = filepath.Dir(deadMan.Socket)
+	deadMan.Command = []string{self, "dead-man", "--notes", deadMan.Notes}
 	return agent.Run(ctx, agent.Options{
 		Config: c, Socket: g.socket, Log: log, Version: version, System: doctor.Live(),
 		DeadMan: deadMan,

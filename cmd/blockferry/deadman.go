@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -19,7 +20,7 @@ const defaultDeadManSocket = "/run/blockferry-deadman/dead-man.sock"
 // newDeadMan is the process that resumes an agent's devices; not for people.
 // Its unit starts it with --listen, an agent that finds none without.
 func newDeadMan(g *globalOptions) *cobra.Command {
-	var socket string
+	var socket, notes string
 	cmd := &cobra.Command{
 		Use:    "dead-man",
 		Short:  "Resume devices that an agent left suspended (started by its unit, or by the agent)",
@@ -27,7 +28,7 @@ func newDeadMan(g *globalOptions) *cobra.Command {
 		Args:   atMost(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("listen") {
-				return deadman.Run(os.Stdin)
+				return deadman.Run(os.Stdin, notes)
 			}
 			log, err := g.logger(agentOptions{logFormat: "text"})
 			if err != nil {
@@ -37,6 +38,7 @@ func newDeadMan(g *globalOptions) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&socket, "listen", "", "serve agents on this Unix socket, until SIGTERM; without it: one, on standard input and output")
+	cmd.Flags().StringVar(&notes, "notes", filepath.Dir(defaultDeadManSocket), "folder of the notes of what is frozen; with --listen it is the socket's")
 	return cmd
 }
 

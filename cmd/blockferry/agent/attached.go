@@ -125,7 +125,7 @@ func (m *managed) blankAttached() error {
 
 // needed is what the agent needs while writers are stopped.
 func (m *managed) needed() []string {
-	needed := []string{m.agent.options.Config.Path, filepath.Dir(m.agent.options.Socket)}
+	needed := []string{m.agent.options.Config.Path, filepath.Dir(m.agent.options.Socket), m.agent.options.DeadMan.Notes}
 	for _, r := range m.config.Replicas {
 		if r.Spill != "" {
 			needed = append(needed, filepath.Dir(r.Spill))

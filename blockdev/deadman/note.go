@@ -1,0 +1,403 @@
+package deadman
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
+)
+
+// A note proves that a freeze is a dead-man's own, should that be killed in the
+// middle of it. It stands, while file systems are armed, in a folder that
+// outlives the process:
+//
+//	blockferry freeze 1 <boot id> <milliseconds of this boot at FREEZE>
+//	<state> <major:minor> <disk's sequence> <sectors written> "<mount point>"
+//	...a line of each file system
+//
+// Each write replaces all of it by as many bytes. The states are those below.
+// 'freezing' is written just before the kernel is asked. 'frozen' also says how
+// many sectors were ever written to the device then: nothing writes to what is
+// frozen, and every further freeze writes to it, so while that number is the
+// same it is still this freeze. Without statistics it is -1, and proves nothing.
+//
+// Its writer holds a lock on it. The kernel ends that with the process, but not
+// before a freeze that is under way is done.
+const (
+	noteArmed    = "armed"
+	noteFreezing = "freezing"
+	noteFrozen   = "frozen"
+	noteThawed   = "thawed"
+
+	noteVersion = 1
+	notePrefix  = "freeze-"
+	// freezingAge is for how long 'freezing' counts for a freeze that is found:
+	// later it may have been thawed by hand, and be another.
+	freezingAge = 10 * time.Minute
+	// maxPathBytes of a mount point are noted, for people.
+	maxPathBytes = 128
+	// sweepTries bounds how often, each deadmanRecheck, it is looked whether a
+	// note's writer has ended.
+	sweepTries = 6000
+)
+
+type note struct {
+	file    *os.File // locked
+	path    string
+	boot    string
+	since   time.Duration // of this boot, at FREEZE
+	entries []noteEntry
+	text    []byte
+}
+
+type noteEntry struct {
+	state    string
+	number   string // the device's, "major:minor"
+	sequence uint64
+	written  int64 // sectors
+	point    string
+	stat     *os.File // nil: the kernel keeps no statistics
+}
+
+// newNote writes a note of what is armed.
+func newNote(folder string, mounts []mount) (_ *note, err error) {
+	if folder == "" {
+		return nil, errors.New("no folder for a note of the freeze")
+	}
+	n := &note{text: make([]byte, 0, maxLineBytes)}
+	defer func() {
+		if err != nil {
+			n.close()
+			err = fmt.Errorf("a note of the freeze: %w", err)
+		}
+	}()
+	if n.boot, err = bootID(); err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		e, err := entryOf(m.file)
+		if err != nil {
+			return nil, err
+		}
+		e.stat, _ = os.Open(sysfs(e.number) + "/stat")
+		n.entries = append(n.entries, e)
+	}
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, err
+	}
+	// Locked before it has the name that a sweep looks for.
+	if n.file, err = os.CreateTemp(folder, "new-*"); err != nil {
+		return nil, err
+	}
+	n.path = n.file.Name()
+	if err := unix.Flock(int(n.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, err
+	}
+	if err := n.write(); err != nil {
+		return nil, err
+	}
+	n.path = filepath.Join(folder, notePrefix+strings.TrimPrefix(filepath.Base(n.file.Name()), "new-"))
+	return n, os.Rename(n.file.Name(), n.path)
+}
+
+func bootID() (string, error) {
+	id, err := blockdev.BootID()
+	return fmt.Sprintf("%x", id), err
+}
+
+// entryOf describes the file system that f is on.
+func entryOf(f *os.File) (noteEntry, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return noteEntry{}, err
+	}
+	e := noteEntry{state: noteArmed, written: -1, point: f.Name()[:min(len(f.Name()), maxPathBytes)]}
+	e.number = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	e.sequence = sequenceOf(e.number)
+	return e, nil
+}
+
+func sysfs(number string) string { return "/sys/dev/block/" + number }
+
+// sequenceOf is the number of the disk among all of this boot, 0 if there is none.
+func sequenceOf(number string) (n uint64) {
+	dir, err := filepath.EvalSymlinks(sysfs(number))
+	if err != nil {
+		return 0
+	}
+	for _, d := range []string{dir, filepath.Dir(dir)} { // a partition's disk has it
+		if text, err := os.ReadFile(d + "/diskseq"); err == nil {
+			_, _ = fmt.Sscan(string(text), &n)
+			break
+		}
+	}
+	return n
+}
+
+// writtenNow is how many sectors were written to the device, -1 if that is not
+// known.
+func (e *noteEntry) writtenNow() int64 {
+	if e.stat == nil {
+		return -1
+	}
+	var b [512]byte
+	n, err := e.stat.ReadAt(b[:], 0)
+	sectors, ok := blockdev.StatField(b[:n], 7)
+	if err != nil && !errors.Is(err, io.EOF) || !ok || sectors == 0 {
+		return -1 // a file system is there: something was written, and not counted
+	}
+	return int64(sectors)
+}
+
+func (n *note) write() error {
+	n.text = fmt.Appendf(n.text[:0], "blockferry freeze %d %s %20d\n", noteVersion, n.boot, n.since.Milliseconds())
+	for i := range n.entries {
+		e := &n.entries[i]
+		n.text = fmt.Appendf(n.text, "%-8s %s %d %20d %q\n", e.state, e.number, e.sequence, e.written, e.point)
+	}
+	_, err := n.file.WriteAt(n.text, 0)
+	return err
+}
+
+// set notes a file system's state.
+func (n *note) set(i int, state string) error {
+	e := &n.entries[i]
+	e.state = state
+	if state == noteFrozen {
+		e.written = e.writtenNow()
+	}
+	return n.write()
+}
+
+// close ends a note that is of no use any more.
+func (n *note) close() {
+	for _, e := range n.entries {
+		if e.stat != nil {
+			e.stat.Close()
+		}
+	}
+	if n.file != nil {
+		os.Remove(n.path)
+		n.file.Close()
+	}
+}
+
+// readNote parses a note.
+func readNote(f io.ReaderAt) (*note, error) {
+	text, err := io.ReadAll(io.NewSectionReader(f, 0, 2*maxDevices*(maxPathBytes*4+64)))
+	if err != nil {
+		return nil, err
+	}
+	n := &note{}
+	version, ms := 0, int64(0)
+	head, rest, _ := strings.Cut(string(text), "\n")
+	if _, err := fmt.Sscanf(head, "blockferry freeze %d %s %d", &version, &n.boot, &ms); err != nil || version != noteVersion {
+		return nil, fmt.Errorf("'%s' begins no note of a freeze, version %d", head, noteVersion)
+	}
+	n.since = time.Duration(ms) * time.Millisecond
+	for line := range strings.Lines(rest) {
+		var e noteEntry
+		if _, err := fmt.Sscanf(line, "%s %s %d %d %q", &e.state, &e.number, &e.sequence, &e.written, &e.point); err != nil {
+			return nil, fmt.Errorf("'%s' is no line of a note of a freeze: %w", strings.TrimSpace(line), err)
+		}
+		n.entries = append(n.entries, e)
+	}
+	return n, nil
+}
+
+// proves says why a freeze that is found now may not be thawed by this note,
+// "" if it may. Its writer has ended.
+func (n *note) proves(e *noteEntry, now time.Duration) string {
+	switch {
+	case e.sequence != sequenceOf(e.number):
+		return "another disk is in its place"
+	case e.state == noteFreezing && now-n.since > freezingAge:
+		return "too long ago: the freeze that is there may be another"
+	case e.state == noteFreezing:
+		return ""
+	}
+	e.stat, _ = os.Open(sysfs(e.number) + "/stat")
+	if e.stat != nil {
+		defer e.stat.Close()
+	}
+	if now := e.writtenNow(); now < 0 || now != e.written {
+		return "something was written since: the freeze that is there may be another"
+	}
+	return ""
+}
+
+// sweeper thaws what killed dead-men left frozen.
+type sweeper struct {
+	folder  string
+	freezer freezer
+	now     func() time.Duration
+	log     *slog.Logger
+}
+
+func (s *sweeper) notes() []string {
+	if s.folder == "" {
+		return nil
+	}
+	names, _ := filepath.Glob(filepath.Join(s.folder, notePrefix+"*")) // the pattern is well-formed
+	return names
+}
+
+// sweep looks at all notes once. busy: some have a writer that lives, or that the
+// kernel has not ended yet.
+func (s *sweeper) sweep() (busy bool) {
+	for _, name := range s.notes() {
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			continue // it has ended
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			busy = true
+		} else if s.one(f) {
+			os.Remove(name)
+		}
+		f.Close()
+	}
+	return busy
+}
+
+// until sweeps until no note is anybody's any more, and again at each wake.
+func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
+	for {
+		var again <-chan time.Time
+		if s.sweep() {
+			again = time.After(deadmanRecheck)
+		}
+		select {
+		case <-stop:
+			return
+		case <-wake:
+		case <-again:
+		}
+	}
+}
+
+// one thaws what a note proves; done: it is of no use any more.
+func (s *sweeper) one(f *os.File) (done bool) {
+	n, err := readNote(f)
+	if err != nil {
+		s.log.Warn("a note of a freeze can't be read; it is removed", "note", f.Name(), "error", err)
+		return true
+	}
+	if boot, err := bootID(); err != nil || boot != n.boot {
+		return err == nil
+	}
+	done = true
+	for i := range n.entries {
+		e := &n.entries[i]
+		if e.state != noteFreezing && e.state != noteFrozen {
+			continue
+		}
+		if why := n.proves(e, s.now()); why != "" {
+			s.log.Warn("a dead-man was killed while it had frozen a file system; should it be frozen now it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
+				"file-system", e.point, "device", e.number, "reason", why)
+			continue
+		}
+		switch err := s.thaw(e); {
+		case err == nil:
+			s.log.Warn("a dead-man was killed while it had frozen a file system; it is thawed", "file-system", e.point, "device", e.number)
+		case !errors.Is(err, unix.EINVAL): // it is not frozen
+			s.log.Warn("a file system may be frozen since its dead-man was killed; thaw it with 'fsfreeze --unfreeze'", "file-system", e.point, "device", e.number, "error", err)
+			done = false
+		}
+	}
+	return done
+}
+
+// thaw thaws by any mount of the file system.
+func (s *sweeper) thaw(e *noteEntry) error {
+	uevent, err := os.ReadFile(sysfs(e.number) + "/uevent")
+	if err != nil {
+		return err // the device is gone
+	}
+	device := ""
+	for line := range strings.Lines(string(uevent)) {
+		if node, found := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); found {
+			device = "/dev/" + node
+		}
+	}
+	mounts, _, err := blockdev.Usage(device)
+	if err != nil {
+		return err
+	}
+	errs := []error{errors.New("it is mounted nowhere")}
+	for _, m := range mounts {
+		if m.Number != e.number {
+			continue
+		}
+		f, err := os.OpenFile(m.Path(), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if is, err := entryOf(f); err == nil && is.number == e.number {
+			err = s.freezer.thaw(f)
+			f.Close()
+			return err
+		}
+		f.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// Thaw thaws the file systems that files are on which, by its note, a dead-man
+// froze in the window under way: for Resume, should that dead-man not answer.
+// Anybody else's freeze is left alone. One that the kernel has not finished is
+// thawed by whoever asked for it or, if that was killed, from here later on.
+func (g *Guard) Thaw(files ...*os.File) error {
+	s := &sweeper{g.options.Notes, kernelFreezer{}, bootTime, g.options.Log}
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, s.thawSince(g.armed, f))
+	}
+	go func() { // ends by itself: not even Close is to keep it from its work
+		for range sweepTries {
+			if !s.sweep() {
+				return
+			}
+			time.Sleep(deadmanRecheck)
+		}
+	}()
+	return errors.Join(errs...)
+}
+
+// thawSince thaws what was frozen since a time of this boot, whether the note's
+// writer lives or not.
+func (s *sweeper) thawSince(since time.Duration, f *os.File) error {
+	is, err := entryOf(f)
+	if err != nil {
+		return err
+	}
+	for _, name := range s.notes() {
+		file, err := os.Open(name)
+		if err != nil {
+			continue
+		}
+		n, err := readNote(file)
+		file.Close()
+		if err != nil || n.since < since.Truncate(time.Millisecond) {
+			continue
+		}
+		for _, e := range n.entries {
+			if e.number != is.number || e.sequence != is.sequence || e.state != noteFrozen {
+				continue
+			}
+			if err := s.freezer.thaw(f); err != nil && !errors.Is(err, unix.EINVAL) {
+				return fmt.Errorf("thaw %s: %w", f.Name(), err)
+			}
+		}
+	}
+	return nil
+}
