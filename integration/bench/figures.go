@@ -82,6 +82,25 @@ var figures = []figure{
 		measure: nativeControl,
 	},
 	{
+		name:  "attach-vs-raw-randwrite",
+		about: "a file on a mounted device that blockferry is attached to against one on the same kind of device that it is not, both written with O_DIRECT",
+		note: "While tracking is measured the kernel's programs look at the other device's writes, too, and find that they are none of theirs. The writer, the agent and the replica share the machine's two CPUs " +
+			"with the loop devices' own threads, and a write to these disks takes as long as copying it in memory: what the agent does in the meantime shows as it would on no real disk.",
+		disks:   []uml.Disk{{Size: attachedBytes + 160<<20}, {Size: attachedBytes + 512<<20}, {Size: attachedBytes + 160<<20}},
+		native:  true,
+		picture: ratios("attach-vs-raw-randwrite", "Writers on an attached device, over the bare one"),
+		measure: attachedVersusRaw,
+	},
+	{
+		name:  "attach-cut-stall",
+		about: "the longest gap that writers saw during a cut of an attached device against that of a bare FIFREEZE and FITHAW of the same file system, both after a syncfs",
+		note: "Two writers, each of 4 KiB at random and then 1 ms of nothing; the gap is the longest between the ends of two writes of one. Its own stop is what the agent says that the file system was frozen for. " +
+			"The bare freeze is of the same file system with the agent paused.",
+		disks:   []uml.Disk{{Size: 480 << 20}, {Size: 1 << 30}},
+		native:  true,
+		measure: attachCutStall,
+	},
+	{
 		name:  "first-sync-vs-rsync",
 		about: "the first full sync of a volume against rsync and nbdcopy of the same device, and of the files on it",
 		note: "The volume of 1 GiB holds an ext4 with 864 MiB of files; a first sync copies all of it, rsync of the files only those. Source and target are forgotten by the page cache before each run. " +

@@ -62,8 +62,11 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 // replica's side of the agent, on loop devices.
 func firstSyncNatively(ctx context.Context, s *stand, m *measured) error {
 	source, target := s.disks[0], s.disks[1]
-	if err := fill(source, syncBytes, 3); err != nil {
-		return err
+	// The target's memory is there before the first pair, too.
+	for _, disk := range s.disks {
+		if err := fill(disk, syncBytes+64<<20, 3); err != nil {
+			return err
+		}
 	}
 	from, err := blockdev.OpenFile(source, blockdev.OpenOptions{})
 	if err != nil {

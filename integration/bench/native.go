@@ -73,6 +73,7 @@ func enterRoom() (string, error) {
 		{"proc", "/proc", "proc", 0},
 		{"tmpfs", "/run", "tmpfs", 0},
 		{"tmpfs", "/mnt", "tmpfs", 0},
+		{"bpf", "/sys/fs/bpf", "bpf", 0}, // what is pinned there ends with it
 	} {
 		if err := unix.Mount(mount.source, mount.target, mount.kind, mount.flags, ""); err != nil {
 			return "", fmt.Errorf("mount on %s: %w", mount.target, err)
