@@ -53,7 +53,8 @@ func (s *stand) attach(ctx context.Context, kind string, size int64, interval ti
 `, s.disks[0], interval, s.disks[1])); err != nil {
 		return err
 	}
-	if err := s.rig.Run(ctx, "attach", "data"); err != nil {
+	// The replica's disk may hold a copy of what was attached before.
+	if err := s.rig.Run(ctx, "attach", "--discard-my-data", "data"); err != nil {
 		return err
 	}
 	if err := s.rig.StartAgent(ctx, &s.log); err != nil {
@@ -71,8 +72,7 @@ func (s *stand) detach(ctx context.Context) error {
 			err = errors.Join(err, e)
 		}
 	}
-	err = errors.Join(err, os.RemoveAll("/sys/fs/bpf/blockferry"), os.Remove("/run/blockferry/state"))
-	return errors.Join(err, rig.Zero(s.disks[1], 4<<20))
+	return errors.Join(err, os.RemoveAll("/sys/fs/bpf/blockferry"), os.Remove("/run/blockferry/state"))
 }
 
 // mountFresh makes a file system whose tables are all written, so that the kernel
