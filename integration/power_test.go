@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -97,10 +98,12 @@ func (p *powerRig) create(t *testing.T) {
 	p.h = history{Seed: 21, Size: label.Areas.Data.Length, MaxBytes: 64 << 10, Span: 12 << 20, FlushEvery: 100}
 }
 
-// diskCopy is a copy of what a disk holds.
+// diskCopy is a copy of what a disk holds. A replica writes to it from several
+// goroutines.
 type diskCopy struct {
 	name  string
 	size  int64
+	mu    sync.Mutex // guards pages
 	pages diskPages
 }
 
@@ -109,9 +112,9 @@ func survivor(d *volatileDisk) *diskCopy {
 	d.mains.mu.Lock()
 	defer d.mains.mu.Unlock()
 	if d.dead {
-		return &diskCopy{"copy of " + d.path, d.size, maps.Clone(d.durable)}
+		return &diskCopy{name: "copy of " + d.path, size: d.size, pages: maps.Clone(d.durable)}
 	}
-	return &diskCopy{"copy of " + d.path, d.size, maps.Clone(d.view)}
+	return &diskCopy{name: "copy of " + d.path, size: d.size, pages: maps.Clone(d.view)}
 }
 
 var _ blockdev.Device = (*diskCopy)(nil)
@@ -125,6 +128,8 @@ func (c *diskCopy) ReadAt(p []byte, offset int64) (int, error) {
 	if err := blockdev.CheckRange(c, "read", offset, int64(len(p))); err != nil {
 		return 0, err
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.pages.read(p, offset)
 	return len(p), nil
 }
@@ -133,6 +138,8 @@ func (c *diskCopy) WriteAt(p []byte, offset int64) (int, error) {
 	if err := blockdev.CheckRange(c, "write", offset, int64(len(p))); err != nil {
 		return 0, err
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.pages.write(bytes.Clone(p), offset)
 	return len(p), nil
 }
@@ -220,7 +227,7 @@ func (p *powerRig) named(name string) *volatileDisk {
 // labelState is what the SSD's label, as it can be read now, says of the
 // volume: restoring, verifying, clean, open or none. The disks are locked.
 func (p *powerRig) labelState() string {
-	label, err := volume.ReadLabel(&diskCopy{p.ssd.path, p.ssd.size, p.ssd.view})
+	label, err := volume.ReadLabel(&diskCopy{name: p.ssd.path, size: p.ssd.size, pages: p.ssd.view})
 	if err != nil {
 		return "none"
 	}
@@ -342,7 +349,7 @@ func (p *powerRig) judge(t *testing.T, w *writer, synced, epoch uint64) {
 		if !d.dead {
 			return survivor(d)
 		}
-		return &diskCopy{"another fate of " + d.path, d.size, p.mains.afterCut(d.before, d.atRisk, newest)}
+		return &diskCopy{name: "another fate of " + d.path, size: d.size, pages: p.mains.afterCut(d.before, d.atRisk, newest)}
 	}
 	for i := range otherFates {
 		p.judgeFate(t, other(p.ssd, i == 0), other(p.ebs, i == 0), synced, epoch)

@@ -150,7 +150,7 @@ func (p *powerRig) loseReplica(t *testing.T, at powerPoint) {
 	p.issued = max(p.issued, w.issued())
 	p.judgeReplica(t, survivor(p.ebs), synced, epoch)
 	for i := range otherFates {
-		p.judgeReplica(t, &diskCopy{"another fate of " + p.ebs.path, p.ebs.size, p.mains.afterCut(p.ebs.before, p.ebs.atRisk, i == 0)}, synced, epoch)
+		p.judgeReplica(t, &diskCopy{name: "another fate of " + p.ebs.path, size: p.ebs.size, pages: p.mains.afterCut(p.ebs.before, p.ebs.atRisk, i == 0)}, synced, epoch)
 	}
 	p.ebs.powerOn(t)
 	p.cli.await(t, "with its replica again", 30*time.Second, func(v status.Volume) bool {
