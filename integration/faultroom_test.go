@@ -79,7 +79,9 @@ func TestFaultJournalTooSmall(t *testing.T) {
 		c.must(t, "sync", "--timeout", "60s")
 		before := len(c.logText(t))
 
+		c.must(t, "pause") // a cut amid the noise would hold some of it, and fit
 		noise(t, v.Path, span, size-span, 1)
+		c.must(t, "resume")
 		c.says(t, time.Minute, "ebs", "does not fit into the replica's journal", "enlarge the journal", "catch-up: in-place")
 		c.refused(t, 6, []string{"ebs", "journal"}, "sync", "--timeout", "2s")
 		w = startWriter(t, v.Path, h, held+1)
