@@ -337,9 +337,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	cmd.Env = []string{"TMPDIR=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
 	cmd.Stdout, cmd.Stderr = out, out
-	// Its own process group: the guest and the processes it is made of end
-	// together. They also end when this process does.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = together()
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
 	waitErr := runOnThread(cmd, spec.Network, func() {
@@ -360,6 +358,17 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 		return endMark{}, fmt.Errorf("guest %s, boot %d: it was to power off in order, and did not within %v", spec.Name, boot, spec.Timeout+stuckGrace+bootGrace)
 	}
 	return ended, nil
+}
+
+// together has the guest and the processes it is made of end together, and when
+// this process does: in a process group and, as root, in a PID namespace, which
+// the kernel ends with the guest's first process. Pdeathsig alone reaches no other.
+func together() *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if os.Geteuid() == 0 {
+		attr.Cloneflags = syscall.CLONE_NEWPID
+	}
+	return attr
 }
 
 // runOnThread runs a command on a thread that lives as long as the command:
