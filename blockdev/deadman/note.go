@@ -24,10 +24,11 @@ import (
 //	...a line of each file system
 //
 // Each write replaces all of it by as many bytes. The states are those below.
-// 'freezing' is written just before the kernel is asked. 'frozen' also says how
+// 'freezing' is written just before the kernel is asked. It and 'frozen' say how
 // many sectors were ever written to the device then: nothing writes to what is
-// frozen, and every further freeze writes to it, so while that number is the
-// same it is still this freeze. Without statistics it is -1, and proves nothing.
+// frozen, and every freeze writes to it, so while that number is the same as at
+// 'frozen' it is still this freeze, and while it is the same as at 'freezing' it
+// was another before. Without statistics it is -1, and 'frozen' proves nothing.
 //
 // Its writer holds a lock on it. The kernel ends that with the process, but not
 // before a freeze that is under way is done.
@@ -171,7 +172,7 @@ func (n *note) write() error {
 func (n *note) set(i int, state string) error {
 	e := &n.entries[i]
 	e.state = state
-	if state == noteFrozen {
+	if state == noteFreezing || state == noteFrozen {
 		e.written = e.writtenNow()
 	}
 	return n.write()
@@ -188,6 +189,23 @@ func (n *note) close() {
 		os.Remove(n.path)
 		n.file.Close()
 	}
+}
+
+// openNote opens a note, which has to be a file of this process's user.
+func openNote(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || int(st.Uid) != os.Geteuid()) {
+		err = fmt.Errorf("%s is no file of user %d", name, os.Geteuid())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // readNote parses a note.
@@ -221,15 +239,17 @@ func (n *note) proves(e *noteEntry, now time.Duration) string {
 		return "another disk is in its place"
 	case e.state == noteFreezing && now-n.since > freezingAge:
 		return "too long ago: the freeze that is there may be another"
-	case e.state == noteFreezing:
-		return ""
 	}
 	e.stat, _ = os.Open(sysfs(e.number) + "/stat")
 	if e.stat != nil {
 		defer e.stat.Close()
 	}
-	if now := e.writtenNow(); now < 0 || now != e.written {
+	written := e.writtenNow()
+	switch same := written >= 0 && written == e.written; {
+	case e.state == noteFrozen && !same:
 		return "something was written since: the freeze that is there may be another"
+	case e.state == noteFreezing && same:
+		return "no freeze wrote to it: the one that is there was there before"
 	}
 	return ""
 }
@@ -254,9 +274,9 @@ func (s *sweeper) notes() []string {
 // kernel has not ended yet.
 func (s *sweeper) sweep() (busy bool) {
 	for _, name := range s.notes() {
-		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		f, err := openNote(name)
 		if err != nil {
-			continue // it has ended
+			continue // it has ended, or is none
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			busy = true
@@ -381,7 +401,7 @@ func (s *sweeper) thawSince(since time.Duration, f *os.File) error {
 		return err
 	}
 	for _, name := range s.notes() {
-		file, err := os.Open(name)
+		file, err := openNote(name)
 		if err != nil {
 			continue
 		}
