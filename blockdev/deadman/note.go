@@ -1,6 +1,7 @@
 package deadman
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -19,7 +20,7 @@ import (
 // middle of it. It stands, while file systems are armed, in a folder that
 // outlives the process:
 //
-//	blockferry freeze 1 <boot id> <milliseconds of this boot at FREEZE>
+//	blockferry freeze 1 <boot id> <process> <milliseconds of this boot at FREEZE>
 //	<state> <major:minor> <disk's sequence> <sectors written> "<mount point>"
 //	...a line of each file system
 //
@@ -31,7 +32,8 @@ import (
 // was another before. Without statistics it is -1, and 'frozen' proves nothing.
 //
 // Its writer holds a lock on it. The kernel ends that with the process, but not
-// before a freeze that is under way is done.
+// before a freeze that is under way is done. A writer that is stopped (SIGSTOP) is
+// as good as ended; once it goes on it finds its freeze gone.
 const (
 	noteArmed    = "armed"
 	noteFreezing = "freezing"
@@ -54,6 +56,7 @@ type note struct {
 	file    *os.File // locked
 	path    string
 	boot    string
+	pid     int           // its writer's
 	since   time.Duration // of this boot, at FREEZE
 	entries []noteEntry
 	text    []byte
@@ -73,7 +76,7 @@ func newNote(folder string, mounts []mount) (_ *note, err error) {
 	if folder == "" {
 		return nil, errors.New("no folder for a note of the freeze")
 	}
-	n := &note{text: make([]byte, 0, maxLineBytes)}
+	n := &note{pid: os.Getpid(), text: make([]byte, 0, maxLineBytes)}
 	defer func() {
 		if err != nil {
 			n.close()
@@ -159,7 +162,7 @@ func (e *noteEntry) writtenNow() int64 {
 }
 
 func (n *note) write() error {
-	n.text = fmt.Appendf(n.text[:0], "blockferry freeze %d %s %20d\n", noteVersion, n.boot, n.since.Milliseconds())
+	n.text = fmt.Appendf(n.text[:0], "blockferry freeze %d %s %d %20d\n", noteVersion, n.boot, n.pid, n.since.Milliseconds())
 	for i := range n.entries {
 		e := &n.entries[i]
 		n.text = fmt.Appendf(n.text, "%-8s %s %d %20d %q\n", e.state, e.number, e.sequence, e.written, e.point)
@@ -217,7 +220,7 @@ func readNote(f io.ReaderAt) (*note, error) {
 	n := &note{}
 	version, ms := 0, int64(0)
 	head, rest, _ := strings.Cut(string(text), "\n")
-	if _, err := fmt.Sscanf(head, "blockferry freeze %d %s %d", &version, &n.boot, &ms); err != nil || version != noteVersion {
+	if _, err := fmt.Sscanf(head, "blockferry freeze %d %s %d %d", &version, &n.boot, &n.pid, &ms); err != nil || version != noteVersion {
 		return nil, fmt.Errorf("'%s' begins no note of a freeze, version %d", head, noteVersion)
 	}
 	n.since = time.Duration(ms) * time.Millisecond
@@ -280,12 +283,28 @@ func (s *sweeper) sweep() (busy bool) {
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			busy = true
+			if n, err := readNote(f); err == nil && stopped(n.pid) {
+				s.one(f)
+			}
 		} else if s.one(f) {
 			os.Remove(name)
 		}
 		f.Close()
 	}
 	return busy
+}
+
+// stopped says that every thread of a process is. One that the kernel is at is not.
+func stopped(pid int) bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, thread := range threads {
+		text, err := os.ReadFile(thread)
+		state := text[bytes.LastIndexByte(text, ')')+1:] // behind its name
+		if err != nil || !bytes.HasPrefix(state, []byte(" T")) && !bytes.HasPrefix(state, []byte(" t")) {
+			return false
+		}
+	}
+	return len(threads) > 0
 }
 
 // until sweeps until no note is anybody's any more, and again at each wake.
@@ -304,7 +323,8 @@ func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
 	}
 }
 
-// one thaws what a note proves; done: it is of no use any more.
+// one thaws what a note proves, and notes that, lest it be done twice; done: the
+// note is of no use any more.
 func (s *sweeper) one(f *os.File) (done bool) {
 	n, err := readNote(f)
 	if err != nil {
@@ -314,21 +334,29 @@ func (s *sweeper) one(f *os.File) (done bool) {
 	if boot, err := bootID(); err != nil || boot != n.boot {
 		return err == nil
 	}
-	done = true
+	done, n.file = true, f
+	dealt := func(e *noteEntry) {
+		e.state = noteThawed
+		_ = n.write() // it is removed in a moment, unless its writer is only stopped
+	}
 	for i := range n.entries {
 		e := &n.entries[i]
 		if e.state != noteFreezing && e.state != noteFrozen {
 			continue
 		}
 		if why := n.proves(e, s.now()); why != "" {
-			s.log.Warn("a dead-man was killed while it had frozen a file system; should it be frozen now it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
+			s.log.Warn("a dead-man was killed or stopped while it had frozen a file system; should it be frozen now it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
 				"file-system", e.point, "device", e.number, "reason", why)
+			dealt(e)
 			continue
 		}
 		switch err := s.thaw(e); {
 		case err == nil:
-			s.log.Warn("a dead-man was killed while it had frozen a file system; it is thawed", "file-system", e.point, "device", e.number)
-		case !errors.Is(err, unix.EINVAL): // it is not frozen
+			s.log.Warn("a dead-man was killed or stopped while it had frozen a file system; it is thawed", "file-system", e.point, "device", e.number)
+			dealt(e)
+		case errors.Is(err, unix.EINVAL): // it is not frozen
+			dealt(e)
+		default:
 			s.log.Warn("a file system may be frozen since its dead-man was killed; thaw it with 'fsfreeze --unfreeze'", "file-system", e.point, "device", e.number, "error", err)
 			done = false
 		}

@@ -147,9 +147,14 @@ func TestNoteProvesOnlyItsOwnFreeze(t *testing.T) {
 	}
 }
 
-// A dead-man that is killed while the kernel is still freezing is waited for:
-// only then there is something to thaw.
-func TestKilledInTheMiddleOfTheFreeze(t *testing.T) {
+// A dead-man that is killed or stopped while the kernel is still freezing is
+// waited for: only then there is something to thaw, and it won't.
+func TestEndedInTheMiddleOfTheFreeze(t *testing.T) {
+	t.Run("killed", func(t *testing.T) { endedInTheFreeze(t, unix.SIGKILL) })
+	t.Run("stopped", func(t *testing.T) { endedInTheFreeze(t, unix.SIGSTOP) })
+}
+
+func endedInTheFreeze(t *testing.T, signal unix.Signal) {
 	under := blocktest.FileSystem(t, "ext4", blocktest.Loop(t, 256<<20))
 	disk := filepath.Join(under, "disk")
 	if err := os.WriteFile(disk, make([]byte, 64<<20), 0o600); err != nil {
@@ -171,20 +176,21 @@ func TestKilledInTheMiddleOfTheFreeze(t *testing.T) {
 		}
 	}()
 	pid := r.guard.Pid()
-	killed := make(chan string, 1)
+	defer unix.Kill(pid, unix.SIGKILL) // before its guard waits for it
+	ended := make(chan string, 1)
 	go func() {
 		for deadline := time.Now().Add(5 * time.Second); !strings.Contains(r.note(), noteFreezing) && time.Now().Before(deadline); {
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(100 * time.Millisecond)
-		killed <- fmt.Sprint(unix.Kill(pid, unix.SIGKILL), r.note())
+		ended <- fmt.Sprint(unix.Kill(pid, signal), r.note())
 	}()
 	if err := r.guard.Freeze(); !errors.Is(err, ErrLate) {
-		t.Errorf("killed in the middle of its freeze: %v", err)
+		t.Errorf("ended in the middle of its freeze: %v", err)
 	}
-	text, signalled := strings.CutPrefix(<-killed, "<nil>")
+	text, signalled := strings.CutPrefix(<-ended, "<nil>")
 	if n, err := readNote(strings.NewReader(text)); !signalled || err != nil || n.entries[0].state != noteFreezing || n.entries[0].written < 0 {
-		t.Fatalf("killed: %s: %v", text, err)
+		t.Fatalf("ended: %s: %v", text, err)
 	}
 	if err := r.guard.Resume(func() error { return r.guard.Thaw(f) }); !errors.Is(err, ErrLate) {
 		t.Error(err)
@@ -203,13 +209,33 @@ func TestKilledInTheMiddleOfTheFreeze(t *testing.T) {
 	if err := blocktest.Thaw(under); err != nil {
 		t.Fatal(err)
 	}
+	written := make(chan error, 1)
+	go func() { written <- os.WriteFile(filepath.Join(r.dir, "f"), []byte("x"), 0o600) }()
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		_ = blocktest.Thaw(r.dir)
+		t.Fatalf("it stays frozen: %s", r.note())
+	}
+	// What somebody else freezes from now on is not thawed any more.
+	if err := blocktest.Freeze(r.dir); err != nil {
+		t.Fatal(err)
+	}
+	r.sweep()
+	if !r.isFrozen() {
+		t.Error("an administrator's freeze is thawed")
+	}
+	if err := blocktest.Thaw(r.dir); err != nil {
+		t.Fatal(err)
+	}
+	_ = unix.Kill(pid, unix.SIGKILL)
 	for deadline := time.Now().Add(20 * time.Second); r.note() != ""; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("nobody looks after it: %s", r.note())
 		}
-	}
-	if r.isFrozen() {
-		t.Error("it stays frozen")
 	}
 }
 
