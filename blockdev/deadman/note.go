@@ -47,9 +47,10 @@ const (
 	freezingAge = 10 * time.Minute
 	// maxPathBytes of a mount point are noted, for people.
 	maxPathBytes = 128
-	// sweepTries bounds how often, each deadmanRecheck, it is looked whether a
-	// note's writer has ended.
-	sweepTries = 6000
+	// sweepAgain is the pause before what could not be thawed is tried again.
+	sweepAgain = 30 * time.Second
+	// sweepPatience is how long an agent looks whether a note's writer has ended.
+	sweepPatience = 10 * time.Minute
 )
 
 type note struct {
@@ -273,25 +274,28 @@ func (s *sweeper) notes() []string {
 	return names
 }
 
-// sweep looks at all notes once. busy: some have a writer that lives, or that the
-// kernel has not ended yet.
-func (s *sweeper) sweep() (busy bool) {
+// sweep looks at all notes once, and says when to look again: after deadmanRecheck
+// if some have a writer that lives, or that the kernel has not ended yet, after
+// sweepAgain if something could not be thawed, 0 for never.
+func (s *sweeper) sweep() (again time.Duration) {
 	for _, name := range s.notes() {
 		f, err := openNote(name)
 		if err != nil {
 			continue // it has ended, or is none
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-			busy = true
+			again = deadmanRecheck
 			if n, err := readNote(f); err == nil && stopped(n.pid) {
 				s.one(f)
 			}
 		} else if s.one(f) {
 			os.Remove(name)
+		} else if again == 0 {
+			again = sweepAgain
 		}
 		f.Close()
 	}
-	return busy
+	return again
 }
 
 // stopped says that every thread of a process is. One that the kernel is at is not.
@@ -307,12 +311,12 @@ func stopped(pid int) bool {
 	return len(threads) > 0
 }
 
-// until sweeps until no note is anybody's any more, and again at each wake.
+// until sweeps until no note is left that asks for more, and again at each wake.
 func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
 	for {
 		var again <-chan time.Time
-		if s.sweep() {
-			again = time.After(deadmanRecheck)
+		if pause := s.sweep(); pause > 0 {
+			again = time.After(pause)
 		}
 		select {
 		case <-stop:
@@ -411,11 +415,12 @@ func (g *Guard) Thaw(files ...*os.File) error {
 		errs = append(errs, s.thawSince(g.armed, f))
 	}
 	go func() { // ends by itself: not even Close is to keep it from its work
-		for range sweepTries {
-			if !s.sweep() {
+		for end := s.now() + sweepPatience; s.now() < end; {
+			pause := s.sweep()
+			if pause == 0 {
 				return
 			}
-			time.Sleep(deadmanRecheck)
+			time.Sleep(pause)
 		}
 	}()
 	return errors.Join(errs...)

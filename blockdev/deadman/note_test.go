@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -55,9 +57,12 @@ func (r *frozenRig) killed() {
 	_ = r.guard.link.child.Wait()
 }
 
-func (r *frozenRig) sweep() (busy bool) {
+func (r *frozenRig) sweepOnce() (again time.Duration) {
 	return (&sweeper{r.notes, kernelFreezer{}, bootTime, slog.New(slog.NewTextHandler(&r.log, nil))}).sweep()
 }
+
+// sweep says whether a note has a writer still.
+func (r *frozenRig) sweep() (busy bool) { return r.sweepOnce() == deadmanRecheck }
 
 func (r *frozenRig) note() string {
 	names, _ := filepath.Glob(filepath.Join(r.notes, notePrefix+"*"))
@@ -137,7 +142,10 @@ func TestNoteProvesOnlyItsOwnFreeze(t *testing.T) {
 			if err := r.guard.Resume(func() error { return r.guard.Thaw(f) }); !errors.Is(err, ErrLate) {
 				t.Error(err)
 			}
-			if r.sweep() || !r.isFrozen() {
+			for deadline := time.Now().Add(20 * time.Second); r.sweep() && time.Now().Before(deadline); { // the agent may be at it, too
+				time.Sleep(time.Millisecond)
+			}
+			if !r.isFrozen() {
 				t.Error("the agent, or the next dead-man, thaws an administrator's freeze")
 			}
 			if err := blocktest.Thaw(r.dir); err != nil || r.note() != "" {
@@ -325,7 +333,7 @@ func TestNotesThatProveNothing(t *testing.T) {
 	}
 	r.write(freezingOf(t, text, before))
 	old := &sweeper{r.notes, kernelFreezer{}, func() time.Duration { return bootTime() + freezingAge }, slog.New(slog.DiscardHandler)}
-	if old.sweep() || !r.isFrozen() {
+	if old.sweep() != 0 || !r.isFrozen() {
 		t.Error("too old: thawed")
 	}
 	// Whoever may write there is not therefore believed.
@@ -452,4 +460,69 @@ func TestServiceLooksAtNotes(t *testing.T) {
 	write()
 	s.guard(GuardOptions{})
 	looked("an agent comes")
+}
+
+// What a killed dead-man froze is thawed wherever it is mounted by then: only in
+// another mount namespace, or nowhere for a while.
+func TestThawsWhereverItIsMounted(t *testing.T) {
+	device := blocktest.Loop(t, 64<<20)
+	r := newFrozenRig(t, blocktest.FileSystem(t, "ext4", device))
+	holder := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready && read l")
+	stdin, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end := sync.OnceFunc(func() { stdin.Close(); _ = holder.Wait() })
+	defer end()
+	if _, err := stdout.Read(make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
+	r.killedFreeze()
+	f, err := os.Open(r.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	thaw := sync.OnceFunc(func() { _ = kernelFreezer{}.thaw(f) })
+	defer thaw()
+	frozen := func() bool { return errors.Is(kernelFreezer{}.freeze(f), unix.EBUSY) }
+	if err := unix.Unmount(r.dir, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	if r.sweep() || frozen() {
+		t.Errorf("mounted in another namespace: not thawed: %s", r.log.text())
+	}
+	thaw()
+	if err := unix.Mount(device, r.dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	end()
+
+	r.guard = realGuardAt(t, r.notes)
+	r.killedFreeze()
+	g, err := os.Open(r.dir) // keeps it as the agent's descriptor would
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if err := unix.Unmount(r.dir, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	if r.sweepOnce() != sweepAgain || r.note() == "" || !strings.Contains(r.log.text(), "mounted nowhere") {
+		t.Errorf("mounted nowhere: it is not tried again: note '%s', log %s", r.note(), r.log.text())
+	}
+	if err := unix.Mount(device, r.dir, "ext4", 0, ""); err != nil {
+		_ = kernelFreezer{}.thaw(g)
+		t.Fatal(err)
+	}
+	if r.sweepOnce() != 0 || r.note() != "" || r.isFrozen() {
+		t.Errorf("mounted again: not thawed: note '%s', log %s", r.note(), r.log.text())
+	}
 }
