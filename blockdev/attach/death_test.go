@@ -347,7 +347,7 @@ func TestThawThatFailsIsTold(t *testing.T) {
 	f := r.stopper(r.open())
 	f.rescue = func() error { return errors.New("thaw it: input/output error") }
 	_, err = f.Stop(t.Context(), time.Second, func() error { t.Error("called"); return nil })
-	if !errors.Is(err, deadman.ErrLate) || !errors.Is(err, deadman.ErrStopped) || !strings.Contains(err.Error(), "thaw it: input/output error") {
+	if !errors.Is(err, deadman.ErrLate) || !errors.Is(err, deadman.ErrStopped) || !strings.Contains(err.Error(), "thaw it: input/output error") || !strings.Contains(err.Error(), "in the middle of a freeze") {
 		t.Errorf("its dead-man died, and it could not be thawed: %v", err)
 	}
 }

@@ -245,11 +245,15 @@ func TestDeadManRefusesMounts(t *testing.T) {
 // realGuard has this test binary as its dead-man.
 func realGuard(t *testing.T) *Guard {
 	t.Helper()
+	return realGuardAt(t, t.TempDir())
+}
+
+func realGuardAt(t *testing.T, notes string) *Guard {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	notes := t.TempDir()
 	return newTestGuard(t, GuardOptions{Notes: notes, Command: []string{"/usr/bin/env", deadmanVar + "=" + notes, self}})
 }
 

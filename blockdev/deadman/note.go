@@ -1,6 +1,7 @@
 package deadman
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -19,18 +20,20 @@ import (
 // middle of it. It stands, while file systems are armed, in a folder that
 // outlives the process:
 //
-//	blockferry freeze 1 <boot id> <milliseconds of this boot at FREEZE>
+//	blockferry freeze 1 <boot id> <process> <milliseconds of this boot at FREEZE>
 //	<state> <major:minor> <disk's sequence> <sectors written> "<mount point>"
 //	...a line of each file system
 //
 // Each write replaces all of it by as many bytes. The states are those below.
-// 'freezing' is written just before the kernel is asked. 'frozen' also says how
+// 'freezing' is written just before the kernel is asked. It and 'frozen' say how
 // many sectors were ever written to the device then: nothing writes to what is
-// frozen, and every further freeze writes to it, so while that number is the
-// same it is still this freeze. Without statistics it is -1, and proves nothing.
+// frozen, and every freeze writes to it, so while that number is the same as at
+// 'frozen' it is still this freeze, and while it is the same as at 'freezing' it
+// was another before. Without statistics it is -1, and 'frozen' proves nothing.
 //
 // Its writer holds a lock on it. The kernel ends that with the process, but not
-// before a freeze that is under way is done.
+// before a freeze that is under way is done. A writer that is stopped (SIGSTOP) is
+// as good as ended; once it goes on it finds its freeze gone.
 const (
 	noteArmed    = "armed"
 	noteFreezing = "freezing"
@@ -44,15 +47,17 @@ const (
 	freezingAge = 10 * time.Minute
 	// maxPathBytes of a mount point are noted, for people.
 	maxPathBytes = 128
-	// sweepTries bounds how often, each deadmanRecheck, it is looked whether a
-	// note's writer has ended.
-	sweepTries = 6000
+	// sweepAgain is the pause before what could not be thawed is tried again.
+	sweepAgain = 30 * time.Second
+	// sweepPatience is how long an agent looks whether a note's writer has ended.
+	sweepPatience = 10 * time.Minute
 )
 
 type note struct {
 	file    *os.File // locked
 	path    string
 	boot    string
+	pid     int           // its writer's
 	since   time.Duration // of this boot, at FREEZE
 	entries []noteEntry
 	text    []byte
@@ -72,7 +77,7 @@ func newNote(folder string, mounts []mount) (_ *note, err error) {
 	if folder == "" {
 		return nil, errors.New("no folder for a note of the freeze")
 	}
-	n := &note{text: make([]byte, 0, maxLineBytes)}
+	n := &note{pid: os.Getpid(), text: make([]byte, 0, maxLineBytes)}
 	defer func() {
 		if err != nil {
 			n.close()
@@ -158,7 +163,7 @@ func (e *noteEntry) writtenNow() int64 {
 }
 
 func (n *note) write() error {
-	n.text = fmt.Appendf(n.text[:0], "blockferry freeze %d %s %20d\n", noteVersion, n.boot, n.since.Milliseconds())
+	n.text = fmt.Appendf(n.text[:0], "blockferry freeze %d %s %d %20d\n", noteVersion, n.boot, n.pid, n.since.Milliseconds())
 	for i := range n.entries {
 		e := &n.entries[i]
 		n.text = fmt.Appendf(n.text, "%-8s %s %d %20d %q\n", e.state, e.number, e.sequence, e.written, e.point)
@@ -171,7 +176,7 @@ func (n *note) write() error {
 func (n *note) set(i int, state string) error {
 	e := &n.entries[i]
 	e.state = state
-	if state == noteFrozen {
+	if state == noteFreezing || state == noteFrozen {
 		e.written = e.writtenNow()
 	}
 	return n.write()
@@ -190,6 +195,23 @@ func (n *note) close() {
 	}
 }
 
+// openNote opens a note, which has to be a file of this process's user.
+func openNote(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || int(st.Uid) != os.Geteuid()) {
+		err = fmt.Errorf("%s is no file of user %d", name, os.Geteuid())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 // readNote parses a note.
 func readNote(f io.ReaderAt) (*note, error) {
 	text, err := io.ReadAll(io.NewSectionReader(f, 0, 2*maxDevices*(maxPathBytes*4+64)))
@@ -199,7 +221,7 @@ func readNote(f io.ReaderAt) (*note, error) {
 	n := &note{}
 	version, ms := 0, int64(0)
 	head, rest, _ := strings.Cut(string(text), "\n")
-	if _, err := fmt.Sscanf(head, "blockferry freeze %d %s %d", &version, &n.boot, &ms); err != nil || version != noteVersion {
+	if _, err := fmt.Sscanf(head, "blockferry freeze %d %s %d %d", &version, &n.boot, &n.pid, &ms); err != nil || version != noteVersion {
 		return nil, fmt.Errorf("'%s' begins no note of a freeze, version %d", head, noteVersion)
 	}
 	n.since = time.Duration(ms) * time.Millisecond
@@ -221,15 +243,17 @@ func (n *note) proves(e *noteEntry, now time.Duration) string {
 		return "another disk is in its place"
 	case e.state == noteFreezing && now-n.since > freezingAge:
 		return "too long ago: the freeze that is there may be another"
-	case e.state == noteFreezing:
-		return ""
 	}
 	e.stat, _ = os.Open(sysfs(e.number) + "/stat")
 	if e.stat != nil {
 		defer e.stat.Close()
 	}
-	if now := e.writtenNow(); now < 0 || now != e.written {
+	written := e.writtenNow()
+	switch same := written >= 0 && written == e.written; {
+	case e.state == noteFrozen && !same:
 		return "something was written since: the freeze that is there may be another"
+	case e.state == noteFreezing && same:
+		return "no freeze wrote to it: the one that is there was there before"
 	}
 	return ""
 }
@@ -250,30 +274,49 @@ func (s *sweeper) notes() []string {
 	return names
 }
 
-// sweep looks at all notes once. busy: some have a writer that lives, or that the
-// kernel has not ended yet.
-func (s *sweeper) sweep() (busy bool) {
+// sweep looks at all notes once, and says when to look again: after deadmanRecheck
+// if some have a writer that lives, or that the kernel has not ended yet, after
+// sweepAgain if something could not be thawed, 0 for never.
+func (s *sweeper) sweep() (again time.Duration) {
 	for _, name := range s.notes() {
-		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		f, err := openNote(name)
 		if err != nil {
-			continue // it has ended
+			continue // it has ended, or is none
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-			busy = true
+			again = deadmanRecheck
+			if n, err := readNote(f); err == nil && stopped(n.pid) {
+				s.one(f)
+			}
 		} else if s.one(f) {
 			os.Remove(name)
+		} else if again == 0 {
+			again = sweepAgain
 		}
 		f.Close()
 	}
-	return busy
+	return again
 }
 
-// until sweeps until no note is anybody's any more, and again at each wake.
+// stopped says that every thread of a process is. One that the kernel is at is not.
+func stopped(pid int) bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, thread := range threads {
+		text, err := os.ReadFile(thread)
+		state := text[bytes.LastIndexByte(text, ')')+1:] // behind its name
+		if err != nil || !bytes.HasPrefix(state, []byte(" T")) && !bytes.HasPrefix(state, []byte(" t")) {
+			return false
+		}
+	}
+	return len(threads) > 0
+}
+
+// until sweeps until no note is left that asks for more, and again at each wake.
 func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
 	for {
 		var again <-chan time.Time
-		if s.sweep() {
-			again = time.After(deadmanRecheck)
+		if pause := s.sweep(); pause > 0 {
+			again = time.After(pause)
 		}
 		select {
 		case <-stop:
@@ -284,7 +327,8 @@ func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
 	}
 }
 
-// one thaws what a note proves; done: it is of no use any more.
+// one thaws what a note proves, and notes that, lest it be done twice; done: the
+// note is of no use any more.
 func (s *sweeper) one(f *os.File) (done bool) {
 	n, err := readNote(f)
 	if err != nil {
@@ -294,21 +338,29 @@ func (s *sweeper) one(f *os.File) (done bool) {
 	if boot, err := bootID(); err != nil || boot != n.boot {
 		return err == nil
 	}
-	done = true
+	done, n.file = true, f
+	dealt := func(e *noteEntry) {
+		e.state = noteThawed
+		_ = n.write() // it is removed in a moment, unless its writer is only stopped
+	}
 	for i := range n.entries {
 		e := &n.entries[i]
 		if e.state != noteFreezing && e.state != noteFrozen {
 			continue
 		}
 		if why := n.proves(e, s.now()); why != "" {
-			s.log.Warn("a dead-man was killed while it had frozen a file system; should it be frozen now it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
+			s.log.Warn("a dead-man was killed or stopped while it had frozen a file system; should it be frozen now it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
 				"file-system", e.point, "device", e.number, "reason", why)
+			dealt(e)
 			continue
 		}
 		switch err := s.thaw(e); {
 		case err == nil:
-			s.log.Warn("a dead-man was killed while it had frozen a file system; it is thawed", "file-system", e.point, "device", e.number)
-		case !errors.Is(err, unix.EINVAL): // it is not frozen
+			s.log.Warn("a dead-man was killed or stopped while it had frozen a file system; it is thawed", "file-system", e.point, "device", e.number)
+			dealt(e)
+		case errors.Is(err, unix.EINVAL): // it is not frozen
+			dealt(e)
+		default:
 			s.log.Warn("a file system may be frozen since its dead-man was killed; thaw it with 'fsfreeze --unfreeze'", "file-system", e.point, "device", e.number, "error", err)
 			done = false
 		}
@@ -363,11 +415,12 @@ func (g *Guard) Thaw(files ...*os.File) error {
 		errs = append(errs, s.thawSince(g.armed, f))
 	}
 	go func() { // ends by itself: not even Close is to keep it from its work
-		for range sweepTries {
-			if !s.sweep() {
+		for end := s.now() + sweepPatience; s.now() < end; {
+			pause := s.sweep()
+			if pause == 0 {
 				return
 			}
-			time.Sleep(deadmanRecheck)
+			time.Sleep(pause)
 		}
 	}()
 	return errors.Join(errs...)
@@ -381,7 +434,7 @@ func (s *sweeper) thawSince(since time.Duration, f *os.File) error {
 		return err
 	}
 	for _, name := range s.notes() {
-		file, err := os.Open(name)
+		file, err := openNote(name)
 		if err != nil {
 			continue
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"testing"
+	"time"
 )
 
 // A wish for an era lasts until a cut that began after it, and is whole, has
@@ -22,7 +23,16 @@ func TestRollNextIsNotLost(t *testing.T) {
 			t.Log(err)
 		}
 	}
-	pending := func() bool { return v.rollAsked.Load() != v.rollDone }
+	// Asked as by a cut of a volume that is tracked finely, and had an era a moment ago.
+	v.options.RollEvery = time.Hour
+	pending := func() bool {
+		v.fine = &fineTracker{covered: true, rolled: time.Now()}
+		defer func() { v.fine = nil }()
+		return v.rollNow()
+	}
+	if pending() {
+		t.Error("nobody wished for an era")
+	}
 	rolled := func(c *Cut) error { c.rolled = true; return nil }
 
 	v.RollNext()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"os"
@@ -69,10 +70,19 @@ func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan dea
 	if err != nil {
 		return err
 	}
-	deadMan.Notes = filepath.Dir(deadMan.Socket)
+	if deadMan.Notes, err = notesFolder(deadMan.Socket); err != nil {
+		return err
+	}
 	deadMan.Command = []string{self, "dead-man", "--notes", deadMan.Notes}
 	return agent.Run(ctx, agent.Options{
 		Config: c, Socket: g.socket, Log: log, Version: version, System: doctor.Live(),
 		DeadMan: deadMan,
 	})
+}
+
+// notesFolder is the folder of the notes of what is frozen: that of the service's
+// socket, or where that would be. It is absolute, as the agent's own dead-man has
+// another working folder.
+func notesFolder(socket string) (string, error) {
+	return filepath.Abs(filepath.Dir(cmp.Or(socket, defaultDeadManSocket)))
 }

@@ -1,11 +1,15 @@
 package uml
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -13,8 +17,20 @@ import (
 	"blockferry/integration/vm"
 )
 
+// hostVar makes this test binary a Host with a guest that does not end by itself.
+const hostVar = "BLOCKFERRY_TEST_HOST"
+
 func TestMain(m *testing.M) {
 	vm.Init()
+	if os.Getenv(hostVar) != "" {
+		h, err := NewHost(1)
+		if err == nil {
+			fmt.Println(h.Dir())
+			_, err = h.Run(context.Background(), vm.Spec{Args: []string{"/bin/sh", "-c", "echo up; exec sleep 1000"}, Console: os.Stdout})
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 
@@ -79,6 +95,61 @@ func TestRunTriesAGuestWithoutAnEndMarkOnceMore(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(h.Dir()); len(left) != 1 { // its lock
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// Of the processes that a guest is made of none outlives its Host, not even when
+// that is killed.
+func TestGuestEndsWithItsHost(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root makes a PID namespace")
+	}
+	testHost(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := exec.Command(self)
+	host.Env = append(os.Environ(), hostVar+"=1")
+	host.Stderr = os.Stderr
+	out, err := host.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := host.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill := sync.OnceFunc(func() { _ = host.Process.Kill(); _ = host.Wait() })
+	defer kill()
+	timer := time.AfterFunc(2*time.Minute, func() { _ = host.Process.Kill() })
+	defer timer.Stop()
+	lines := bufio.NewScanner(out)
+	lines.Scan()
+	dir := lines.Text()
+	for lines.Scan() && strings.TrimSpace(lines.Text()) != "up" {
+	}
+	processes := func() (found []string) {
+		all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, path := range all {
+			if text, _ := os.ReadFile(path); strings.Contains(string(text), dir+"/") {
+				found = append(found, filepath.Dir(path))
+			}
+		}
+		return found
+	}
+	if dir == "" || len(processes()) < 2 {
+		t.Fatalf("a guest in '%s' of the processes %v: this test checks nothing", dir, processes())
+	}
+	kill()
+	defer os.RemoveAll(dir)
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		left := processes()
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left: %v", left)
+		}
 	}
 }
 

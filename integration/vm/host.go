@@ -25,6 +25,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -337,9 +339,6 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	cmd.Env = []string{"TMPDIR=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
 	cmd.Stdout, cmd.Stderr = out, out
-	// Its own process group: the guest and the processes it is made of end
-	// together. They also end when this process does.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
 	waitErr := runOnThread(cmd, spec.Network, func() {
@@ -362,28 +361,65 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	return ended, nil
 }
 
-// runOnThread runs a command on a thread that lives as long as the command:
-// Pdeathsig is sent when the thread that started the child ends. meanwhile runs
-// beside it, on a goroutine of its own. A thread that entered a network ends too:
-// nothing else may run there.
+// runOnThread runs a command on a thread that lives as long as the command and
+// then ends: Pdeathsig is sent when the thread that started the child ends, and
+// nothing else may run on one that entered namespaces. meanwhile runs beside it,
+// on a goroutine of its own.
 func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		if network == nil {
-			defer runtime.UnlockOSThread()
-		} else if err := network.enter(); err != nil {
-			done <- err
-			return
-		}
-		if err := cmd.Start(); err != nil {
-			done <- err
-			return
-		}
-		go meanwhile()
-		done <- cmd.Wait()
+		done <- func() error {
+			if network != nil {
+				if err := network.enter(); err != nil {
+					return err
+				}
+			}
+			end, err := together(cmd)
+			if err != nil {
+				return err
+			}
+			defer end()
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			go meanwhile()
+			return cmd.Wait()
+		}()
 	}()
 	return <-done
+}
+
+// together has the processes that a command is made of end when this process does,
+// and at end. Pdeathsig does it for the first of them; as root they are in a PID
+// namespace, whose other first process takes all along. It is none of the
+// command's: that could not end itself by a signal.
+func together(cmd *exec.Cmd) (end func(), err error) {
+	attr := syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if os.Geteuid() != 0 {
+		cmd.SysProcAttr = &attr
+		return func() {}, nil
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	attr.Cloneflags = syscall.CLONE_NEWPID
+	first := exec.Command("sleep", "infinity")
+	first.SysProcAttr = &attr
+	if err := first.Start(); err != nil {
+		return nil, fmt.Errorf("a PID namespace for a guest: %w", err)
+	}
+	end = func() {
+		_ = first.Process.Kill()
+		_ = first.Wait() // until all have ended
+	}
+	space, err := os.Open(fmt.Sprintf("/proc/%d/ns/pid", first.Process.Pid))
+	if err == nil {
+		err = errors.Join(unix.Setns(int(space.Fd()), unix.CLONE_NEWPID), space.Close())
+	}
+	if err != nil {
+		end()
+		return nil, fmt.Errorf("a PID namespace for a guest: %w", err)
+	}
+	return end, nil
 }
 
 func makeSparse(path string, size int64) error {
