@@ -128,6 +128,8 @@ type Volume struct {
 	label   Label
 	lost    string // why tracking began anew when the volume came up
 
+	noDiscards string // why the volume takes none, "": it does
+
 	cutMu sync.Mutex
 	cut   *Cut // not yet released
 
@@ -308,23 +310,6 @@ func kernelRelease() (string, error) {
 	return unix.ByteSliceToString(name.Release[:]), nil
 }
 
-// setNoDiscard keeps discards away from a device; a table load undoes it.
-// dm-era marks only the first block of a discard.
-func setNoDiscard(info dm.Info) error {
-	path := filepath.Join(queueDir(info), "discard_max_bytes")
-	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
-		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
-	}
-	now, err := os.ReadFile(path)
-	if err == nil && strings.TrimSpace(string(now)) != "0" {
-		err = fmt.Errorf("%s is still %s", path, strings.TrimSpace(string(now)))
-	}
-	if err != nil {
-		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
-	}
-	return nil
-}
-
 // keepStatistics switches a device's statistics on. It is an error if they
 // were off, as what they say is then too little.
 func keepStatistics(info dm.Info) error {
@@ -339,5 +324,3 @@ func keepStatistics(info dm.Info) error {
 	err = os.WriteFile(path, []byte("1"), 0)
 	return errors.Join(fmt.Errorf("the statistics of %s were switched off: %s was %s; leave it at 1", info.Name, path, strings.TrimSpace(string(now))), err)
 }
-
-func queueDir(info dm.Info) string { return fmt.Sprintf("/sys/dev/block/%s/queue", info.Dev()) }
