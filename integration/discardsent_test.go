@@ -172,7 +172,7 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 		stop := load()
 		for range 5 {
 			atLeast := at.Load()
-			for now := atLeast; at.Load() < now+200; {
+			for now := atLeast; at.Load() < now+100; {
 				time.Sleep(time.Millisecond)
 			}
 			c.syncAndSettle(t, ebs)
@@ -204,8 +204,8 @@ func TestTrimFreesBothSides(t *testing.T) {
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {
 			inGuest(t, guest{Memory: "2000M", Disks: []disk{{Size: 16 << 20}}, Modules: []string{"loop"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
-				ssd, ssdFile := thinDisk(t, 600<<20)
-				ebs, ebsFile := thinDisk(t, 600<<20)
+				ssd, ssdFile := thinDisk(t, 1100<<20)
+				ebs, ebsFile := thinDisk(t, 1100<<20)
 				c := newCLI(t, onlyOnSync(ssd, ebs, size))
 				c.must(t, "create")
 				c.start(t)
@@ -215,6 +215,7 @@ func TestTrimFreesBothSides(t *testing.T) {
 				if err := os.WriteFile(dir+"/large", filled(100<<20), 0o600); err != nil {
 					t.Fatal(err)
 				}
+				unix.Sync()
 				c.syncAndSettle(t, ebs)
 				full := [2]int64{allocatedBytes(t, ssdFile), allocatedBytes(t, ebsFile)}
 
