@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -14,6 +16,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/status"
+	"blockferry/protocol"
 )
 
 // discards is an endless sequence of numbered writes of 4 KiB, one block after
@@ -198,7 +201,9 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 	c.must(t, "down")
 }
 
-// What a file system gives back under load is free on both sides.
+// What a file system gives back under load is free on both sides. What is
+// discarded while an epoch is read from a frozen view is not; so replication is
+// paused for it.
 func TestTrimFreesBothSides(t *testing.T) {
 	const size = 320 << 20 // as small as xfs may be
 	for _, kind := range []string{"ext4", "xfs"} {
@@ -206,40 +211,43 @@ func TestTrimFreesBothSides(t *testing.T) {
 			inGuest(t, guest{Memory: "2000M", Disks: []disk{{Size: 16 << 20}}, Modules: []string{"loop"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
 				ssd, ssdFile := thinDisk(t, 1100<<20)
 				ebs, ebsFile := thinDisk(t, 1100<<20)
-				c := newCLI(t, onlyOnSync(ssd, ebs, size))
+				c := newCLI(t, strings.Replace(onlyOnSync(ssd, ebs, size), "interval: 1h", "interval: 100ms", 1))
 				c.must(t, "create")
 				c.start(t)
 				path := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up }).Path
 				mkfs(t, kind, path)
 				dir := mustMount(t, kind, path, "")
-				if err := os.WriteFile(dir+"/large", filled(100<<20), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				unix.Sync()
-				c.syncAndSettle(t, ebs)
-				full := [2]int64{allocatedBytes(t, ssdFile), allocatedBytes(t, ebsFile)}
-
 				stop, stopped := make(chan struct{}), make(chan error, 1)
 				go func() { stopped <- churn(dir, stop, writerPause) }()
-				if err := os.Remove(dir + "/large"); err != nil {
-					t.Fatal(err)
-				}
-				unix.Sync()
-				t.Log(run(t, "fstrim", "-v", dir))
-				c.syncAndSettle(t, ebs)
-				freed := [2]int64{full[0] - allocatedBytes(t, ssdFile), full[1] - allocatedBytes(t, ebsFile)}
-				t.Logf("of 100 MiB the SSD gave back %d, the replica %d", freed[0]>>20, freed[1]>>20)
-				for i, side := range []string{"SSD", "replica"} {
-					if freed[i] < 80<<20 {
-						t.Errorf("the %s gave back %d bytes of 100 MiB", side, freed[i])
+				// freed is what is free on each side after a large file was
+				// removed and trimmed, in MiB.
+				freed := func(trim func()) (ssdMiB, ebsMiB int64) {
+					t.Helper()
+					if err := os.WriteFile(dir+"/large", filled(100<<20), 0o600); err != nil {
+						t.Fatal(err)
 					}
-				}
-				for range 5 {
-					run(t, "fstrim", dir)
-					c.syncAndSettle(t, ebs)
-					if out, err := checkCopy(t, kind, ebs, size); err != nil {
-						t.Errorf("%v\n%s", err, out)
+					unix.Sync()
+					c.must(t, "sync", "--timeout", "60s")
+					full := [2]int64{allocatedBytes(t, ssdFile), allocatedBytes(t, ebsFile)}
+					if err := os.Remove(dir + "/large"); err != nil {
+						t.Fatal(err)
 					}
+					unix.Sync()
+					trim()
+					c.must(t, "sync", "--timeout", "60s")
+					return (full[0] - allocatedBytes(t, ssdFile)) >> 20, (full[1] - allocatedBytes(t, ebsFile)) >> 20
+				}
+				one, other := freed(func() { t.Log(run(t, "fstrim", "-v", dir)) })
+				t.Logf("while it is replicated: of 100 MiB the SSD gave back %d, the replica %d", one, other)
+				one, other = freed(func() {
+					c.must(t, "pause")
+					awaitNoView(t)
+					t.Log(run(t, "fstrim", "-v", dir))
+					c.must(t, "resume")
+				})
+				t.Logf("paused: of 100 MiB the SSD gave back %d, the replica %d", one, other)
+				if one < 80 || other < 80 {
+					t.Errorf("paused: of 100 MiB the SSD gave back %d, the replica %d", one, other)
 				}
 				close(stop)
 				if err := <-stopped; err != nil {
@@ -248,10 +256,154 @@ func TestTrimFreesBothSides(t *testing.T) {
 				mustUnmount(t, dir)
 				c.syncAndSettle(t, ebs)
 				same(t, path, ebs, size)
+				if out, err := checkCopy(t, kind, ebs, size); err != nil {
+					t.Errorf("%v\n%s", err, out)
+				}
 				c.must(t, "verify")
 				c.must(t, "down")
 			})
 		})
+	}
+}
+
+// awaitNoView waits until no frozen view is held.
+func awaitNoView(t *testing.T) {
+	t.Helper()
+	ctl := mapper(t)
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		info, err := ctl.Info("data-snap")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !info.Exists {
+			return
+		}
+	}
+	t.Fatal("a frozen view is held for a minute")
+}
+
+// What was discarded in an epoch that its agent did not live to commit is in the
+// next one.
+func TestDiscardsOutliveTheAgent(t *testing.T) {
+	inGuest(t, guest{Memory: "1500M", Disks: []disk{{Size: 16 << 20}}, Modules: []string{"loop"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
+		ssd, _ := thinDisk(t, 200<<20)
+		ebs, _ := thinDisk(t, 200<<20)
+		checkDiscardsOutliveTheAgent(t, ssd, ebs, "snapshot")
+	})
+}
+
+// checkDiscardsOutliveTheAgent kills the agent between a cut, at which fine
+// tracking exchanges its maps, and the commit.
+func checkDiscardsOutliveTheAgent(t *testing.T, ssd, ebs, image string) {
+	c := newCLI(t, strings.Replace(onlyOnSync(ssd, ebs, oddVolumeBytes), "    cow:", "    image: "+image+"\n    cow:", 1))
+	c.must(t, "create", "--discard-my-data")
+	c.start(t)
+	path := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up }).Path
+	const kills = 3
+	hit := 0
+	for try := 0; hit < kills; try++ {
+		if try == 5*kills {
+			t.Fatalf("the agent was killed %d times, %d of them before the commit", try, hit)
+		}
+		fillNoise(t, path, 0, oddVolumeBytes)
+		c.syncAndSettle(t, ebs)
+		before := committed(t, ebs)
+		awaitNoView(t)
+		for at := int64(eraGrain - 4096); at < 16<<20; at += 3 * eraGrain {
+			discardRange(t, path, at, 8192) // across a border
+		}
+		discardRange(t, path, 20<<20, 4<<20)
+		fillDifferent(t, path, 28<<20, 8<<20, byte(try)) // keeps it busy
+		from := len(c.logText(t))
+		sync := exec.CommandContext(t.Context(), c.binary, "--config", c.config, "--socket", c.socket, "sync", "--timeout", "60s")
+		if err := sync.Start(); err != nil {
+			t.Fatal(err)
+		}
+		c.awaitLog(t, from, "a cut's stop in parts", time.Minute)
+		c.kill(t)
+		_ = sync.Wait() // it lost its agent
+		if committed(t, ebs) == before {
+			hit++
+		}
+		c.start(t)
+		c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
+		c.syncAndSettle(t, ebs)
+		same(t, path, ebs, oddVolumeBytes)
+	}
+	if log := c.logText(t); strings.Contains(log, "tracking begins anew") {
+		t.Error("tracking began anew: then it proves nothing")
+	}
+	c.must(t, "verify")
+	c.must(t, "down")
+}
+
+// committed is the epoch that a replica's disk committed last.
+func committed(t *testing.T, replica string) protocol.Position {
+	t.Helper()
+	disk := openBoth(t, replica)
+	defer disk.Close()
+	s, err := protocol.PeekReplica(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Committed
+}
+
+// checkFineDiscards: with fine tracking what is sent is what was written or
+// discarded, to 4 KiB, and nothing is compared.
+func checkFineDiscards(t *testing.T, ssd, ebs string) {
+	c := newCLI(t, onlyOnSync(ssd, ebs, oddVolumeBytes))
+	c.must(t, "create", "--discard-my-data")
+	c.start(t)
+	path := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up }).Path
+	exact := 0
+	for range 4 {
+		fillNoise(t, path, 0, 24<<20)
+		c.syncAndSettle(t, ebs)
+		awaitNoView(t)
+		changed := int64(0)
+		for at := int64(eraGrain - 8192); at < 16<<20; at += 5 * eraGrain {
+			discardRange(t, path, at, 12288)
+			fillNoise(t, path, at+eraGrain, 4096)
+			changed += 12288 + 4096
+		}
+		discardRange(t, path, 20<<20+4096, 2<<20)
+		changed += 2 << 20
+		from := len(c.logText(t))
+		c.syncAndSettle(t, ebs)
+		log := c.logText(t)[from:]
+		same(t, path, ebs, oddVolumeBytes)
+		marked, compared, _ := committedEpochs(log)
+		if strings.Contains(log, "fine tracking has a gap") {
+			t.Logf("a gap, that was told: marked %v, compared %v", marked, compared)
+			continue
+		}
+		if len(marked) != 1 || marked[0] != changed || compared[0] != 0 {
+			t.Errorf("%d bytes were written or discarded; marked %v, compared %v:\n%s", changed, marked, compared, log)
+		}
+		exact++
+	}
+	if exact == 0 {
+		t.Error("there was a gap each time")
+	}
+	c.must(t, "verify")
+	c.must(t, "down")
+}
+
+// fillDifferent fills a range with noise that differs from try to try.
+func fillDifferent(t *testing.T, device string, offset, length int64, try byte) {
+	t.Helper()
+	b := alignedBuffer(int(length))
+	defer unix.Munmap(b)
+	rng := rand.NewChaCha8([32]byte{try})
+	_, _ = rng.Read(b) // never fails
+	f, err := os.OpenFile(device, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err == nil {
+		_, err = f.WriteAt(b, offset)
+		f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
