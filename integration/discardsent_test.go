@@ -227,14 +227,14 @@ func TestTrimFreesBothSides(t *testing.T) {
 						t.Fatal(err)
 					}
 					unix.Sync()
-					c.must(t, "sync", "--timeout", "60s")
+					c.syncAndSettle(t, ebs)
 					full := [2]int64{allocatedBytes(t, ssdFile), allocatedBytes(t, ebsFile)}
 					if err := os.Remove(dir + "/large"); err != nil {
 						t.Fatal(err)
 					}
 					unix.Sync()
 					trim()
-					c.must(t, "sync", "--timeout", "60s")
+					c.syncAndSettle(t, ebs)
 					return (full[0] - allocatedBytes(t, ssdFile)) >> 20, (full[1] - allocatedBytes(t, ebsFile)) >> 20
 				}
 				one, other := freed(func() { t.Log(run(t, "fstrim", "-v", dir)) })

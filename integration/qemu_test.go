@@ -33,7 +33,10 @@ func TestDebianKernel(t *testing.T) {
 		t.Run("PreCopy", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 6, "pre-copy") })
 		t.Run("FineTracking", func(t *testing.T) { checkFineTracking(t, vd(1), vd(2)) })
 		t.Run("FineDiscards", func(t *testing.T) { checkFineDiscards(t, vd(1), vd(2)) })
-		t.Run("DiscardsAreSent", func(t *testing.T) { wipe(t, vd(1), pointInTimeDisk); checkDiscardsAreSent(t, vd(1), vd(2), 5, "pre-copy") })
+		t.Run("DiscardsAreSent", func(t *testing.T) {
+			wipe(t, vd(1), pointInTimeDisk)
+			checkDiscardsAreSent(t, vd(1), vd(2), 5, "pre-copy")
+		})
 		t.Run("DiscardsOutliveTheAgent", func(t *testing.T) { checkDiscardsOutliveTheAgent(t, vd(1), vd(2), "snapshot") })
 		t.Run("DiscardsAreNamed", checkDiscardsAreNamed)
 		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
