@@ -136,6 +136,14 @@ func checkDiscardsAreNamed(t *testing.T) {
 		discarded(when+": as long as a block, across a border", 5*eraGrain+4096, eraGrain)
 		discarded(when+": many blocks, across borders", 5*eraGrain+8192, 20*eraGrain)
 	}
+	// Whichever slot of the label is damaged, the other says what marks mean.
+	label, slot := openBoth(t, disk), alignedBuffer(4096)
+	for at := int64(0); at < 1<<20; at += 512 << 10 {
+		if _, err := label.ReadAt(slot, at); err != nil || slot[8] != 3 {
+			t.Errorf("the slot of the label at %d is of version %d, %v", at, slot[8], err)
+		}
+	}
+	label.Close()
 	all("up")
 
 	fillNoise(t, v.Path(), 0, testSize)
