@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -167,15 +168,41 @@ func checkDiscardsAreNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As a table load would leave it.
-	info, err := ctl.Info("vol-era")
-	if err != nil {
-		t.Fatal(err)
+	raise := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			info, err := ctl.Info(name)
+			if err == nil {
+				err = os.WriteFile("/sys/dev/block/"+info.Dev()+"/queue/discard_max_bytes", []byte("16777216"), 0)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	if err := os.WriteFile("/sys/dev/block/"+info.Dev()+"/queue/discard_max_bytes", []byte("16777216"), 0); err != nil {
-		t.Fatal(err)
-	}
+	raise("vol-era")
 	v = up(t, ctl, o)
 	all("adopted")
+
+	// Somebody raises both limits, as a rule of udev may: nothing is known then.
+	for when, again := range map[string]func(){"at a cut": func() {}, "adopted": func() {
+		if err := v.Close(); err != nil {
+			t.Fatal(err)
+		}
+		v = up(t, ctl, o)
+	}} {
+		mustRelease(t, cut())
+		raise("vol", "vol-era")
+		discardRange(t, v.Path(), 0, testSize)
+		again()
+		c := cut()
+		if list, err := c.Changed(number - 1); !errors.Is(err, volume.ErrTrackingLost) {
+			t.Errorf("%s: limits were raised and 'changed' says %v, %v", when, list, err)
+		}
+		mustRelease(t, c)
+		limits(when)
+	}
+	discarded("limits set again", 5*eraGrain-4096, 8192)
 
 	// Zeroing, which devices may do without data, is a marked write.
 	mustRelease(t, cut())

@@ -136,6 +136,9 @@ func (c *Cut) take() error {
 // afterWindow finishes what the window began.
 func (c *Cut) afterWindow() error {
 	v := c.volume
+	if err := v.keepDiscardLimits(); err != nil {
+		return err
+	}
 	c.cuts = v.labelNow().Cuts
 	if c.rolled {
 		if err := c.recordEra(); err != nil {

@@ -60,6 +60,8 @@ func discardsOff(name, queue, most string, block int64) string {
 	case grain > block || block%grain != 0:
 		// The kernel would not split them, or not where it was told.
 		return fmt.Sprintf("%s takes them in pieces of %d bytes, and an era block (%d bytes) is no multiple of that", name, grain, block)
+	case limit < grain:
+		return fmt.Sprintf("%s takes them in pieces of %d bytes, but at most %d", name, grain, limit)
 	}
 	return ""
 }
@@ -67,7 +69,11 @@ func discardsOff(name, queue, most string, block int64) string {
 // decideDiscards decides, once era is there and before the top is, whether the
 // volume takes discards. The label says so before the first can come.
 func (v *Volume) decideDiscards() error {
-	v.noDiscards = ""
+	if v.devices[roleTop].HasActive {
+		if err := v.keepDiscardLimits(); err != nil {
+			return err
+		}
+	}
 	for _, role := range []string{roleEra, roleTop} {
 		if info := v.devices[role]; info.HasActive && v.noDiscards == "" {
 			v.noDiscards = discardsOff(info.Name, queueDir(info), discardMaxHardware, v.label.EraBlockBytes)
@@ -90,15 +96,23 @@ func (v *Volume) decideDiscards() error {
 }
 
 // limitDiscards sets how long a discard of era or the top may be. A table load
-// undoes it.
+// undoes it. If that can't be done the volume takes none.
 func (v *Volume) limitDiscards(info dm.Info) error {
-	want := v.label.EraBlockBytes
-	if v.noDiscards != "" {
-		want = 0
+	if v.noDiscards == "" {
+		err := limitDiscards(info, v.labelNow().EraBlockBytes)
+		if err == nil {
+			return nil
+		}
+		v.noDiscards = err.Error()
+		v.log.Warn("discards stay off", "reason", v.noDiscards)
 	}
+	return limitDiscards(info, 0)
+}
+
+func limitDiscards(info dm.Info, most int64) error {
 	fail := func(err error) error { return fmt.Errorf("limit the discards of %s: %w", info.Name, err) }
 	queue := queueDir(info)
-	if err := os.WriteFile(filepath.Join(queue, discardMax), []byte(strconv.FormatInt(want, 10)), 0); err != nil {
+	if err := os.WriteFile(filepath.Join(queue, discardMax), []byte(strconv.FormatInt(most, 10)), 0); err != nil {
 		return fail(err)
 	}
 	now, err := queueNumber(queue, discardMax)
@@ -110,10 +124,38 @@ func (v *Volume) limitDiscards(info dm.Info) error {
 	if err != nil {
 		return fail(err)
 	}
-	if now > want || now < min(want, grain) {
-		return fail(fmt.Errorf("%s is %d, want %d, or less in pieces of %d", filepath.Join(queue, discardMax), now, want, grain))
+	if now > most || now < min(most, grain) {
+		return fail(fmt.Errorf("%s is %d, want %d, or less in pieces of %d", filepath.Join(queue, discardMax), now, most, grain))
 	}
 	return nil
+}
+
+// keepDiscardLimits sets limits again that somebody else raised. Either is
+// enough; while neither held discards may have gone unmarked, so that no
+// question about an earlier cut has an answer.
+func (v *Volume) keepDiscardLimits() error {
+	block := v.labelNow().EraBlockBytes
+	raised := 0
+	for _, role := range []string{roleEra, roleTop} {
+		info := v.devices[role]
+		now, err := queueNumber(queueDir(info), discardMax)
+		if err != nil {
+			return fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
+		}
+		if now <= block {
+			continue
+		}
+		raised++
+		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", block)
+		if err := v.limitDiscards(info); err != nil {
+			return err
+		}
+	}
+	if raised < 2 {
+		return nil
+	}
+	v.log.Warn("the era's marks begin anew: longer discards than it can mark were let through, of which some may be missing")
+	return v.changeLabel(func(l *Label) { l.Cuts = nil })
 }
 
 // marked is what the era's marks say on a volume with this label: from marks,

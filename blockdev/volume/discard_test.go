@@ -41,6 +41,7 @@ func TestDiscardsThatCantBeSplitAreOff(t *testing.T) {
 		{"4294966784\n", "65536\n", ""},
 		{"4294966784\n", "1048576\n", "in pieces of 1048576 bytes"},
 		{"4294966784\n", "24576\n", "in pieces of 24576 bytes"},
+		{"512\n", "4096\n", "but at most 512"},
 		{"0\n", "4096\n", "takes none"},
 		{"4096\n", "0\n", "takes none"},
 		{"4096\n", "", "no such file"},
