@@ -196,6 +196,19 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 	if gone < int(d.blocks()/8) {
 		t.Errorf("%d of %d blocks are discarded: that is none to speak of", gone, d.blocks())
 	}
+	// Alone it is a change, too.
+	awaitNoView(t)
+	fillNoise(t, path, 0, 1<<20)
+	c.syncAndSettle(t, ebs)
+	awaitNoView(t)
+	discardRange(t, path, 4096, 1<<20-8192)
+	c.syncAndSettle(t, ebs)
+	same(t, path, ebs, oddVolumeBytes)
+	replica := openBoth(t, ebs)
+	defer replica.Close()
+	if image := imageOf(t, replica, 1<<20); !allZero(image[4096:1<<20-4096]) || allZero(image[:4096]) {
+		t.Error("what was discarded, and nothing else done, is not zeros on the replica")
+	}
 	t.Logf("%d cuts, %d writes, %d of %d blocks discarded", cuts, at.Load(), gone, d.blocks())
 	c.must(t, "verify")
 	c.must(t, "down")

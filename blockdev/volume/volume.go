@@ -235,7 +235,8 @@ func (v *Volume) ReadAt(p []byte, offset int64) (int, error) { return v.data.Rea
 // FlushSource makes everything written so far durable.
 func (v *Volume) FlushSource() error { return v.data.Flush() }
 
-// WrittenBytes is what was written to the volume since it came up. While the
+// WrittenBytes is what was written to the volume or discarded on it since it
+// came up. While the
 // kernel keeps no statistics it is an error: a count that stands still must
 // not pass for a volume that nobody writes to.
 func (v *Volume) WrittenBytes() (uint64, error) {
@@ -252,11 +253,12 @@ func (v *Volume) readWritten(buffer []byte) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("volume %s: read its statistics: %w", v.options.Name, err)
 	}
-	sectors, ok := blockdev.StatField(buffer[:n], 7)
-	if !ok {
-		return 0, fmt.Errorf("volume %s: its statistics have no field 7", v.options.Name)
+	written, ok := blockdev.StatField(buffer[:n], 7)
+	discarded, and := blockdev.StatField(buffer[:n], 14)
+	if !ok || !and {
+		return 0, fmt.Errorf("volume %s: its statistics have no fields 7 and 14", v.options.Name)
 	}
-	return sectors * blockdev.SectorSize, nil
+	return (written + discarded) * blockdev.SectorSize, nil
 }
 
 // Close gives the volume's devices and the lock back; the volume stays up.
