@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -104,7 +105,9 @@ func checkDiscardsAreNamed(t *testing.T) {
 			fillNoise(t, v.Path(), 0, testSize)
 			mustRelease(t, cut())
 			before := allocatedBytes(t, file)
+			began := time.Now()
 			discardRange(t, v.Path(), offset, length)
+			took := time.Since(began)
 			c := cut()
 			defer mustRelease(t, c)
 			list := mustChanged(t, c, number-1)
@@ -126,7 +129,7 @@ func checkDiscardsAreNamed(t *testing.T) {
 				t.Fatal(err)
 			}
 			marks, err := era.Changed(eraMeta(t), heldSnapshotOf(t, raw[0].Params), eraOf(t, raw[0].Params)-1)
-			t.Logf("%d bytes discarded, %d marked by the kernel, %d named, %v", length, blockdev.Total(marks), blockdev.Total(list), err)
+			t.Logf("%d bytes discarded in %s, %d marked by the kernel, %d named, %v", length, took, blockdev.Total(marks), blockdev.Total(list), err)
 		})
 	}
 	all := func(when string) {

@@ -134,7 +134,10 @@ func limitDiscards(info dm.Info, most int64) error {
 // enough; while neither held discards may have gone unmarked, so that no
 // question about an earlier cut has an answer.
 func (v *Volume) keepDiscardLimits() error {
-	block := v.labelNow().EraBlockBytes
+	label, most := v.labelNow(), int64(0)
+	if label.Discards {
+		most = label.EraBlockBytes
+	}
 	raised := 0
 	for _, role := range []string{roleEra, roleTop} {
 		info := v.devices[role]
@@ -142,12 +145,12 @@ func (v *Volume) keepDiscardLimits() error {
 		if err != nil {
 			return fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
 		}
-		if now <= block {
+		if now <= most {
 			continue
 		}
 		raised++
-		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", block)
-		if err := v.limitDiscards(info); err != nil {
+		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", most)
+		if err := limitDiscards(info, most); err != nil {
 			return err
 		}
 	}
