@@ -6,8 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ZeroOut implements Device: by the device's own command or a hole in the
-// file, and by writing zeros where there is neither.
+// ZeroOut implements Device: by giving the space back where the device or the
+// file then reads as zeros, by the device's own command to zero where not, and by
+// writing zeros where there is neither.
 func (d *File) ZeroOut(offset, length int64) error {
 	return d.inPieces("zero-out", offset, length, func(fd int, at, n int64) error {
 		err := d.zero(fd, at, n)
@@ -27,12 +28,14 @@ func (d *File) ZeroOut(offset, length int64) error {
 }
 
 func (d *File) zero(fd int, at, n int64) error {
-	if d.block {
-		return ioctlRange(fd, unix.BLKZEROOUT, at, n)
-	}
-	// A hole first: it keeps a sparse image sparse.
+	// A hole first: it keeps a sparse image sparse. Of a device the kernel asks for
+	// zeros then, which may unmap; BLKZEROOUT asks it not to.
 	err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, n)
-	if unsupported(err) {
+	switch {
+	case !unsupported(err):
+	case d.block:
+		err = ioctlRange(fd, unix.BLKZEROOUT, at, n)
+	default:
 		err = unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, at, n)
 	}
 	return err

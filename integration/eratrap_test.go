@@ -3,9 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -133,72 +131,7 @@ func TestEraTrapCheckpointIsNoBarrier(t *testing.T) {
 	})
 }
 
-// Trap 2: a discard of many blocks marks the first alone. Above era there are
-// none, from the first table on and after whatever a cut changes.
-func TestEraTrapDiscardsAreKeptOut(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Modules: []string{"loop"}}, func(t *testing.T) {
-		ctl := mapper(t)
-		file := filepath.Join(t.TempDir(), "disk")
-		if err := os.WriteFile(file, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Truncate(file, 128<<20); err != nil {
-			t.Fatal(err)
-		}
-		loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", "--direct-io=off", file))
-		t.Cleanup(func() { cleanup("losetup", "--detach", loop) })
-		format(t, volume.FormatOptions{Device: loop, SizeBytes: testSize})
-		o := volume.Options{Device: loop}
-		v := up(t, ctl, o)
-		for _, name := range []string{"vol-base", "vol-era"} {
-			if _, err := ctl.EnsureNode(name); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if out, err := tryRun(t, "blkdiscard", "-f", "-o", "0", "-l", "1048576", "/dev/mapper/vol-base"); err != nil {
-			t.Fatalf("this disk has no discard to keep out: %v, %s", err, out)
-		}
-		refused := func(when string) {
-			t.Helper()
-			for _, name := range []string{"vol", "vol-era"} {
-				if out, err := tryRun(t, "blkdiscard", "-f", "-o", "0", "-l", "1048576", "/dev/mapper/"+name); err == nil || !strings.Contains(out, "not supported") {
-					t.Errorf("%s: %s takes a discard: %v, %s", when, name, err, out)
-				}
-			}
-		}
-		refused("up")
-		c := mustCut(t, v, 1, true)
-		refused("in a cut")
-		mustRelease(t, c)
-		refused("after a cut")
-		if err := v.Close(); err != nil {
-			t.Fatal(err)
-		}
-		// As a table load would leave it.
-		info, err := ctl.Info("vol-era")
-		if err != nil {
-			t.Fatal(err)
-		}
-		limit := "/sys/dev/block/" + info.Dev() + "/queue/discard_max_bytes"
-		if err := os.WriteFile(limit, []byte("1048576"), 0); err != nil {
-			t.Fatal(err, run(t, "sh", "-c", "grep . /sys/dev/block/"+info.Dev()+"/queue/discard*"))
-		}
-		run(t, "blkdiscard", "-f", "-o", "0", "-l", "1048576", "/dev/mapper/vol-era")
-		v = up(t, ctl, o)
-		refused("adopted")
-		// Zeroing, which devices may do without data, is a marked write.
-		mustRelease(t, mustCut(t, v, 2, false))
-		run(t, "blkdiscard", "-z", "-o", "1048576", "-l", "1048576", v.Path())
-		c = mustCut(t, v, 3, false)
-		list := mustChanged(t, c, 2)
-		for at := int64(1 << 20); at < 2<<20; at += eraGrain {
-			if !names(list, at) {
-				t.Errorf("zeroed at %d and not named: %v", at, list)
-			}
-		}
-		mustRelease(t, c)
-	})
-}
+// Trap 2 is in discard_test.go.
 
 // Trap 3: a table that was loaded while the other was in use knows none of
 // the marks made since. One that a dead process left waiting is dropped.

@@ -36,15 +36,6 @@ func checkFineTracking(t *testing.T, ssd, ebs string) {
 	path := up("up")
 	c.syncAndSettle(t, ebs)
 	c.syncAndSettle(t, ebs)
-	epochs := func(log string) (marked, compared, sent []int64) {
-		for _, m := range regexp.MustCompile(`msg="epoch committed".*MarkedBytes:(\d+) .*ComparedBytes:(\d+) SentBytes:(\d+) `).FindAllStringSubmatch(log, -1) {
-			for i, into := range []*[]int64{&marked, &compared, &sent} {
-				n, _ := strconv.ParseInt(m[i+1], 10, 64)
-				*into = append(*into, n)
-			}
-		}
-		return marked, compared, sent
-	}
 	// write changes blocks and gets them sent; it returns what the log said meanwhile.
 	write := func(first int64) string {
 		from := len(c.logText(t))
@@ -55,7 +46,7 @@ func checkFineTracking(t *testing.T, ssd, ebs string) {
 	exact := 0
 	for n := range int64(4) {
 		log := write(n * 4096)
-		marked, compared, sent := epochs(log)
+		marked, compared, sent := committedEpochs(log)
 		if strings.Contains(log, "fine tracking has a gap") {
 			t.Logf("a gap, that was told: marked %v, compared %v, sent %v", marked, compared, sent)
 			continue
@@ -101,7 +92,7 @@ func checkFineTracking(t *testing.T, ssd, ebs string) {
 	up("up without the fine marks")
 	c.syncAndSettle(t, ebs)
 	log = c.logText(t)[from:]
-	marked, _, sent := epochs(log)
+	marked, _, sent := committedEpochs(log)
 	if !strings.Contains(log, `plan="incremental`) || len(sent) == 0 || sent[0] < 2*fineBlocks*4096 || sent[0] > 4*fineBlocks*4096 || marked[0] < 16*sent[0]/4 {
 		t.Errorf("without the fine marks: marked %v, sent %v:\n%s", marked, sent, log)
 	}
@@ -110,6 +101,18 @@ func checkFineTracking(t *testing.T, ssd, ebs string) {
 	if pins, err := filepath.Glob("/sys/fs/bpf/blockferry/*"); err != nil || len(pins) != 0 {
 		t.Errorf("still pinned after down: %v, %v", pins, err)
 	}
+}
+
+// committedEpochs is what an agent's log says of the epochs that were committed,
+// in bytes.
+func committedEpochs(log string) (marked, compared, sent []int64) {
+	for _, m := range regexp.MustCompile(`msg="epoch committed".*MarkedBytes:(\d+) .*ComparedBytes:(\d+) SentBytes:(\d+) `).FindAllStringSubmatch(log, -1) {
+		for i, into := range []*[]int64{&marked, &compared, &sent} {
+			n, _ := strconv.ParseInt(m[i+1], 10, 64)
+			*into = append(*into, n)
+		}
+	}
+	return marked, compared, sent
 }
 
 // scatter writes noise to blocks far from each other.

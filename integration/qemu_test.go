@@ -17,7 +17,7 @@ import (
 // The kernel that users have: Debian's, with preemption and two CPUs. It boots
 // once for all that is tested on it.
 func TestDebianKernel(t *testing.T) {
-	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4"}, Timeout: 5 * time.Minute}
+	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4", "loop"}, Timeout: 8 * time.Minute}
 	if !uml.Inside() {
 		mustHost(t, emulator)
 		tests, err := builtBPFTests()
@@ -32,6 +32,13 @@ func TestDebianKernel(t *testing.T) {
 		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 2, "snapshot") })
 		t.Run("PreCopy", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 6, "pre-copy") })
 		t.Run("FineTracking", func(t *testing.T) { checkFineTracking(t, vd(1), vd(2)) })
+		t.Run("FineDiscards", func(t *testing.T) { checkFineDiscards(t, vd(1), vd(2)) })
+		t.Run("DiscardsAreSent", func(t *testing.T) {
+			wipe(t, vd(1), pointInTimeDisk)
+			checkDiscardsAreSent(t, vd(1), vd(2), 5, "pre-copy")
+		})
+		t.Run("DiscardsOutliveTheAgent", func(t *testing.T) { checkDiscardsOutliveTheAgent(t, vd(1), vd(2), "snapshot") })
+		t.Run("DiscardsAreNamed", checkDiscardsAreNamed)
 		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
 		t.Run("TrackerBelowEra", func(t *testing.T) { checkTrackerBelowEra(t, vd(3)) })
 	})

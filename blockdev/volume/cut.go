@@ -136,6 +136,9 @@ func (c *Cut) take() error {
 // afterWindow finishes what the window began.
 func (c *Cut) afterWindow() error {
 	v := c.volume
+	if err := v.keepDiscardLimits(); err != nil {
+		return err
+	}
 	c.cuts = v.labelNow().Cuts
 	if c.rolled {
 		if err := c.recordEra(); err != nil {
@@ -236,12 +239,13 @@ func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: cut %d: the era's marks: %w", v.options.Name, c.number, err)
 	}
-	extents, err := era.Changed(v.eras, block, from)
+	marks, err := era.Changed(v.eras, block, from)
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w: %w (on %s, from byte %d)",
 			v.options.Name, ErrTrackingLost, err, v.meta.Name(), v.labelNow().Areas.Meta.Offset+auxIDBytes)
 	}
-	return blockdev.Clip(extents, v.Size()), nil
+	label := v.labelNow()
+	return blockdev.Clip(label.marked(marks), v.Size()), nil
 }
 
 // Valid says, after the last read of View, whether all that was read was the

@@ -26,7 +26,7 @@ import (
 //	 96 metadata offset u64         104 metadata length u64
 //	112 tail length u64
 //	120 flags u32: 1 the COW area is on another device, 2 the metadata is,
-//	    4 the kernel has formatted the metadata
+//	    4 the kernel has formatted the metadata, 8 the volume took discards
 //	124 length of identity u32      128 the disk's identity [256]
 //	384 number of cuts u32          388 length of state u32
 //	392 number of watched places u32
@@ -35,10 +35,11 @@ import (
 //	 then the watched places {offset in the volume u64, SHA-256 [32]}, ascending (watch.go)
 //	 then the state's bytes, then zeros
 //
-// The version is 1 without watched places, else 2.
+// The version is 3 if the volume ever took discards: its marks mean more then
+// (discard.go). Otherwise it is 1 without watched places, else 2.
 const (
 	labelMagic   = "BFVOLUME"
-	labelVersion = 2
+	labelVersion = 3
 	slotStride   = 512 << 10
 	slotBytes    = 256 << 10
 	labelHead    = 512
@@ -48,6 +49,7 @@ const (
 	flagCowElsewhere  = 1
 	flagMetaElsewhere = 2
 	flagMetaFormatted = 4
+	flagDiscards      = 8
 
 	// maxCuts bounds the table of cuts.
 	maxCuts = 4096
@@ -109,9 +111,12 @@ type Label struct {
 	// MetaFormatted: the kernel has formatted the era metadata, so zeros in
 	// its place are a loss.
 	MetaFormatted bool
-	Cuts          Cuts
-	Watch         Watch
-	State         []byte // the caller's, at most MaxStateBytes
+	// Discards: the volume takes discards or did once, so each marked block
+	// names the one behind it, too.
+	Discards bool
+	Cuts     Cuts
+	Watch    Watch
+	State    []byte // the caller's, at most MaxStateBytes
 	// Damage is what is wrong with the other slot, as ReadLabel found it: an
 	// interrupted write, or a newer version that was lost. "": nothing.
 	Damage string
@@ -128,8 +133,11 @@ func (l *Label) encode() ([]byte, error) {
 	b := blockdev.AlignedBuffer((used + blockdev.BlockSize - 1) &^ (blockdev.BlockSize - 1))
 	copy(b, labelMagic)
 	version := uint32(1)
-	if len(l.Watch.Places) > 0 {
-		version = labelVersion
+	switch {
+	case l.Discards:
+		version = 3
+	case len(l.Watch.Places) > 0:
+		version = 2
 	}
 	le.PutUint32(b[8:], version)
 	le.PutUint32(b[12:], uint32(len(b)))
@@ -150,6 +158,9 @@ func (l *Label) encode() ([]byte, error) {
 	}
 	if l.MetaFormatted {
 		flags |= flagMetaFormatted
+	}
+	if l.Discards {
+		flags |= flagDiscards
 	}
 	le.PutUint32(b[120:], flags)
 	le.PutUint32(b[124:], uint32(len(l.Identity)))
@@ -200,13 +211,14 @@ func decodeLabel(slot []byte) (*Label, error) {
 	cuts, state, identity := int64(le.Uint32(b[384:])), int64(le.Uint32(b[388:])), le.Uint32(b[124:])
 	watched := int64(le.Uint32(b[392:]))
 	stateAt := labelHead + cuts*cutBytes + watched*watchedBytes
-	if (watched > 0) != (version > 1) {
-		return bad("%d watched places in version %d", watched, version)
+	flags := le.Uint32(b[120:])
+	discards := flags&flagDiscards != 0
+	if discards != (version == 3) || !discards && (watched > 0) != (version == 2) {
+		return bad("flags %#x and %d watched places in version %d", flags, watched, version)
 	}
 	if cuts > maxCuts || watched > maxWatched || state > MaxStateBytes || identity > maxIdentity || stateAt+state > length {
 		return bad("%d cuts, %d watched places, %d bytes of state and %d of identity do not fit into %d", cuts, watched, state, identity, length)
 	}
-	flags := le.Uint32(b[120:])
 	number := func(at int) int64 { return int64(le.Uint64(b[at:])) }
 	l := &Label{
 		Sequence:      le.Uint64(b[24:]),
@@ -223,6 +235,7 @@ func decodeLabel(slot []byte) (*Label, error) {
 		CowElsewhere:  flags&flagCowElsewhere != 0,
 		MetaElsewhere: flags&flagMetaElsewhere != 0,
 		MetaFormatted: flags&flagMetaFormatted != 0,
+		Discards:      discards,
 		State:         bytes.Clone(b[stateAt:][:state]),
 	}
 	for i := range cuts {

@@ -58,6 +58,9 @@ func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) 
 	}
 	v.log.Debug("read into memory", "cut", c.number, "rounds", image.Rounds(), "bytes", image.RoundBytes(), "inside-bytes", image.InsideBytes())
 	v.newest = c.number
+	if err := v.keepDiscardLimits(); err != nil {
+		return false, errors.Join(err, image.Release())
+	}
 	c.image, c.fine, c.cuts = image, true, v.labelNow().Cuts
 	c.at, c.stalled, c.written = image.At(), image.Stalled(), s.written
 	v.countStats(func(s *Stats) { s.Cuts++ })

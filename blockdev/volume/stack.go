@@ -338,8 +338,13 @@ func (v *Volume) ensure(role string) error {
 			return err
 		}
 	}
+	if role == roleEra {
+		if err := v.decideDiscards(); err != nil {
+			return err
+		}
+	}
 	if role == roleEra || role == roleTop {
-		return setNoDiscard(info)
+		return v.limitDiscards(info)
 	}
 	return nil
 }

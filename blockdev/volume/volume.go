@@ -128,6 +128,8 @@ type Volume struct {
 	label   Label
 	lost    string // why tracking began anew when the volume came up
 
+	noDiscards string // why the volume takes none, "": it does
+
 	cutMu sync.Mutex
 	cut   *Cut // not yet released
 
@@ -233,7 +235,8 @@ func (v *Volume) ReadAt(p []byte, offset int64) (int, error) { return v.data.Rea
 // FlushSource makes everything written so far durable.
 func (v *Volume) FlushSource() error { return v.data.Flush() }
 
-// WrittenBytes is what was written to the volume since it came up. While the
+// WrittenBytes is what was written to the volume or discarded on it since it
+// came up. While the
 // kernel keeps no statistics it is an error: a count that stands still must
 // not pass for a volume that nobody writes to.
 func (v *Volume) WrittenBytes() (uint64, error) {
@@ -250,11 +253,12 @@ func (v *Volume) readWritten(buffer []byte) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("volume %s: read its statistics: %w", v.options.Name, err)
 	}
-	sectors, ok := blockdev.StatField(buffer[:n], 7)
-	if !ok {
-		return 0, fmt.Errorf("volume %s: its statistics have no field 7", v.options.Name)
+	written, ok := blockdev.StatField(buffer[:n], 7)
+	discarded, and := blockdev.StatField(buffer[:n], 14)
+	if !ok || !and {
+		return 0, fmt.Errorf("volume %s: its statistics have no fields 7 and 14", v.options.Name)
 	}
-	return sectors * blockdev.SectorSize, nil
+	return (written + discarded) * blockdev.SectorSize, nil
 }
 
 // Close gives the volume's devices and the lock back; the volume stays up.
@@ -308,23 +312,6 @@ func kernelRelease() (string, error) {
 	return unix.ByteSliceToString(name.Release[:]), nil
 }
 
-// setNoDiscard keeps discards away from a device; a table load undoes it.
-// dm-era marks only the first block of a discard.
-func setNoDiscard(info dm.Info) error {
-	path := filepath.Join(queueDir(info), "discard_max_bytes")
-	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
-		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
-	}
-	now, err := os.ReadFile(path)
-	if err == nil && strings.TrimSpace(string(now)) != "0" {
-		err = fmt.Errorf("%s is still %s", path, strings.TrimSpace(string(now)))
-	}
-	if err != nil {
-		return fmt.Errorf("switch discards of %s off: %w", info.Name, err)
-	}
-	return nil
-}
-
 // keepStatistics switches a device's statistics on. It is an error if they
 // were off, as what they say is then too little.
 func keepStatistics(info dm.Info) error {
@@ -339,5 +326,3 @@ func keepStatistics(info dm.Info) error {
 	err = os.WriteFile(path, []byte("1"), 0)
 	return errors.Join(fmt.Errorf("the statistics of %s were switched off: %s was %s; leave it at 1", info.Name, path, strings.TrimSpace(string(now))), err)
 }
-
-func queueDir(info dm.Info) string { return fmt.Sprintf("/sys/dev/block/%s/queue", info.Dev()) }

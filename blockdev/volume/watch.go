@@ -144,5 +144,6 @@ func (o *Offline) markedSince(from uint32, metaDevice string) (_ []blockdev.Exte
 	if err != nil {
 		return nil, err
 	}
-	return era.ChangedInactive(section{meta, at + auxIDBytes}, from)
+	marks, err := era.ChangedInactive(section{meta, at + auxIDBytes}, from)
+	return blockdev.Clip(o.label.marked(marks), o.Size()), err
 }

@@ -43,7 +43,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		for _, v := range c.Volumes {
 			findings = append(findings, disks[v]...)
 			findings = append(findings, system.Spills(v)...)
-			findings = append(findings, doctor.Discards(v))
+			findings = append(findings, system.Discards(v))
 		}
 		findings = append(findings, system.Distinct(c.DiskUses())...)
 		findings = append(findings, system.DistinctSpills(c)...)

@@ -121,6 +121,7 @@ func TestCheckPrintsFindingsAndRefuses(t *testing.T) {
 		Distribution: func() string { return "ubuntu debian" },
 		Inspect:      func(p string) (doctor.Disk, error) { return doctor.Disk{Path: p, SizeBytes: 1 << 30}, nil },
 		SameDisk:     func(a, b string) (bool, error) { return false, nil },
+		DiscardsOff:  func(string, int64) string { return "it takes none" },
 	}
 	var out, errs bytes.Buffer
 	g := &globalOptions{streams: streams{out: &out, err: &errs}, config: sample(t, "valid/minimal.yaml")}
@@ -128,7 +129,7 @@ func TestCheckPrintsFindingsAndRefuses(t *testing.T) {
 	if exit.Of(err) != exit.Prerequisite || !strings.Contains(err.Error(), "1 of ") {
 		t.Errorf("%v", err)
 	}
-	for _, want := range []string{"minimal.yaml: 1 volume", "refuse dm-era: ", "install linux-modules-extra-6.8.0-1021-aws", "note   /dev/disk/by-id/nvme-local-ssd", "blockferry create data"} {
+	for _, want := range []string{"minimal.yaml: 1 volume", "refuse dm-era: ", "install linux-modules-extra-6.8.0-1021-aws", "note   /dev/disk/by-id/nvme-local-ssd", "discards (fstrim) are off: it takes none", "blockferry create data"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("'%s' is missing in\n%s", want, out.String())
 		}

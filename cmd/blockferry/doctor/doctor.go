@@ -94,6 +94,8 @@ type System struct {
 	Exists       func(path string) bool
 	// Survives is nil if a file at a path outlives the machine and a disk.
 	Survives func(path, disk string) error
+	// DiscardsOff is volume.DiscardsOff.
+	DiscardsOff func(device string, eraBlockBytes int64) string
 }
 
 // Disk is what was found out about a disk, without changing it.
@@ -445,12 +447,17 @@ func realPath(path string) string {
 	return filepath.Join(dir, filepath.Base(path))
 }
 
-// Discards says what becomes of them: dm-era marks only the first block of
-// one, so the stack does not take any.
-func Discards(v *config.Volume) Finding {
+// Discards says what becomes of them on a volume.
+func (s *System) Discards(v *config.Volume) Finding {
+	f := Finding{Level: Good, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are tracked and replicated as zeros"}
 	if v.Attach {
-		return Finding{Level: Good, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are tracked and replicated as zeros"}
+		return f
 	}
-	return Finding{Level: Note, Subject: "volume '" + v.Name + "'", Message: "discards (fstrim) are off while era alone tracks changes",
-		Advice: "nothing needs to be done; mount it without the option 'discard'"}
+	if why := s.DiscardsOff(v.Device, v.EraBlockBytes); why != "" {
+		f.Level, f.Message = Note, "discards (fstrim) are off: "+why
+		f.Advice = "nothing needs to be done; a larger 'era-block' helps where that is the reason"
+		return f
+	}
+	f.Message = "discards (fstrim) pass to the disk, are tracked and replicated as zeros; those issued while an epoch is read from a frozen view are dropped"
+	return f
 }

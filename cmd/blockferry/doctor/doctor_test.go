@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,7 @@ func healthy() *System {
 		SameDisk:     func(a, b string) (bool, error) { return a == b, nil },
 		Exists:       func(string) bool { return true },
 		Survives:     func(string, string) error { return nil },
+		DiscardsOff:  func(string, int64) string { return "" },
 	}
 }
 
@@ -411,5 +413,22 @@ func TestAttachedVolumes(t *testing.T) {
 		if len(f) != 2 || f[0].Level != c.level || f[1].Level != Good {
 			t.Errorf("users %v: %v", c.users, f)
 		}
+	}
+}
+
+// Whether discards pass is said, with the reason why they don't.
+func TestDiscardsAreExplained(t *testing.T) {
+	s, v := healthy(), aVolume()
+	v.EraBlockBytes = 65536
+	if f := s.Discards(v); f.Level != Good || f.Advice != "" || !strings.Contains(f.Message, "pass to the disk") || !strings.Contains(f.Message, "frozen view") {
+		t.Errorf("%v", f)
+	}
+	s.DiscardsOff = func(device string, block int64) string { return fmt.Sprint(device, " does not, in ", block) }
+	if f := s.Discards(v); f.Level != Note || f.Advice == "" || !strings.Contains(f.Message, "are off: /dev/a does not, in 65536") {
+		t.Errorf("%v", f)
+	}
+	v.Attach = true
+	if f := s.Discards(v); f.Level != Good || strings.Contains(f.Message, "frozen view") {
+		t.Errorf("attached: %v", f)
 	}
 }

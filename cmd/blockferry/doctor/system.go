@@ -44,7 +44,8 @@ func Live() *System {
 			_, err := os.Stat(path)
 			return err == nil
 		},
-		Survives: blockdev.Survives,
+		Survives:    blockdev.Survives,
+		DiscardsOff: volume.DiscardsOff,
 	}
 }
 

@@ -1,0 +1,201 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/dm"
+)
+
+// dm-era marks only the block in which a discard begins, and device-mapper does
+// not split discards at the borders of its blocks. So the kernel is told, by the
+// queue limits of the top and of era, to split them into pieces of at most one
+// era block. A piece then touches the block that it marks and at most the one
+// behind it: on a volume that ever took discards each marked block names the one
+// behind it, too (Label.Discards).
+//
+// A frozen view is not torn by them: snapshot-origin takes none. While a view is
+// held the kernel ends a discard with 'not supported' below era, which file
+// systems take for a hint that was not followed. The limits stay as they are
+// meanwhile: what is stacked on the volume copies them only once.
+
+const (
+	discardMax         = "discard_max_bytes"
+	discardMaxHardware = "discard_max_hw_bytes"
+	discardGrain       = "discard_granularity"
+)
+
+// DiscardsOff says why a volume on a disk, with era blocks of that size, does
+// not take discards; "": it does.
+func DiscardsOff(device string, eraBlockBytes int64) string {
+	number, err := dm.DeviceNumber(device)
+	if err != nil {
+		return err.Error()
+	}
+	queue := queueOf(number)
+	if _, err := os.Stat(queue); err != nil {
+		queue = filepath.Join(queue, "../../queue") // of a partition's disk
+	}
+	return discardsOff(device, queue, discardMax, eraBlockBytes)
+}
+
+// discardsOff says why a queue can't be limited to discards of at most one era
+// block; "": it can. most is the limit that can't be exceeded.
+func discardsOff(name, queue, most string, block int64) string {
+	limit, err := queueNumber(queue, most)
+	if err != nil {
+		return err.Error()
+	}
+	grain, err := queueNumber(queue, discardGrain)
+	switch {
+	case err != nil:
+		return err.Error()
+	case limit == 0 || grain == 0:
+		return name + " takes none"
+	case grain > block || block%grain != 0:
+		// The kernel would not split them, or not where it was told.
+		return fmt.Sprintf("%s takes them in pieces of %d bytes, and an era block (%d bytes) is no multiple of that", name, grain, block)
+	case limit < grain:
+		return fmt.Sprintf("%s takes them in pieces of %d bytes, but at most %d", name, grain, limit)
+	}
+	return ""
+}
+
+// decideDiscards decides, once era is there and before the top is, whether the
+// volume takes discards. The label says so before the first can come.
+func (v *Volume) decideDiscards() error {
+	if v.devices[roleTop].HasActive {
+		if err := v.keepDiscardLimits(); err != nil {
+			return err
+		}
+	}
+	for _, role := range []string{roleEra, roleTop} {
+		if info := v.devices[role]; info.HasActive && v.noDiscards == "" {
+			v.noDiscards = discardsOff(info.Name, queueDir(info), discardMaxHardware, v.label.EraBlockBytes)
+		}
+	}
+	if v.noDiscards != "" {
+		v.log.Info("discards stay off", "reason", v.noDiscards)
+		return nil
+	}
+	if v.label.Discards && v.devices[roleTop].HasActive {
+		return nil
+	}
+	// In both slots: either may be the one that is left.
+	for range 2 {
+		if err := v.changeLabel(func(l *Label) { l.Discards = true }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// limitDiscards sets how long a discard of era or the top may be. A table load
+// undoes it. If that can't be done the volume takes none.
+func (v *Volume) limitDiscards(info dm.Info) error {
+	if v.noDiscards == "" {
+		err := limitDiscards(info, v.labelNow().EraBlockBytes)
+		if err == nil {
+			return nil
+		}
+		v.noDiscards = err.Error()
+		v.log.Warn("discards stay off", "reason", v.noDiscards)
+	}
+	return limitDiscards(info, 0)
+}
+
+func limitDiscards(info dm.Info, most int64) error {
+	fail := func(err error) error { return fmt.Errorf("limit the discards of %s: %w", info.Name, err) }
+	queue := queueDir(info)
+	if err := os.WriteFile(filepath.Join(queue, discardMax), []byte(strconv.FormatInt(most, 10)), 0); err != nil {
+		return fail(err)
+	}
+	now, err := queueNumber(queue, discardMax)
+	if err != nil {
+		return fail(err)
+	}
+	// Below its grain the kernel does not split at all.
+	grain, err := queueNumber(queue, discardGrain)
+	if err != nil {
+		return fail(err)
+	}
+	if now > most || now < min(most, grain) {
+		return fail(fmt.Errorf("%s is %d, want %d, or less in pieces of %d", filepath.Join(queue, discardMax), now, most, grain))
+	}
+	return nil
+}
+
+// keepDiscardLimits sets limits again that somebody else raised. Either is
+// enough; while neither held discards may have gone unmarked, so that no
+// question about an earlier cut has an answer.
+func (v *Volume) keepDiscardLimits() error {
+	label, most := v.labelNow(), int64(0)
+	if label.Discards {
+		most = label.EraBlockBytes
+	}
+	raised := 0
+	for _, role := range []string{roleEra, roleTop} {
+		info := v.devices[role]
+		now, err := queueNumber(queueDir(info), discardMax)
+		if err != nil {
+			return fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
+		}
+		if now <= most {
+			continue
+		}
+		raised++
+		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", most)
+		if err := limitDiscards(info, most); err != nil {
+			return err
+		}
+	}
+	if raised < 2 {
+		return nil
+	}
+	v.log.Warn("the era's marks begin anew: longer discards than it can mark were let through, of which some may be missing")
+	return v.changeLabel(func(l *Label) { l.Cuts = nil })
+}
+
+// marked is what the era's marks say on a volume with this label: from marks,
+// ascending and disjoint, the extents that may have changed, likewise. The last
+// may reach beyond the volume.
+func (l *Label) marked(marks []blockdev.Extent) []blockdev.Extent {
+	if !l.Discards {
+		return marks
+	}
+	var out []blockdev.Extent
+	for _, e := range marks {
+		e.Length += l.EraBlockBytes
+		if n := len(out) - 1; n >= 0 && out[n].End() >= e.Offset {
+			out[n].Length = e.End() - out[n].Offset
+			continue
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+func queueNumber(queue, name string) (int64, error) {
+	path := filepath.Join(queue, name)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if errors.Is(err, strconv.ErrRange) {
+		n, err = 1<<63-1, nil // it may be as large as a u64
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s holds '%s'", path, strings.TrimSpace(string(text)))
+	}
+	return n, nil
+}
+
+func queueDir(info dm.Info) string { return queueOf(info.Dev()) }
+
+func queueOf(number string) string { return fmt.Sprintf("/sys/dev/block/%s/queue", number) }
