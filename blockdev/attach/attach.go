@@ -32,6 +32,8 @@ type Tracker interface {
 	Fresh() string
 	// Forget says that nobody will ask for what changed before a cut.
 	Forget(upTo uint64)
+	// Exact says whether Changed names nothing that was not written in between.
+	Exact(since, upTo uint64) bool
 	// Void ends the coverage.
 	Void(reason string)
 	// Close lets go, tracking goes on. Remove ends it, too.

@@ -26,9 +26,7 @@ func TestExchangeAllocatesNothing(t *testing.T) {
 		if _, err := unix.Pwrite(int(f.Fd()), buffer, offset); err != nil {
 			t.Fatal(err)
 		}
-		if err := tracker.Exchange(); err != nil {
-			t.Fatal(err)
-		}
+		tracker.Exchange()
 	}); n != 0 {
 		t.Errorf("%v allocations in an exchange", n)
 	}
@@ -155,7 +153,7 @@ func BenchmarkWriters(b *testing.B) {
 						case <-ended:
 							return
 						case <-time.After(100 * time.Millisecond):
-							_ = tracker.Exchange()
+							tracker.Exchange()
 							tracker.Taken()
 						}
 					}

@@ -240,7 +240,7 @@ func TestCoverageAgainstModel(t *testing.T) {
 				var before []int64
 				before, w.now = w.now, nil
 				sealed := w.try(func() {
-					if err := w.c.seal(number); err != nil {
+					if err := w.c.seal(number, func(header) {}); err != nil {
 						t.Fatalf("seed %d: %v", seed, err)
 					}
 				})

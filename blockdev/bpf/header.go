@@ -12,7 +12,9 @@ import (
 //	4 disk's major << 32 | minor   5 disk's sequence number   6 disk's size   7 start of the volume on it
 //	8 length of the volume   9 grain   10 digest of the disk's serial number and worldwide name   (6 to 9 in bytes)
 //	16 state   17 first cut covered   18 last cut sealed   19 1: taken from active since the last cut
-//	20 sectors written that the disk's statistics are ahead of the counts   21 the same, discarded   22 misses then
+//	20 sectors written that the disk's statistics are ahead of the counts of what ended   21 the same, discarded
+//	22-23 the same of what began   24-25 misses of the programs of each side then   26 what they could not follow
+//	27 requests that began more than once   28 bits: 1 20-21 are known, 2 22-23 are, 4 the last seal was with writers stopped
 //	64-127 why the last coverage ended, text padded with zeros
 type header []uint64
 
@@ -26,7 +28,7 @@ const (
 	headFirst    = 17
 	headLast     = 18
 	headOpen     = 19
-	headBase     = 20 // three words
+	headBase     = 20 // nine words
 	headReason   = 64
 
 	headIdentityEnd = 11

@@ -96,8 +96,7 @@ func (c *Cut) Exact(since uint64) bool {
 	if !c.fine {
 		return false
 	}
-	first, last, ok := c.volume.fine.tracker.Covered()
-	return ok && first <= since && c.number <= last
+	return c.volume.fine.tracker.Exact(since, c.number)
 }
 
 // changedFine answers from fine tracking, if that knows.
