@@ -189,6 +189,11 @@ func (a *Attached) open() (err error) {
 	if a.lock, err = blockdev.Lock(o.Device); err != nil {
 		return err
 	}
+	if switched, err := blockdev.KeepStatistics(o.Device); err != nil {
+		return err
+	} else if switched {
+		a.log.Info("the kernel did not keep statistics of the disk; what is tracked is compared with them, so they were switched on", "device", o.Device)
+	}
 	if _, err := blockdev.ReadTraffic(o.Device); err != nil {
 		return err
 	}

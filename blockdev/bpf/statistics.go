@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
 )
 
 // Slots of counts, as in program/tracker.c; each side has one for sectors written
@@ -55,6 +57,7 @@ type ledger struct {
 	iostats  *os.File
 	inflight *os.File
 	buffer   [512]byte
+	filled   int
 	look     func() // of tests: before each look at both
 }
 
@@ -175,39 +178,34 @@ func (a sectors) exceeds(b sectors) bool {
 }
 
 // writesInFlight is how many writes the disk has begun and not ended.
-func (l *ledger) writesInFlight() (uint64, error) {
-	fields, n, err := l.read(l.inflight)
-	if err == nil && n < 2 {
-		err = fmt.Errorf("%s has %d fields, want 2", l.inflight.Name(), n)
-	}
-	return fields[1], err
+func (l *ledger) writesInFlight() (n uint64, err error) {
+	err = l.read(l.inflight, 2, &n)
+	return n, err
 }
 
-func (l *ledger) statistics() (sectors, error) {
-	fields, n, err := l.read(l.stat)
-	if err == nil && n < len(fields) {
-		err = fmt.Errorf("%s has %d fields, want at least %d", l.stat.Name(), n, len(fields))
+func (l *ledger) statistics() (s sectors, err error) {
+	// Both of one look at the file.
+	if err = l.read(l.stat, 7, &s.written); err != nil {
+		return s, err
 	}
-	return sectors{fields[6], fields[13]}, err
+	return s, l.field(l.stat, 14, &s.discarded)
 }
 
-// read reads a file's n numbers, or the first of them.
-func (l *ledger) read(f *os.File) (fields [14]uint64, n int, err error) {
-	size, err := unix.Pread(int(f.Fd()), l.buffer[:], 0)
-	if err != nil {
-		return fields, 0, fmt.Errorf("read %s: %w", f.Name(), err)
+// read reads a file of numbers, and the n-th of them.
+func (l *ledger) read(f *os.File, n int, to *uint64) (err error) {
+	if l.filled, err = unix.Pread(int(f.Fd()), l.buffer[:], 0); err != nil {
+		return fmt.Errorf("read %s: %w", f.Name(), err)
 	}
-	within := false
-	for _, b := range l.buffer[:size] {
-		digit := b >= '0' && b <= '9'
-		if digit && !within {
-			n++
-		}
-		if within = digit; digit && n <= len(fields) {
-			fields[n-1] = fields[n-1]*10 + uint64(b-'0')
-		}
+	return l.field(f, n, to)
+}
+
+func (l *ledger) field(f *os.File, n int, to *uint64) error {
+	value, ok := blockdev.StatField(l.buffer[:l.filled], n)
+	if !ok {
+		return fmt.Errorf("%s has less than %d fields", f.Name(), n)
 	}
-	return fields, n, nil
+	*to = value
+	return nil
 }
 
 // kept says whether the kernel keeps the statistics.
