@@ -38,6 +38,7 @@ type coverage struct {
 	grain        int64 // bytes
 	length       int64 // of the volume, in bytes
 	limit        int   // memoryWords
+	mostSets     int
 
 	// exchanging guards log and what moves from active to kept. It is held for
 	// microseconds, as an exchange in a window waits for it.
@@ -65,7 +66,7 @@ type coverage struct {
 // newCoverage works on maps that may hold anything; what they hold counts as
 // changed before the first cut.
 func newCoverage(active, kept marks, head header, grain, length int64, room int) *coverage {
-	return &coverage{active: active, kept: kept, head: head, grain: grain, length: length, limit: memoryWords,
+	return &coverage{active: active, kept: kept, head: head, grain: grain, length: length, limit: memoryWords, mostSets: mostSets,
 		log: newTakenLog(room), spare: newTakenLog(room), takenRest: noRest, reason: "no cut was sealed since tracking began"}
 }
 
@@ -136,7 +137,7 @@ func (c *coverage) bound() {
 	if c.held > c.limit {
 		c.widen()
 	}
-	if len(c.sets) > mostSets {
+	if len(c.sets) > c.mostSets {
 		a, b := c.sets[0], c.sets[1]
 		c.sets = c.sets[1:]
 		c.sets[0] = sealed{a.after, b.to, union(a.set, b.set)}

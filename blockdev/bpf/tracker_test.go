@@ -430,4 +430,3 @@ func TestMissesVoid(t *testing.T) {
 		t.Errorf("the same cut twice: %v", err)
 	}
 }
-

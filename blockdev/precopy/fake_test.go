@@ -73,9 +73,9 @@ type marks struct {
 	first  uint64                       // 0: no coverage
 	newest uint64
 	lost   error // the next Seal says so
-	// unseen: the next stop says that completions were lost. unsettled: nothing
-	// is known while writes go on.
-	unseen, unsettled bool
+	unseen int   // so many stops say that completions were lost
+	// unsettled: nothing is known while writes go on.
+	unsettled bool
 }
 
 func newMarks(size int64) *marks {
@@ -100,7 +100,8 @@ func (m *marks) ExchangeStopped() (whole bool) {
 	m.Exchange()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	whole, m.unseen = !m.unseen, false
+	whole = m.unseen == 0
+	m.unseen = max(0, m.unseen-1)
 	return whole
 }
 
