@@ -52,6 +52,8 @@ type Options struct {
 	StateFile string
 	// PinDir is a folder on a bpffs; tracking is pinned in one of its own there.
 	PinDir string
+	// PinOwner is bpf.Target's Owner.
+	PinOwner string
 	// Keep are files and folders, there or to be, that this program needs while
 	// it freezes: none may stand on the device.
 	Keep  []string
@@ -203,7 +205,8 @@ func (a *Attached) open() (err error) {
 	if err := a.openState(); err != nil {
 		return err
 	}
-	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName())}
+	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName()),
+		Owner: o.PinOwner, Volume: o.Name}
 	if err := bpf.UnpinOthers(o.PinDir, hex.EncodeToString(a.state.UUID[:]), a.pinName()); err != nil {
 		return err
 	}

@@ -26,6 +26,9 @@ type Target struct {
 	Offset, Length int64
 	// Pin is a folder of the volume's own on a bpffs; it is made if need be.
 	Pin string
+	// Owner and Volume say whose this is: UnpinStale ends what its owner's
+	// volumes have left behind. Volume has at most 128 bytes.
+	Owner, Volume string
 }
 
 // Tracker follows the changes of one volume. Its methods but Close and Remove
@@ -86,6 +89,7 @@ func Open(target Target) (_ *Tracker, err error) {
 	}
 	s := shapeOfMaps{w.grains(), cpus}
 	if t.fresh = t.adopt(s); t.fresh == "" {
+		t.coverage.head.setOwner(target.Owner, target.Volume)
 		return t, nil
 	}
 	if err := t.release(); err != nil {
@@ -151,6 +155,7 @@ func (t *Tracker) beginAnew(s shapeOfMaps) (err error) {
 	for i, word := range words {
 		head.put(headIdentity+i, word)
 	}
+	head.setOwner(t.where.target.Owner, t.where.target.Volume)
 	head.put(headState, stateBare)
 	if err := t.reckonAnew(); err != nil {
 		return err

@@ -43,6 +43,7 @@ func (v *Volume) openFine() {
 	}
 	t, err := bpf.Open(bpf.Target{
 		Device: v.options.Device, Offset: v.label.Areas.Data.Offset, Length: v.label.Areas.Data.Length, Pin: filepath.Join(root, keep),
+		Owner: v.options.FineOwner, Volume: v.options.Name,
 	})
 	if err != nil {
 		v.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
