@@ -238,10 +238,9 @@ func TestBusyDisk(t *testing.T) {
 	}
 }
 
-// The same of a device that BLOCKFERRY_BPF_BUSY names: its path and how many bytes
-// of it there are to change.
+// The same of a device that BLOCKFERRY_BPF_DEVICE names.
 func TestBusyDevice(t *testing.T) {
-	text := os.Getenv("BLOCKFERRY_BPF_BUSY")
+	text := os.Getenv("BLOCKFERRY_BPF_DEVICE")
 	if text == "" {
 		t.Skip("no device was named")
 	}
