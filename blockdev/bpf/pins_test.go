@@ -27,13 +27,15 @@ func TestUnpinStale(t *testing.T) {
 		target.Owner, target.Volume = p.owner, p.volume
 		if i == 2 { // a later owner's word counts
 			target.Volume = "an earlier name"
-			if err := open(t, target).Close(); err != nil {
+			tracker := open(t, target)
+			covered(t, tracker, 1)
+			if err := tracker.Close(); err != nil {
 				t.Fatal(err)
 			}
 			target.Volume = p.volume
 		}
 		tracker := open(t, target)
-		covered(t, tracker, 1)
+		covered(t, tracker, 100)
 		if p.volume != "in use" {
 			if err := tracker.Close(); err != nil {
 				t.Fatal(err)
