@@ -138,6 +138,10 @@ INLINE void count(u32 slot, u64 n)
 INLINE void mark(u32 word, u64 bits)
 {
 	u64 *at = map_lookup(&active, &word);
+	// Bits that are set need nothing: whoever set them sees to the line's bit, and
+	// whoever takes them from now on reads the disk after that.
+	if (at && (*(volatile u64 *)at & bits) == bits)
+		return;
 	u32 line = summary_word + (word >> 9);
 	u64 line_bit = 1ULL << (word >> 3 & 63);
 	u64 *summary = map_lookup(&active, &line);
@@ -145,10 +149,6 @@ INLINE void mark(u32 word, u64 bits)
 		count(SLOT_FAILED, 1);
 		return;
 	}
-	// Bits that are set need nothing: whoever set them sees to the line's bit, and
-	// whoever takes them from now on reads the disk after that.
-	if ((*(volatile u64 *)at & bits) == bits)
-		return;
 	u64 before = __sync_fetch_and_or(at, bits);
 	// 'before' is used so that the operation above is one with a result.
 	asm volatile("" : : "r"(before));
