@@ -142,7 +142,7 @@ func TestLedgerStopped(t *testing.T) {
 	check("a completion was lost, and another user's hides it at first", [sides]bool{}, leads{{1008, 0}, {992, 0}}, both)
 	reset(1100, 100, 100)
 	d.look = func() { d.shows(1100, 0); put(t, filepath.Join(d.dir, "inflight"), "0 7\n") }
-	check("a disk with requests, something is in flight", both, given, both)
+	check("another user's write is in flight", [sides]bool{true, false}, given, [sides]bool{true, false})
 
 	d.requests = false
 	reset(1100, 100, 100)

@@ -145,10 +145,9 @@ func (l *ledger) leadsStopped(given leads) (now leads, known, agrees [sides]bool
 		if err != nil {
 			return now, known, agrees, err
 		}
-		if !l.requests {
-			if writes, err := l.writesInFlight(); err != nil || writes != 0 {
-				still = [sides]bool{}
-			}
+		// What another user has in flight would hide a loss as long as it is.
+		if writes, err := l.writesInFlight(); err != nil || writes != 0 {
+			still = [sides]bool{ended: still[ended] && l.requests}
 		}
 		for s := range lead {
 			if !still[s] {
