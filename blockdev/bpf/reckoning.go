@@ -5,10 +5,12 @@ import "fmt"
 // What is lost, and what that costs.
 //
 // An event of either kind can be lost: a program is left out when it would
-// run within itself on a processor, which the kernel counts; and kernels were met on
-// which for some milliseconds nothing at all is told of what a processor does, no
-// program of any kind runs and nothing is counted. What then completes there is not
-// seen. What begins is seen nearly always, as it begins where the writer runs.
+// run within itself on a processor, which the kernel counts. And a kernel was met (6.18,
+// in a virtual machine) that at times tells nothing at all of what a processor does
+// for some milliseconds, after a certain process ran there: no tracepoint of
+// requests, softirqs or the scheduler, while the statistics go on and no miss is
+// counted. What completes there meanwhile, in a softirq, is not seen. What begins is
+// seen nearly always, as it begins where the writer runs.
 //
 // Between two moments at which nothing is in flight, what begins in between ends in
 // between: so either side alone has marked all, if the sectors it counted are those of
