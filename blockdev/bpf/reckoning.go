@@ -94,8 +94,10 @@ func (t *Tracker) check() string {
 		if !seen[ended] {
 			return missed
 		}
-		if why := t.compare(); !t.settled && why != "" {
-			return why
+		if !t.settled {
+			if why := t.compare(); why != "" {
+				return why
+			}
 		}
 	case !covered: // it begins with the present leads
 		if !(seen[ended] && t.base.known[ended]) && !(seen[begun] && t.base.known[begun]) {
