@@ -96,6 +96,58 @@ func TestLostCompletions(t *testing.T) {
 	}
 }
 
+// Stops of cuts that are given up count, too: between any two of them one side is
+// enough, and what neither saw is not made good by a later one.
+func TestLossesBetweenStops(t *testing.T) {
+	d := newFastLoop(t, 64<<20)
+	tracker := open(t, d.target(newPin(t)))
+	rng := rand.New(rand.NewPCG(5, 10))
+	cut := covered(t, tracker, 1)
+	touched := map[int64]bool{}
+	stop := func(silent ...int) (whole bool) {
+		t.Helper()
+		for _, i := range silent {
+			tracker.silence(t, i)
+		}
+		for b := range d.writes(t, rng, unix.O_DIRECT, 3, 4096, 4096) {
+			touched[b] = true
+		}
+		for _, i := range silent {
+			tracker.speak(t, i)
+		}
+		return tracker.ExchangeStopped()
+	}
+	for i, silent := range []int{0, 1, 0} {
+		if whole := stop(silent); whole != (silent == 1) {
+			t.Errorf("stop %d: whole %v", i, whole)
+		}
+	}
+	if err := tracker.Seal(cut + 1); err != nil {
+		t.Fatal(err)
+	}
+	mustName(t, changed(t, tracker, cut, cut+1), touched)
+	if stop(0, 1) {
+		t.Error("whole, and nothing was seen")
+	}
+	stop()
+	if err := tracker.Seal(cut + 2); !errors.Is(err, ErrUncovered) {
+		t.Errorf("nobody had seen what was written before an earlier stop: %v", err)
+	}
+	// Misses of one side, while the other has lost something.
+	cut = covered(t, tracker, cut+3)
+	stop(0)
+	tracker.base.misses[begun]--
+	if err := tracker.Seal(cut + 1); !errors.Is(err, ErrUncovered) || !strings.Contains(err.Error(), "1 of what begins") {
+		t.Errorf("one side missed events, the other lost sectors: %v", err)
+	}
+	cut = covered(t, tracker, cut+2)
+	stop()
+	tracker.base.misses[begun]--
+	if err := tracker.Seal(cut + 1); err != nil {
+		t.Errorf("one side missed events, the other has seen all: %v", err)
+	}
+}
+
 // After a cut that stopped nobody, what began is not enough: a write in flight at
 // that cut began before it.
 func TestLostCompletionsAfterAMark(t *testing.T) {
