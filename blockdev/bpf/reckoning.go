@@ -38,7 +38,7 @@ func (t *Tracker) compareStopped() bool {
 		case !known[ended] && !known[begun]:
 			t.gap = "the disk was written to all the time while writers were stopped"
 		case !b.known[ended] && !b.drained:
-			t.gap = "this was the first cut with writers stopped"
+			t.gap = "no cut before it had stopped writers"
 		default:
 			t.gap = differenceOf(ended, now[ended].minus(b.leads[ended]))
 			if b.drained {
@@ -88,7 +88,7 @@ func (t *Tracker) check() string {
 	missed := fmt.Sprintf("%d events were missed of what completes and %d of what begins", misses[ended]-t.base.misses[ended], misses[begun]-t.base.misses[begun])
 	switch {
 	case !t.rest:
-		if t.gap != "" {
+		if covered && t.gap != "" {
 			return t.gap
 		}
 		if !seen[ended] {
