@@ -12,7 +12,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
 	systemctl=systemd udevadm=udev fio=fio ip=iproute2
 # What demo and benchmarks do without.
-TEST_DEPS := qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
+TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
 # What benchmarks compare with and draw with. Tests do without.
 BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev

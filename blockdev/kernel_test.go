@@ -233,6 +233,14 @@ func TestTraffic(t *testing.T) {
 	if got, err := k.traffic(filepath.Join(dev, "vda")); err == nil || !strings.Contains(err.Error(), "iostats") {
 		t.Errorf("a device without statistics: %+v, %v; want an error that says iostats", got, err)
 	}
+	for _, want := range []bool{true, false} {
+		if switched, err := k.keepStatistics(filepath.Join(dev, "vda")); switched != want || err != nil {
+			t.Errorf("switched on: %v, %v, want %v", switched, err, want)
+		}
+	}
+	if got, err := k.traffic(filepath.Join(dev, "vda")); err != nil && strings.Contains(err.Error(), "iostats") {
+		t.Errorf("with statistics switched on: %+v, %v", got, err)
+	}
 	for _, text := range []string{"", "1 2 3 4 5 6 7 8 9 10 11 12 13", "1 2 3 4 5 6 x 8 9 10 11 12 13 14", "1 2 3 4 5 6 7 8 9 10 11 12 13 x"} {
 		if got, err := parseTraffic(text); err == nil {
 			t.Errorf("statistics %q: %+v, want an error", text, got)

@@ -19,6 +19,29 @@ type Traffic struct {
 // they would then look like a device that nothing is written to.
 func ReadTraffic(path string) (Traffic, error) { return hostKernel.traffic(path) }
 
+// KeepStatistics has the kernel keep the statistics of the disk that the block
+// device at path is on. switched says that it did not before: disks without
+// requests (zram, device-mapper and md of some kernels) may come so.
+func KeepStatistics(path string) (switched bool, err error) { return hostKernel.keepStatistics(path) }
+
+func (k kernel) keepStatistics(path string) (switched bool, err error) {
+	n, err := k.nodeAt(path)
+	if err != nil {
+		return false, fmt.Errorf("statistics of %s: %w", path, err)
+	}
+	file := filepath.Join(n.disk, "queue/iostats")
+	if on, err := number(file); err != nil || on != 0 {
+		return false, err
+	}
+	if err := os.WriteFile(file, []byte("1"), 0); err != nil {
+		return false, fmt.Errorf("statistics of %s are switched off, and can't be switched on: %w", path, err)
+	}
+	if on, err := number(file); err != nil || on == 0 {
+		return false, fmt.Errorf("statistics of %s are switched off: after writing 1 to %s it holds %d (%v)", path, file, on, err)
+	}
+	return true, nil
+}
+
 // WrittenBytes is the number of bytes written to the block device at path
 // since it appeared; see ReadTraffic.
 func WrittenBytes(path string) (uint64, error) {

@@ -32,6 +32,8 @@ type Tracker interface {
 	Fresh() string
 	// Forget says that nobody will ask for what changed before a cut.
 	Forget(upTo uint64)
+	// Exact says whether Changed names nothing that was not written in between.
+	Exact(since, upTo uint64) bool
 	// Void ends the coverage.
 	Void(reason string)
 	// Close lets go, tracking goes on. Remove ends it, too.
@@ -50,6 +52,8 @@ type Options struct {
 	StateFile string
 	// PinDir is a folder on a bpffs; tracking is pinned in one of its own there.
 	PinDir string
+	// PinOwner is bpf.Target's Owner.
+	PinOwner string
 	// Keep are files and folders, there or to be, that this program needs while
 	// it freezes: none may stand on the device.
 	Keep  []string
@@ -187,6 +191,11 @@ func (a *Attached) open() (err error) {
 	if a.lock, err = blockdev.Lock(o.Device); err != nil {
 		return err
 	}
+	if switched, err := blockdev.KeepStatistics(o.Device); err != nil {
+		return err
+	} else if switched {
+		a.log.Info("the kernel did not keep statistics of the disk; what is tracked is compared with them, so they were switched on", "device", o.Device)
+	}
 	if _, err := blockdev.ReadTraffic(o.Device); err != nil {
 		return err
 	}
@@ -196,7 +205,8 @@ func (a *Attached) open() (err error) {
 	if err := a.openState(); err != nil {
 		return err
 	}
-	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName())}
+	target := bpf.Target{Device: o.Device, Length: a.disk.Size(), Pin: filepath.Join(o.PinDir, a.pinName()),
+		Owner: o.PinOwner, Volume: o.Name}
 	if err := bpf.UnpinOthers(o.PinDir, hex.EncodeToString(a.state.UUID[:]), a.pinName()); err != nil {
 		return err
 	}

@@ -39,3 +39,41 @@ func TestCutIsOneMoment(t *testing.T) {
 		}
 	})
 }
+
+// The same on a disk without requests that is written to all the time: when it is
+// attached, by the first process and by the next, and at every cut.
+func TestBusyDiskWithoutRequests(t *testing.T) {
+	unlessLost(t, func(t *testing.T) {
+		r := newRigOn(t, blocktest.Zram(t, 160<<20))
+		dir := blocktest.FileSystem(t, "ext4", r.device)
+		w := startWriters(t, dir, true, 0)
+		w.await(500)
+		a := r.open()
+		i := r.newImage(a)
+		if s := a.Stats(); s.LongestStall == 0 {
+			t.Error("the first cut stopped nobody: it knows nothing of such a disk")
+		}
+		for round := range 4 {
+			if round == 2 {
+				a.tracker.Exchange() // and it ends: what it took is known only with all that is kept
+				if err := a.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if a = r.open(); a.TrackingLost() != "" {
+					t.Fatal(a.TrackingLost())
+				}
+			}
+			w.await(300)
+			before := w.acked()
+			c := r.mustCut(a, i.at)
+			after := w.acked()
+			if exact := c.ChangedExact(i.at); exact != (round != 2) {
+				t.Errorf("round %d: the answer is said to be exact: %v", round, exact)
+			}
+			w.await(100)
+			i.apply(c)
+			i.mounted("ext4", func(dir string) { w.judge(dir, before, after) })
+		}
+		w.stop()
+	})
+}

@@ -17,9 +17,9 @@ import (
 // Want is what a cut is asked to be.
 type Want struct {
 	// View wants an image: it holds what may have changed since cut Since, and
-	// nothing else. Without, writers are not stopped: the cut only tells changes
-	// before from changes after, in that every write that completes after it
-	// began counts as after.
+	// nothing else. Without, the cut only tells changes before from changes after,
+	// in that every write that completes after it began counts as after; writers are
+	// stopped only if nothing is known while they go on, as of disks without requests.
 	View  bool
 	Since uint64
 	// Force stops writers for as long as it takes, up to the stall limit, when
@@ -70,12 +70,15 @@ func (a *Attached) take(ctx context.Context, c *Cut, want Want) error {
 	if c.written, err = a.WrittenBytes(); err != nil {
 		return err
 	}
-	if !want.View {
-		c.at = time.Now()
-		return a.engine.Mark(c.number)
-	}
 	f := a.freezer
 	f.list = list
+	if !want.View {
+		c.at = time.Now()
+		if c.stalled, err = a.engine.Mark(ctx, c.number, f); err != nil || c.stalled == 0 {
+			return err
+		}
+		return a.afterStop(list)
+	}
 	c.image, err = a.engine.Cut(ctx, precopy.Request{Number: c.number, Since: want.Since, Force: want.Force}, f)
 	if err != nil {
 		return err
@@ -190,8 +193,8 @@ func (c *Cut) Changed(since uint64) ([]blockdev.Extent, error) {
 	return blockdev.Clip(list, a.Size()), nil
 }
 
-// ChangedExact says that Changed names only blocks that were written.
-func (c *Cut) ChangedExact(uint64) bool { return true }
+// ChangedExact says whether Changed names only blocks that were written since.
+func (c *Cut) ChangedExact(since uint64) bool { return c.attached.tracker.Exact(since, c.number) }
 
 // Valid says whether what was read of View was the cut.
 func (c *Cut) Valid() error {

@@ -61,7 +61,9 @@ type rig struct {
 }
 
 // newRig makes a device of the given size; a blank one.
-func newRig(t testing.TB, size int64) *rig {
+func newRig(t testing.TB, size int64) *rig { return newRigOn(t, blocktest.Loop(t, size)) }
+
+func newRigOn(t testing.TB, device string) *rig {
 	t.Helper()
 	pin := blocktest.PinDir(t)
 	g, err := newGuard(t.TempDir())
@@ -69,7 +71,7 @@ func newRig(t testing.TB, size int64) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { g.Close() })
-	r := &rig{t: t, device: blocktest.Loop(t, size)}
+	r := &rig{t: t, device: device}
 	r.options = Options{Name: "data", Device: r.device, StateFile: filepath.Join(t.TempDir(), "state"), PinDir: pin, Guard: g,
 		StallLimit: 10 * time.Second, Log: slog.New(slog.NewTextHandler(testLog{t}, nil))}
 	return r

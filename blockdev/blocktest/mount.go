@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -44,6 +45,32 @@ func LoopOver(t testing.TB, file string) string {
 	// Detached while open, it goes when the last opener does, also if this process dies.
 	t.Cleanup(func() { hold.Close() })
 	return path
+}
+
+// Zram makes a disk in memory that has no requests: it takes bios as they come. It
+// goes away with the test. Tests that may not, or can't, are skipped.
+func Zram(t testing.TB, size int64) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root makes zram devices")
+	}
+	text, err := os.ReadFile("/sys/class/zram-control/hot_add")
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skip("this kernel has no zram")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := strings.TrimSpace(string(text))
+	t.Cleanup(func() {
+		if err := os.WriteFile("/sys/class/zram-control/hot_remove", []byte(number), 0); err != nil {
+			t.Errorf("remove zram%s: %v", number, err)
+		}
+	})
+	if err := os.WriteFile("/sys/block/zram"+number+"/disksize", []byte(strconv.FormatInt(size, 10)), 0); err != nil {
+		t.Fatal(err)
+	}
+	return "/dev/zram" + number
 }
 
 // FileSystem makes a file system ("ext4" or "xfs") on a device and mounts it on

@@ -38,6 +38,7 @@ type coverage struct {
 	grain        int64 // bytes
 	length       int64 // of the volume, in bytes
 	limit        int   // memoryWords
+	mostSets     int
 
 	// exchanging guards log and what moves from active to kept. It is held for
 	// microseconds, as an exchange in a window waits for it.
@@ -65,7 +66,7 @@ type coverage struct {
 // newCoverage works on maps that may hold anything; what they hold counts as
 // changed before the first cut.
 func newCoverage(active, kept marks, head header, grain, length int64, room int) *coverage {
-	return &coverage{active: active, kept: kept, head: head, grain: grain, length: length, limit: memoryWords,
+	return &coverage{active: active, kept: kept, head: head, grain: grain, length: length, limit: memoryWords, mostSets: mostSets,
 		log: newTakenLog(room), spare: newTakenLog(room), takenRest: noRest, reason: "no cut was sealed since tracking began"}
 }
 
@@ -136,7 +137,7 @@ func (c *coverage) bound() {
 	if c.held > c.limit {
 		c.widen()
 	}
-	if len(c.sets) > mostSets {
+	if len(c.sets) > c.mostSets {
 		a, b := c.sets[0], c.sets[1]
 		c.sets = c.sets[1:]
 		c.sets[0] = sealed{a.after, b.to, union(a.set, b.set)}
@@ -152,16 +153,21 @@ func (c *coverage) lastTaken() []blockdev.Extent {
 	return c.extents(c.taken, c.takenRest)
 }
 
-// appendTaken is lastTaken without allocating.
+// appendTaken is lastTaken without allocating, and without mu, which whoever
+// forgets holds for long.
 func (c *coverage) appendTaken(list []blockdev.Extent) ([]blockdev.Extent, bool) {
 	x := extents{list: list, grain: c.grain, length: c.length, bounded: true}
 	c.exchanging.Lock()
 	defer c.exchanging.Unlock()
-	if !c.log.exchanged || c.log.lastRest != noRest {
+	log := c.log
+	if !log.exchanged {
+		log = c.spare // somebody has fetched it, and it is as it was
+	}
+	if !log.exchanged || log.lastRest != noRest {
 		return list, false
 	}
-	for i := c.log.last; i < c.log.used; i++ {
-		x.add(c.log.index[i], c.log.word[i])
+	for i := log.last; i < log.used; i++ {
+		x.add(log.index[i], log.word[i])
 	}
 	return x.list, !x.full
 }
@@ -179,8 +185,9 @@ func (c *coverage) extents(s set, rest uint32) []blockdev.Extent {
 }
 
 // seal ends the open set at a cut, the first one begins the coverage. The caller
-// has checked that nothing was lost.
-func (c *coverage) seal(number uint64) error {
+// has checked that nothing was lost; keep writes what he knows then to the header,
+// before it says that the cut is sealed.
+func (c *coverage) seal(number uint64, keep func(header)) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fold()
@@ -201,6 +208,8 @@ func (c *coverage) seal(number uint64) error {
 	}
 	c.last, c.open, c.wide = number, nil, false
 	c.bound()
+	visible(c.step)
+	keep(c.head)
 	visible(c.step)
 	c.head.put(headLast, number)
 	c.exchanging.Lock()
@@ -261,6 +270,22 @@ func (c *coverage) changed(since, upTo uint64) ([]blockdev.Extent, error) {
 		}
 	}
 	return c.extents(normal(all), noRest), nil
+}
+
+// exact says whether changed names nothing that did not change between the two:
+// what is kept and sets of several cuts may name more.
+func (c *coverage) exact(since, upTo uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.covered || since < c.first || since < c.from || upTo > c.last {
+		return false
+	}
+	for _, s := range c.sets {
+		if s.after < since && since < s.to || s.after < upTo && upTo < s.to {
+			return false
+		}
+	}
+	return true
 }
 
 // forget moves the coverage's begin to a cut: first in the header, then what is

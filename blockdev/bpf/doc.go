@@ -1,12 +1,12 @@
 // Package bpf says exactly which blocks of a disk have changed. Programs in the
-// kernel mark each write, discard and zero-out in a bitmap, at its completion;
-// this package takes what is marked and keeps it by cut.
+// kernel mark each write, discard and zero-out in a bitmap, when it begins and
+// when it completes; this package takes what is marked and keeps it by cut.
 //
 // What is named may be too much, never too little. Events do get lost, so each
-// check compares the sectors that the programs saw with the disk's own
-// statistics, exactly; a difference, or anything else unknown, ends the
-// coverage: Changed then answers ErrUncovered until a later cut has begun a
-// new one.
+// check compares the sectors that the programs saw, at either, with the disk's own
+// statistics, exactly; when both differ, or anything else is unknown, that ends
+// the coverage: Changed then answers ErrUncovered until a later cut has begun a
+// new one. reckoning.go says what is lost when, and what it costs.
 //
 // # How it is used
 //
@@ -15,7 +15,7 @@
 //		t.Exchange()            // a round, while writes go on
 //		extents := t.Taken()    // what that round took: read and send it
 //	}
-//	t.Exchange()                // once more, with writers stopped: the cut
+//	t.ExchangeStopped()         // once more, with writers stopped: the cut
 //	extents := t.Taken()        // after they go on
 //	t.Seal(number)              // all that was exchanged since the last Seal changed before this cut
 //	t.Changed(since, number)    // what changed between two cuts
@@ -33,9 +33,14 @@
 //   - The Seal that finds events lost, or the first after Void, returns
 //     ErrUncovered; that cut needs another source too. The next Seal begins a new
 //     coverage.
-//   - Between Exchange in the window and Seal no other call is needed; the check
-//     of the statistics is made within Exchange, where nothing is in flight and
-//     it is exact, and again in Seal if it was not.
+//   - ExchangeStopped may say that the rounds before it are worth nothing: then
+//     they are to begin anew. A cut for which nothing was read before need not mind.
+//   - Between it and Seal no other call is needed; the check of the statistics is
+//     made within it, where nothing is in flight and it is exact.
+//   - A cut may be sealed after an Exchange while writes go on, if Settled: of disks
+//     without requests (device-mapper, md, zram, brd) it never is. A write in flight then
+//     changed after that cut.
+//   - The kernel must keep the disk's statistics: blockdev.KeepStatistics.
 //
 // The maps and links are pinned in a folder of a bpffs: tracking goes on
 // without this process. Only one Tracker may have a folder open.

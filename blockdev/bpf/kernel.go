@@ -40,12 +40,13 @@ const (
 	flyingBios = 1 << 16
 )
 
-// programsOf names the programs that follow a disk.
+// programsOf names the programs that follow a disk: first the one that sees
+// what ends, then those that see what begins.
 func programsOf(requests bool) []string {
 	if requests {
-		return []string{"request_done"}
+		return []string{"request_done", "request_begun", "request_back"}
 	}
-	return []string{"bio_queued", "bio_done"}
+	return []string{"bio_done", "bio_queued"}
 }
 
 // kernel is what stands in the kernel for one volume.
@@ -86,14 +87,14 @@ func (k *kernel) mapAll(s shapeOfMaps) error {
 	return nil
 }
 
-// misses is how often the kernel left a program out.
-func (k *kernel) misses() (n uint64, err error) {
-	for _, p := range k.programs {
+// misses is how often the kernel left out a program of each side.
+func (k *kernel) misses() (n [sides]uint64, err error) {
+	for i, p := range k.programs {
 		s, err := p.Stats()
 		if err != nil {
-			return 0, fmt.Errorf("statistics of a program of fine tracking: %w", err)
+			return n, fmt.Errorf("statistics of a program of fine tracking: %w", err)
 		}
-		n += s.RecursionMisses
+		n[min(i, int(begun))] += s.RecursionMisses
 	}
 	return n, nil
 }

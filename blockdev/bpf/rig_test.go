@@ -125,6 +125,9 @@ func newZram(t testing.TB, size int64) disk {
 	n := strings.TrimSpace(string(number))
 	t.Cleanup(func() { put(t, "/sys/class/zram-control/hot_remove", n) })
 	put(t, "/sys/block/zram"+n+"/disksize", strconv.FormatInt(size, 10))
+	if _, err := blockdev.KeepStatistics("/dev/zram" + n); err != nil {
+		t.Fatal(err)
+	}
 	return disk{"/dev/zram" + n, size}
 }
 
@@ -330,12 +333,11 @@ func (d disk) fioCommand(options ...string) *exec.Cmd {
 	return c
 }
 
-// seal seals and says whether it was told of a loss, which is right at times.
+// seal seals, with writers stopped, and says whether it was told of a loss, which
+// is right at times.
 func seal(t testing.TB, tracker *Tracker, number uint64) (ok bool) {
 	t.Helper()
-	if err := tracker.Exchange(); err != nil {
-		t.Fatal(err)
-	}
+	tracker.ExchangeStopped()
 	err := tracker.Seal(number)
 	if errors.Is(err, ErrUncovered) {
 		t.Logf("cut %d: %v", number, err)

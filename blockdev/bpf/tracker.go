@@ -26,6 +26,9 @@ type Target struct {
 	Offset, Length int64
 	// Pin is a folder of the volume's own on a bpffs; it is made if need be.
 	Pin string
+	// Owner and Volume say whose this is: UnpinStale ends what its owner's
+	// volumes have left behind. Volume has at most 128 bytes.
+	Owner, Volume string
 }
 
 // Tracker follows the changes of one volume. Its methods but Close and Remove
@@ -43,11 +46,24 @@ type Tracker struct {
 	fresh               string
 
 	// mu guards what compares with the statistics.
-	mu     sync.Mutex
-	begin  sectors // the lead at the coverage's begin
-	misses uint64  // and the misses
-	agreed bool    // at the last exchange
-	lost   string  // why the next Seal must fail
+	mu      sync.Mutex
+	base    reckoning
+	rest    bool        // the last exchange was with writers stopped
+	settled bool        // it was not, and yet nothing was lost up to it
+	sound   [sides]bool // at each stop since the last seal that side had seen all
+	gap     string      // at one of them neither had: why
+	lost    string      // why the next Seal must fail
+}
+
+// reckoning is what counts, statistics and misses are compared with: as they were
+// when nothing was in between.
+type reckoning struct {
+	leads   leads
+	known   [sides]bool // the leads
+	misses  [sides]uint64
+	trouble uint64
+	again   uint64
+	drained bool // the last Seal was of an exchange with writers stopped
 }
 
 // Open goes on with the tracking that is pinned, if it is of this boot, this
@@ -73,6 +89,7 @@ func Open(target Target) (_ *Tracker, err error) {
 	}
 	s := shapeOfMaps{w.grains(), cpus}
 	if t.fresh = t.adopt(s); t.fresh == "" {
+		t.coverage.head.setOwner(target.Owner, target.Volume)
 		return t, nil
 	}
 	if err := t.release(); err != nil {
@@ -113,8 +130,8 @@ func (t *Tracker) adopt(s shapeOfMaps) (why string) {
 	if err := t.prepare(); err != nil {
 		return err.Error()
 	}
-	t.begin, t.misses = sectors{head.get(headBase), head.get(headBase + 1)}, head.get(headBase+2)
-	if why := t.check(); why != "" {
+	t.base.get(head)
+	if why := t.lostForSure(); why != "" {
 		return why
 	}
 	t.coverage.adopt()
@@ -138,8 +155,9 @@ func (t *Tracker) beginAnew(s shapeOfMaps) (err error) {
 	for i, word := range words {
 		head.put(headIdentity+i, word)
 	}
+	head.setOwner(t.where.target.Owner, t.where.target.Volume)
 	head.put(headState, stateBare)
-	if err := t.rebase(); err != nil {
+	if err := t.reckonAnew(); err != nil {
 		return err
 	}
 	if err := t.kernel.pin(t.where.target.Pin, programsOf(t.where.place.Requests)); err != nil {
@@ -154,46 +172,9 @@ func (t *Tracker) prepare() (err error) {
 	memory, grains := t.kernel.memory, t.where.grains()
 	t.coverage = newCoverage(marksOn(memory[nameActive], grains), marksOn(memory[nameKept], grains),
 		header(memory[nameHeader]), t.where.grain, t.where.target.Length, takenWords)
-	t.ledger, err = openLedger(t.where.place.Dir, memory[nameCounts])
+	t.sound = [sides]bool{true, true}
+	t.ledger, err = openLedger(t.where.place.Dir, memory[nameCounts], t.where.place.Requests)
 	return err
-}
-
-// rebase makes the present state the one to compare with from now on.
-func (t *Tracker) rebase() (err error) {
-	if t.misses, err = t.trouble(); err != nil {
-		return err
-	}
-	if t.begin, err = t.ledger.begin(); err != nil {
-		return err
-	}
-	head := t.coverage.head
-	head.put(headBase, t.begin.written)
-	head.put(headBase+1, t.begin.discarded)
-	head.put(headBase+2, t.misses)
-	return nil
-}
-
-func (t *Tracker) trouble() (uint64, error) {
-	misses, err := t.kernel.misses()
-	return misses + t.ledger.trouble(), err
-}
-
-// check says what speaks against having seen everything, or "".
-func (t *Tracker) check() string {
-	if err := t.ledger.kept(); err != nil {
-		return err.Error()
-	}
-	misses, err := t.trouble()
-	if err != nil {
-		return err.Error()
-	}
-	if misses != t.misses {
-		return fmt.Sprintf("%d events were missed, or named no sectors", misses-t.misses)
-	}
-	if t.agreed {
-		return ""
-	}
-	return t.ledger.agree(t.begin)
 }
 
 // Adopted says whether the coverage goes on from what was pinned, and from which
@@ -211,23 +192,40 @@ func (t *Tracker) GrainBytes() int64 { return t.where.grain }
 // more than the marks.
 func (t *Tracker) MarkedBytes() int64 { return t.coverage.active.count() * t.where.grain }
 
-// Exchange takes what is marked into the open set. It allocates nothing, and so
-// may be called with writers stopped: then the comparison with the disk's
-// statistics, made here too, is exact. An error means that they could not be
-// read; what is marked was taken all the same, and Seal decides.
+// Exchange takes what is marked into the open set, while writes go on.
 //
 // It can take 256 Ki words of 64 grains before somebody calls Taken or Seal;
 // beyond that, Taken and Changed name what was taken since the coverage began.
-func (t *Tracker) Exchange() error {
+func (t *Tracker) Exchange() {
 	t.coverage.exchange()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v, more, err := t.ledger.compare(t.begin)
-	t.agreed = v == agrees
-	if v == differs && t.lost == "" {
-		t.lost = differenceOf(more)
-	}
-	return err
+	t.rest, t.settled = false, false
+}
+
+// ExchangeStopped is Exchange with writers stopped and nothing of theirs in
+// flight: then the comparison with the disk's statistics, made here too, is exact.
+// It allocates nothing, unless something was lost.
+//
+// false says that not every write was seen to complete since the last exchange
+// with writers stopped, or since the last Seal: a block that an exchange took in
+// between may have changed after that. Until the next such exchange only all that was
+// taken since the last Seal, together, names what changed; whether it does Seal says.
+func (t *Tracker) ExchangeStopped() (whole bool) {
+	t.coverage.exchange()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.rest, t.settled = true, false
+	return t.compareStopped()
+}
+
+// Settled says whether Seal can tell that nothing was lost up to the last
+// Exchange, with writes going on. If not, ExchangeStopped may know more.
+func (t *Tracker) Settled() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.settled = t.settled || t.compare() == ""
+	return t.settled
 }
 
 // Taken is what the last Exchange took, ascending and disjoint.
@@ -251,17 +249,28 @@ func (t *Tracker) Seal(number uint64) error {
 	if t.lost != "" && why != t.lost {
 		why = strings.TrimPrefix(why+"; "+t.lost, "; ")
 	}
-	t.agreed = false
 	if why == "" {
-		return t.coverage.seal(number)
+		err := t.coverage.seal(number, func(head header) {
+			t.base.drained = t.rest
+			t.base.put(head)
+		})
+		if err == nil {
+			t.afterSeal()
+		}
+		return err
 	}
 	t.coverage.end(why)
-	if err := t.rebase(); err != nil {
+	if err := t.reckonAnew(); err != nil {
 		t.lost = err.Error() // so that the next one fails too, and tries again
 	} else {
 		t.lost = ""
 	}
+	t.afterSeal()
 	return fmt.Errorf("%w: cut %d of %s: %s", ErrUncovered, number, t.where.target.Device, why)
+}
+
+func (t *Tracker) afterSeal() {
+	t.rest, t.settled, t.gap, t.sound = false, false, "", [sides]bool{true, true}
 }
 
 // Covered says between which cuts Changed has an answer.
@@ -278,6 +287,11 @@ func (t *Tracker) Changed(since, upTo uint64) ([]blockdev.Extent, error) {
 	}
 	return t.coverage.changed(since, upTo)
 }
+
+// Exact says whether Changed names nothing that was not written between the two
+// cuts, begun before or completed after included. It may name more for cuts that an
+// earlier process sealed, and for ones so old that they are not told apart any more.
+func (t *Tracker) Exact(since, upTo uint64) bool { return t.coverage.exact(since, upTo) }
 
 // Forget says that nobody will ask for what changed before cut upTo.
 func (t *Tracker) Forget(upTo uint64) { t.coverage.forget(upTo) }

@@ -53,9 +53,7 @@ func TestFileSystemsAreFollowed(t *testing.T) {
 					unix.Sync()
 				}
 				if i%11 == 10 {
-					if err := tracker.Exchange(); err != nil {
-						t.Fatal(err)
-					}
+					tracker.Exchange()
 				}
 				if i%3 == 0 {
 					if err := os.Remove(path); err != nil {
@@ -99,18 +97,22 @@ func TestLossesAreReported(t *testing.T) {
 				running = false
 			case <-time.After(2 * time.Millisecond):
 			}
-			if err := tracker.Exchange(); err != nil {
-				t.Fatal(err)
-			}
+			tracker.Exchange()
 			taken = blockdev.Union(taken, tracker.Taken())
 		}
-		after := d.sums(t)
-		differ := differing(before, after)
-		if !seal(t, tracker, cut+1) {
+		whole := tracker.ExchangeStopped()
+		taken = blockdev.Union(taken, tracker.Taken())
+		differ := differing(before, d.sums(t))
+		if err := tracker.Seal(cut + 1); errors.Is(err, ErrUncovered) {
+			t.Logf("round %d: %v", round, err)
 			losses++
 			continue
+		} else if err != nil {
+			t.Fatal(err)
 		}
-		taken = blockdev.Union(taken, tracker.Taken())
+		if !whole {
+			t.Logf("round %d: completions were lost, and the cut is covered", round)
+		}
 		mustName(t, taken, differ)
 		mustName(t, changed(t, tracker, cut, cut+1), differ)
 		if exchanges < 20 {
@@ -158,9 +160,7 @@ func help(args []string) error {
 	fmt.Println("ready:", first, last, adopted, tracker.Fresh())
 	for number := last + 2; ; number++ {
 		for range 20 {
-			if err := tracker.Exchange(); err != nil {
-				return err
-			}
+			tracker.Exchange()
 			if number%3 == 0 {
 				tracker.Taken()
 			}
@@ -304,9 +304,7 @@ func TestTrackingGoesOnWithoutProcess(t *testing.T) {
 	if tracker.MarkedBytes() != int64(len(touched))*4096 {
 		t.Errorf("%d bytes marked, want %d blocks", tracker.MarkedBytes(), len(touched))
 	}
-	if err := tracker.Exchange(); err != nil {
-		t.Fatal(err)
-	}
+	tracker.Exchange()
 	if err := tracker.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -344,9 +342,7 @@ func TestStatisticsDecide(t *testing.T) {
 	iostats := "/sys/block/" + d.name() + "/queue/iostats"
 	refused := func(what string) {
 		t.Helper()
-		if err := tracker.Exchange(); err != nil {
-			t.Fatal(err)
-		}
+		tracker.ExchangeStopped()
 		cut++
 		err := tracker.Seal(cut)
 		if !errors.Is(err, ErrUncovered) || !strings.Contains(err.Error(), what) {
@@ -362,12 +358,10 @@ func TestStatisticsDecide(t *testing.T) {
 	put(t, iostats, "0")
 	d.writes(t, rng, unix.O_DIRECT, 3, 4096, 4096)
 	put(t, iostats, "1")
-	refused("statistics are ahead of what was seen by -")
+	refused("ahead of what was seen to complete by -12288 bytes written and 0 discarded, the disk's statistics are ahead of what was seen to begin by -12288 bytes")
 
 	put(t, iostats, "0")
-	if err := tracker.Exchange(); err != nil {
-		t.Fatal(err)
-	}
+	tracker.Exchange()
 	cut++
 	err := tracker.Seal(cut)
 	put(t, iostats, "1")
@@ -376,18 +370,15 @@ func TestStatisticsDecide(t *testing.T) {
 	}
 	cut = covered(t, tracker, cut+1)
 
-	// A program that was not there for a while has missed what was written.
-	if err := errors.Join(tracker.kernel.links[0].Unpin(), tracker.kernel.links[0].Close()); err != nil {
-		t.Fatal(err)
+	// Programs that were not there for a while have missed what was written.
+	for i := range tracker.kernel.links {
+		tracker.silence(t, i)
 	}
 	d.writes(t, rng, unix.O_DIRECT, 3, 4096, 4096)
-	if err := tracker.Exchange(); err != nil {
-		t.Fatal(err)
+	if tracker.ExchangeStopped() {
+		t.Error("an exchange does not say that completions were lost")
 	}
-	if _, err := tracker.Changed(cut, cut); !errors.Is(err, ErrUncovered) {
-		t.Errorf("after an exchange that saw a loss: %v", err)
-	}
-	if err := tracker.Seal(cut + 1); !errors.Is(err, ErrUncovered) || !strings.Contains(err.Error(), "ahead") {
+	if err := tracker.Seal(cut + 1); !errors.Is(err, ErrUncovered) || !strings.Contains(err.Error(), "to complete by 12288 bytes") || !strings.Contains(err.Error(), "to begin by 12288 bytes") {
 		t.Errorf("seal after a loss: %v", err)
 	}
 }
@@ -399,7 +390,7 @@ func TestMissesVoid(t *testing.T) {
 	target := d.target(newPin(t))
 	tracker := open(t, target)
 	cut := covered(t, tracker, 1)
-	for _, slot := range []int{slotStrange, slotFull, slotFailed} {
+	for _, slot := range []int{slotStrange, slotFailed} {
 		tracker.kernel.memory[nameCounts][slot]++ // the disk of a test gives no cause
 		if err := tracker.Seal(cut + 1); !errors.Is(err, ErrUncovered) || !strings.Contains(err.Error(), "1 events were missed") {
 			t.Fatalf("slot %d: %v", slot, err)
@@ -438,24 +429,4 @@ func TestMissesVoid(t *testing.T) {
 	if err := tracker.Seal(cut); err == nil || errors.Is(err, ErrUncovered) {
 		t.Errorf("the same cut twice: %v", err)
 	}
-}
-
-// A disk without requests is followed too.
-func TestDiskWithoutRequests(t *testing.T) {
-	d := newZram(t, 64<<20)
-	put(t, "/sys/block/"+d.name()+"/queue/iostats", "1")
-	tracker := open(t, d.target(newPin(t)))
-	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 6))
-	cut := covered(t, tracker, 1)
-	before := d.sums(t)
-	touched := d.writes(t, rng, unix.O_DIRECT, 300, 4096, 65536)
-	d.fio(t, "--ioengine=io_uring", "--direct=1", "--iodepth=16", "--io_size=8m")
-	d.writes(t, rng, 0, 100, 1, 100_000)
-	after := d.sums(t)
-	if !seal(t, tracker, cut+1) {
-		t.Skip("events were lost, and that was said")
-	}
-	list := changed(t, tracker, cut, cut+1)
-	mustName(t, list, differing(before, after))
-	mustName(t, list, touched)
 }

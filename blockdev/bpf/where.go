@@ -3,14 +3,8 @@ package bpf
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/bits"
-	"os"
-	"path/filepath"
-	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 )
@@ -90,65 +84,4 @@ func (w where) identity() (words [headIdentityEnd - headIdentity]uint64, names [
 		words[i], names[i] = part.value, part.name
 	}
 	return words, names
-}
-
-// lockPin makes the folder if need be and locks it; closing the file unlocks.
-func lockPin(folder string) (*os.File, error) {
-	if err := os.MkdirAll(folder, 0o700); err != nil {
-		return nil, fmt.Errorf("folder to pin fine tracking in: %w", err)
-	}
-	f, err := os.Open(folder)
-	if err != nil {
-		return nil, fmt.Errorf("folder to pin fine tracking in: %w", err)
-	}
-	var st unix.Statfs_t
-	if err = unix.Fstatfs(int(f.Fd()), &st); err == nil && int64(st.Type) != unix.BPF_FS_MAGIC {
-		err = fmt.Errorf("it is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf")
-	}
-	if err == nil {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-			err = fmt.Errorf("another process tracks with it: %w", err)
-		}
-	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("folder to pin fine tracking in: %s: %w", folder, err)
-	}
-	return f, nil
-}
-
-// EnsureMounted mounts a bpffs on a folder that has none, as machines without
-// systemd leave it.
-func EnsureMounted(folder string) error {
-	var st unix.Statfs_t
-	err := unix.Statfs(folder, &st)
-	if err == nil && int64(st.Type) == unix.BPF_FS_MAGIC {
-		return nil
-	}
-	if err == nil {
-		err = unix.Mount("bpf", folder, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=700")
-	}
-	if err != nil {
-		return fmt.Errorf("mount a bpffs on %s, to pin fine tracking in: %w", folder, err)
-	}
-	return nil
-}
-
-// UnpinOthers ends tracking that is pinned below root for a volume, by folders
-// whose names begin with the volume's and '-', but for keep.
-func UnpinOthers(root, volume, keep string) error {
-	found, err := os.ReadDir(root)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range found {
-		if strings.HasPrefix(e.Name(), volume+"-") && e.Name() != keep {
-			errs = append(errs, os.RemoveAll(filepath.Join(root, e.Name())))
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -19,7 +19,9 @@
 // as nothing is in flight once writers stand still, none that round i could have
 // half seen. What was read of it is what it held at the stop.
 //
-// This needs three things. Marks at completion, not only at submission. A stop
+// This needs three things. Marks at completion, not only at submission: where the
+// tracker says that it missed some, all that changed since the base is read again, in
+// rounds that begin anew; what began by then has a mark of that. A stop
 // that waits for what is in flight, and holds until the last read: the stop itself
 // says so, and a mark made within it voids the cut. And reads that see every
 // completed write: direct I/O on the device.

@@ -19,6 +19,8 @@ const (
 	// maxStops bounds how often in one cut writers are stopped in vain, because
 	// more was written until they stood still than was foretold.
 	maxStops = 3
+	// maxAnew bounds how often in one cut the rounds begin anew.
+	maxAnew = 2
 	// roomFactor is how much more than foretold there may be in the stop: so much
 	// memory is made ready, and so much longer the reads may take.
 	roomFactor = 2
@@ -80,9 +82,15 @@ func (e *TooMuchError) Is(target error) bool { return target == ErrTooMuch }
 type Tracker interface {
 	// MarkedBytes is how much is marked and was not exchanged yet.
 	MarkedBytes() int64
-	// Exchange takes what is marked into the open set. It allocates nothing.
-	// After an error what is marked was taken all the same; Seal decides.
-	Exchange() error
+	// Exchange takes what is marked into the open set.
+	Exchange()
+	// ExchangeStopped is Exchange with writers stopped. It allocates nothing.
+	// false: writes may have completed unseen since the last one; what was read
+	// of them is to be read again, and Seal decides whether that is all.
+	ExchangeStopped() (whole bool)
+	// Settled says whether Seal can tell that nothing was lost up to the last
+	// Exchange, made while writes go on.
+	Settled() bool
 	// Taken is what the last Exchange took, ascending and disjoint.
 	Taken() []blockdev.Extent
 	// AppendTaken is Taken within the list's capacity, without allocating.
@@ -165,6 +173,9 @@ type window struct {
 // errAgain: what is left goes into one more round.
 var errAgain = errors.New("more is left than was foretold")
 
+// errAnew: what the rounds have read may be old, they begin anew.
+var errAnew = errors.New("writes completed unseen in each attempt to read what changed")
+
 // New makes an engine. Close ends it.
 func New(o Options) (*Engine, error) {
 	for _, d := range []struct {
@@ -212,21 +223,34 @@ func (e *Engine) Close() error {
 	return e.pool.free()
 }
 
-// Mark seals a cut without an image while writes go on. Every write that
-// completes after it began is named by Changed since it, so that what is read
-// of the device later, and that, together are whole.
-func (e *Engine) Mark(number uint64) error {
+// Mark seals a cut without an image. Every write that completes after it began is
+// named by Changed since it, so that what is read of the device later, and that,
+// together are whole. Writes go on, unless the tracker can't tell then what it saw:
+// it does not of every disk. Then writers are stopped for it, for stalled.
+func (e *Engine) Mark(ctx context.Context, number uint64, stop Stopper) (stalled time.Duration, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	_ = e.exchange() // Seal decides
-	return e.seal(number)
+	e.exchange()
+	if !e.o.Tracker.Settled() {
+		if err := stop.Prepare(ctx); err != nil {
+			return 0, err
+		}
+		stalled, err = stop.Stop(ctx, e.o.StallLimit, func() error {
+			e.o.Tracker.ExchangeStopped() // Seal decides
+			return nil
+		})
+		e.keep(e.o.Tracker.Taken())
+		if err != nil {
+			return stalled, err
+		}
+	}
+	return stalled, e.seal(number)
 }
 
 // exchange keeps what it takes until it is sealed.
-func (e *Engine) exchange() error {
-	err := e.o.Tracker.Exchange()
+func (e *Engine) exchange() {
+	e.o.Tracker.Exchange()
 	e.keep(e.o.Tracker.Taken())
-	return err
 }
 
 func (e *Engine) keep(taken []blockdev.Extent) {
@@ -299,7 +323,7 @@ func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) erro
 	if err != nil {
 		return err
 	}
-	failed := 0
+	failed, anew := 0, 0
 	for c.rounds = 1; ; c.rounds++ {
 		if err := e.round(ctx, pending, c); err != nil {
 			return err
@@ -319,6 +343,13 @@ func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) erro
 			if err == nil {
 				return nil
 			}
+			if errors.Is(err, errAnew) && anew < maxAnew {
+				if pending, err = e.sinceBase(r.Since); err != nil {
+					return err
+				}
+				anew, c.rounds = anew+1, 0
+				continue
+			}
 			if !errors.Is(err, errAgain) && !errors.Is(err, errSlow) {
 				return err
 			}
@@ -330,15 +361,15 @@ func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) erro
 		} else if last {
 			return &TooMuchError{ReasonRounds, left, e.fitting(limit), c.rounds}
 		}
-		e.extra /= 2     // it may have been that once only
-		_ = e.exchange() // Seal decides
+		e.extra /= 2 // it may have been that once only
+		e.exchange()
 		pending = blockdev.Union(missed, e.o.Tracker.Taken()).Clip(e.o.Source.Size())
 	}
 }
 
 // sinceBase is what the first round reads, after an exchange.
 func (e *Engine) sinceBase(since uint64) (blockdev.Extents, error) {
-	_ = e.exchange() // Seal decides
+	e.exchange()
 	_, last, ok := e.o.Tracker.Covered()
 	if !ok {
 		last = since // Changed says why it has no answer
@@ -413,12 +444,15 @@ func (e *Engine) stop(ctx context.Context, left int64, limit time.Duration, stop
 func (e *Engine) inside() error {
 	w := &e.w
 	w.called, w.at = true, time.Now()
-	_ = e.o.Tracker.Exchange() // Seal decides
+	seen := e.o.Tracker.ExchangeStopped()
 	taken, whole := e.o.Tracker.AppendTaken(w.taken[:0])
 	for _, t := range taken {
 		w.left += t.Length
 	}
-	if !whole {
+	switch {
+	case !seen:
+		return errAnew
+	case !whole:
 		return errAgain
 	}
 	if n := len(taken); n > 0 && taken[n-1].End() > e.o.Source.Size() {

@@ -58,7 +58,7 @@ func TestCutIsOneMoment(t *testing.T) {
 	}
 	defer w.stop()
 	// The base: a cut without an image, then a full read, then a cut against it.
-	if err := e.Mark(1); err != nil {
+	if _, err := e.Mark(t.Context(), 1, g); err != nil {
 		t.Fatal(err)
 	}
 	base := make([]byte, d.Size())
@@ -122,13 +122,13 @@ func TestCutSinceAnOlderBase(t *testing.T) {
 	e := newTestEngine(t, Options{Source: d, Tracker: m})
 	var older *Cut
 	write := func(at int64, n uint64) { d.write(at*block, block, n); m.mark(at*block, block) }
-	if err := e.Mark(1); err != nil {
+	if _, err := e.Mark(t.Context(), 1, g); err != nil {
 		t.Fatal(err)
 	}
 	for number := uint64(2); number < 6; number++ {
 		write(int64(number), number)
 		if number == 4 {
-			if err := e.Mark(number); err != nil {
+			if _, err := e.Mark(t.Context(), number, g); err != nil {
 				t.Fatal(err)
 			}
 			continue
@@ -171,10 +171,11 @@ func prepared(t *testing.T, o Options, size int64) (*Engine, *disk, *marks, *gat
 	m := newMarks(size)
 	o.Source, o.Tracker = d, m
 	e := newTestEngine(t, o)
-	if err := e.Mark(1); err != nil {
+	g := &gate{disk: d}
+	if _, err := e.Mark(t.Context(), 1, g); err != nil {
 		t.Fatal(err)
 	}
-	return e, d, m, &gate{disk: d}
+	return e, d, m, g
 }
 
 func TestTooMuchForMemory(t *testing.T) {
@@ -189,7 +190,7 @@ func TestTooMuchForMemory(t *testing.T) {
 		t.Error("writers were stopped for it")
 	}
 	// It is sent while writes go on, as a round; then it fits, and nothing was lost.
-	if err := e.Mark(3); err != nil {
+	if _, err := e.Mark(t.Context(), 3, g); err != nil {
 		t.Fatal(err)
 	}
 	if all, err := m.Changed(1, 3); err != nil || blockdev.Total(all) != 2<<20 {
@@ -314,7 +315,7 @@ func TestCutIsVoid(t *testing.T) {
 	if _, err := e.Cut(t.Context(), Request{Number: 3, Since: 1}, g); !errors.Is(err, errors.Join(m.lost)) && (err == nil || !strings.Contains(err.Error(), "3 sectors")) {
 		t.Errorf("events lost: %v", err)
 	}
-	if err := e.Mark(4); err != nil {
+	if _, err := e.Mark(t.Context(), 4, g); err != nil {
 		t.Fatal(err)
 	}
 	// The disk fails, in a round and inside.
@@ -385,12 +386,16 @@ type quietMarks struct {
 	done bool
 }
 
-func (q *quietMarks) Exchange() error {
-	if q.done {
-		return nil
+func (q *quietMarks) Exchange() {
+	if !q.done {
+		q.done = true
+		q.marks.Exchange()
 	}
-	q.done = true
-	return q.marks.Exchange()
+}
+
+func (q *quietMarks) ExchangeStopped() bool {
+	q.Exchange()
+	return true
 }
 
 // counting counts allocations inside.
@@ -417,9 +422,7 @@ func (c *counting) Stop(ctx context.Context, limit time.Duration, inside func() 
 func TestExchangeOfAnEarlierProcess(t *testing.T) {
 	e, _, m, g := prepared(t, Options{}, 8<<20)
 	m.mark(3*block, block)
-	if err := m.Exchange(); err != nil { // and it is killed
-		t.Fatal(err)
-	}
+	m.Exchange()
 	m.last = nil
 	if _, err := e.Cut(t.Context(), Request{Number: 2, Since: 1}, g); !errors.Is(err, ErrNotWhole) {
 		t.Errorf("without what was exchanged before: %v", err)

@@ -73,6 +73,9 @@ type marks struct {
 	first  uint64                       // 0: no coverage
 	newest uint64
 	lost   error // the next Seal says so
+	unseen int   // so many stops say that completions were lost
+	// unsettled: nothing is known while writes go on.
+	unsettled bool
 }
 
 func newMarks(size int64) *marks {
@@ -93,12 +96,23 @@ func (m *marks) MarkedBytes() int64 {
 	return int64(len(m.live)) * block
 }
 
-func (m *marks) Exchange() error {
+func (m *marks) ExchangeStopped() (whole bool) {
+	m.Exchange()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	whole = m.unseen == 0
+	m.unseen = max(0, m.unseen-1)
+	return whole
+}
+
+func (m *marks) Settled() bool { return !m.unsettled }
+
+func (m *marks) Exchange() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.last = nil
 	if len(m.live) == 0 {
-		return nil // nothing allocated
+		return // nothing allocated
 	}
 	for at := range m.live {
 		m.last = append(m.last, blockdev.Extent{Offset: at * block, Length: block})
@@ -106,7 +120,6 @@ func (m *marks) Exchange() error {
 	m.last = blockdev.Normalize(m.last)
 	m.live = map[int64]bool{}
 	m.open = blockdev.Union(m.open, m.last)
-	return nil
 }
 
 func (m *marks) Taken() []blockdev.Extent {

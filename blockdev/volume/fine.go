@@ -35,8 +35,15 @@ func (v *Volume) openFine() {
 	if err := bpf.UnpinOthers(root, name, keep); err != nil {
 		v.log.Warn("pins of earlier tracking are left", "error", err)
 	}
+	if switched, err := blockdev.KeepStatistics(v.options.Device); err != nil {
+		v.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
+		return
+	} else if switched {
+		v.log.Info("the kernel did not keep statistics of the disk; what is tracked is compared with them, so they were switched on", "device", v.options.Device)
+	}
 	t, err := bpf.Open(bpf.Target{
 		Device: v.options.Device, Offset: v.label.Areas.Data.Offset, Length: v.label.Areas.Data.Length, Pin: filepath.Join(root, keep),
+		Owner: v.options.FineOwner, Volume: v.options.Name,
 	})
 	if err != nil {
 		v.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
@@ -96,8 +103,7 @@ func (c *Cut) Exact(since uint64) bool {
 	if !c.fine {
 		return false
 	}
-	first, last, ok := c.volume.fine.tracker.Covered()
-	return ok && first <= since && c.number <= last
+	return c.volume.fine.tracker.Exact(since, c.number)
 }
 
 // changedFine answers from fine tracking, if that knows.

@@ -53,6 +53,8 @@ type Options struct {
 	// FinePins is a folder on a bpffs in which fine tracking is pinned; "": the
 	// era tracks alone. Where the kernel can't track finely it is the same.
 	FinePins string
+	// FineOwner is bpf.Target's Owner.
+	FineOwner string
 	// RollEvery is how often an era is begun while fine tracking answers; 0: 1 min.
 	RollEvery time.Duration
 	// PreCopy has CutSince read into memory what changed, in rounds, the last

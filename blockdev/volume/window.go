@@ -39,9 +39,9 @@ type window struct {
 	between  func() error  // then, may be nil
 	rescuers []*dm.Request // resume all, should the dead-man be dead
 
-	// exchange takes what fine tracking marked; nil without it. Its error is
-	// the seal's to tell.
-	exchange func() error
+	// exchange takes what fine tracking marked; nil without it. What was lost is
+	// the seal's to tell: no round was read before.
+	exchange func() bool
 
 	buffer  [512]byte
 	written uint64
@@ -72,7 +72,7 @@ func (v *Volume) newWindow(withView, roll bool) (*window, error) {
 		w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
 	}
 	if v.fine != nil {
-		w.exchange = v.fine.tracker.Exchange
+		w.exchange = v.fine.tracker.ExchangeStopped
 	}
 	for _, device := range w.devices {
 		w.rescuers = append(w.rescuers, request(v.ctl.ResumeRequest(device)))
@@ -140,7 +140,7 @@ func (w *window) inside() {
 	}
 	w.at = time.Now()
 	if w.exchange != nil {
-		_ = w.exchange()
+		w.exchange()
 	}
 	for _, r := range w.inner {
 		if w.err = r.Do(); w.err != nil {

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //
 // Marks what changes on one disk: sets the bit of each grain of the volume
-// that a completed write, discard or zero-out touched, then the bit of the bit's
-// line in the summary, and counts the sectors of the whole disk.
+// that a write, discard or zero-out touches, then the bit of the bit's line in the
+// summary, and counts the sectors of the whole disk. It does so twice, when the
+// write begins and when it has ended, in the same bits and in counts of their own:
+// an event of either kind can be lost, and what the other saw then still tells.
 //
 // A disk with a request queue (loop, NVMe, virtio, SCSI) is seen by
-// request_done alone. One that takes bios as they come (device-mapper, md, brd,
-// zram) by bio_queued and bio_done: at completion such a bio may carry only
-// what is left of it.
+// request_begun and request_done, after all merging and splitting; request_back
+// notes that a request will begin once more. A disk that takes bios as they come
+// (device-mapper, md, brd, zram) is seen by bio_queued and bio_done: at completion such
+// a bio may carry only what is left of it, so its range is kept until then.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -38,11 +41,13 @@ struct bio {
 	struct bio *bi_next;
 	struct block_device *bi_bdev;
 	u32 bi_opf;
+	u8 bi_status;
 	struct bvec_iter bi_iter;
 } RELOCATED;
 struct request {
 	struct request_queue *q;
 	u32 cmd_flags;
+	u32 __data_len;
 	sector_t __sector;
 	struct bio *bio;
 } RELOCATED;
@@ -83,22 +88,23 @@ struct {
 } counts SEC(".maps");
 
 enum {
-	SLOT_WRITTEN,   // sectors written, zeroed and erased
-	SLOT_DISCARDED, // sectors discarded
-	SLOT_STRANGE,   // commands that may have changed what no sector number tells
-	SLOT_FULL,      // bios that did not fit into flying
-	SLOT_FAILED,    // marks that could not be made
+	SLOT_ENDED = 0, // sectors of what has ended: written, zeroed and erased; then discarded
+	SLOT_BEGUN = 2, // the same of what has begun
+	SLOT_STRANGE = 4, // commands that may have changed what no sector number tells
+	SLOT_FAILED,    // marks that could not be made, bios that failed
+	SLOT_AGAIN,     // requests that begin more than once
 };
 
-// What is in flight on a disk without requests: bio -> range.
-struct range {
+// What is in flight on a disk without requests: bio -> its range.
+struct flight {
 	u64 sector;
-	u64 sectors;
+	u32 sectors;
+	u32 op;
 };
 struct {
 	UINT(type, TYPE_HASH);
 	UINT(key_size, 8);
-	UINT(value_size, sizeof(struct range));
+	UINT(value_size, sizeof(struct flight));
 	UINT(max_entries, 1);
 } flying SEC(".maps");
 
@@ -132,6 +138,10 @@ INLINE void count(u32 slot, u64 n)
 INLINE void mark(u32 word, u64 bits)
 {
 	u64 *at = map_lookup(&active, &word);
+	// Bits that are set need nothing: whoever set them sees to the line's bit, and
+	// whoever takes them from now on reads the disk after that.
+	if (at && (*(volatile u64 *)at & bits) == bits)
+		return;
 	u32 line = summary_word + (word >> 9);
 	u64 line_bit = 1ULL << (word >> 3 & 63);
 	u64 *summary = map_lookup(&active, &line);
@@ -195,9 +205,9 @@ INLINE int strange(u32 op)
 	return !changes(op) && op != OP_READ && op != OP_FLUSH && op != OP_DRV_IN;
 }
 
-INLINE void count_sectors(u32 op, u64 sectors)
+INLINE void count_sectors(u32 slot, u32 op, u64 sectors)
 {
-	count(op == OP_DISCARD ? SLOT_DISCARDED : SLOT_WRITTEN, sectors);
+	count(slot + (op == OP_DISCARD), sectors);
 }
 
 // One discard request may hold several ranges far from each other: a chain of
@@ -224,17 +234,13 @@ static long mark_bio(u32 index, void *context)
 
 // Sectors are counted last: a count that includes a write means it is marked.
 
-SEC("tp_btf/block_rq_complete")
-int request_done(u64 *args)
+INLINE int request(u64 *args, u32 slot, u32 bytes)
 {
 	struct request *rq = (void *)args[0];
-	struct gendisk *disk = rq->q->disk;
-	if (!ours(disk))
-		return 0;
 	u32 op = rq->cmd_flags & OP_MASK;
 	if (strange(op))
 		count(SLOT_STRANGE, 1);
-	u64 sectors = (u32)args[2] >> 9;
+	u64 sectors = bytes >> 9;
 	if (!changes(op) || !sectors)
 		return 0;
 	mark_range(rq->__sector, sectors);
@@ -245,8 +251,31 @@ int request_done(u64 *args)
 		if (chain)
 			count(SLOT_FAILED, 1);
 	}
-	count_sectors(op, sectors);
+	count_sectors(slot, op, sectors);
 	return 0;
+}
+
+SEC("tp_btf/block_rq_issue")
+int request_begun(u64 *args)
+{
+	struct request *rq = (void *)args[0];
+	return ours(rq->q->disk) ? request(args, SLOT_BEGUN, rq->__data_len) : 0;
+}
+
+SEC("tp_btf/block_rq_requeue")
+int request_back(u64 *args)
+{
+	struct request *rq = (void *)args[0];
+	if (ours(rq->q->disk))
+		count(SLOT_AGAIN, 1);
+	return 0;
+}
+
+SEC("tp_btf/block_rq_complete")
+int request_done(u64 *args)
+{
+	struct request *rq = (void *)args[0];
+	return ours(rq->q->disk) ? request(args, SLOT_ENDED, args[2]) : 0;
 }
 
 SEC("tp_btf/block_bio_queue")
@@ -259,26 +288,31 @@ int bio_queued(u64 *args)
 	u32 op = bio->bi_opf & OP_MASK;
 	if (strange(op))
 		count(SLOT_STRANGE, 1);
-	struct range range = {bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9};
-	if (!changes(op) || !range.sectors)
+	struct flight flight = {bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9, op};
+	if (!changes(op) || !flight.sectors)
 		return 0;
-	mark_range(range.sector, range.sectors);
+	mark_range(flight.sector, flight.sectors);
 	u64 key = (u64)bio;
-	if (map_update(&flying, &key, &range, 0))
-		count(SLOT_FULL, 1);
-	count_sectors(op, range.sectors);
+	map_update(&flying, &key, &flight, 0); // without it bio_done does not count
+	count_sectors(SLOT_BEGUN, op, flight.sectors);
 	return 0;
 }
 
 SEC("tp_btf/block_bio_complete")
 int bio_done(u64 *args)
 {
-	u64 key = args[1];
-	struct range *range = map_lookup(&flying, &key);
-	if (!range)
+	struct bio *bio = (void *)args[1];
+	u64 key = (u64)bio;
+	struct flight *flight = map_lookup(&flying, &key);
+	if (!flight)
 		return 0;
-	mark_range(range->sector, range->sectors);
+	if (bio->bi_status) // the statistics may have it or not
+		count(SLOT_FAILED, 1);
+	u32 op = flight->op;
+	u64 sectors = flight->sectors;
+	mark_range(flight->sector, sectors);
 	map_delete(&flying, &key);
+	count_sectors(SLOT_ENDED, op, sectors);
 	return 0;
 }
 

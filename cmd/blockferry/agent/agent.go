@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/cmd/blockferry/config"
@@ -89,6 +91,7 @@ func Run(ctx context.Context, o Options) error {
 	for _, v := range o.Config.Volumes {
 		a.volumes = append(a.volumes, newManaged(a, v))
 	}
+	a.unpinStale(pinRoot)
 	server := grpc.NewServer(grpc.UnaryInterceptor(a.wireUnary), grpc.StreamInterceptor(a.wireStream))
 	proto.RegisterControlServer(server, control{agent: a})
 	served := make(chan error, 1)
@@ -115,6 +118,29 @@ func Run(ctx context.Context, o Options) error {
 	close(a.stopping)
 	stop()
 	return errors.Join(err, a.stop(server, &running))
+}
+
+// owner names this agent to what it leaves in the kernel.
+func (a *Agent) owner() string {
+	path, err := filepath.Abs(a.options.Config.Path)
+	if err != nil {
+		return a.options.Config.Path
+	}
+	return path
+}
+
+// unpinStale ends the tracking of volumes that this configuration had once: each
+// costs every write to its disk some time, until the machine is started anew.
+func (a *Agent) unpinStale(root string) {
+	ended, err := bpf.UnpinStale(root, a.owner(), func(name string) bool {
+		return slices.ContainsFunc(a.options.Config.Volumes, func(v *config.Volume) bool { return v.Name == name })
+	})
+	for _, name := range ended {
+		a.log.Info("tracking ended of a volume that is not configured any more", "volume", name)
+	}
+	if err != nil {
+		a.log.Warn("tracking of volumes that are not configured any more may go on", "error", err)
+	}
 }
 
 // stop waits for everything, at most for stopLimit.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"blockferry/blockdev/blocktest"
+	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -276,6 +277,35 @@ func TestSealedSourceCounts(t *testing.T) {
 }
 
 // Requests end when the agent begins to stop.
+// A volume that was taken out of the configuration costs its disk nothing more.
+func TestStaleTrackingEnds(t *testing.T) {
+	root, device := blocktest.PinDir(t), blocktest.Loop(t, 16<<20)
+	a := &Agent{log: quiet(), options: Options{Config: &config.Config{Path: "blockferry.yaml", Volumes: []*config.Volume{{Name: "kept"}}}}}
+	pin := func(volume string) string {
+		id := fmt.Sprintf("%032x", len(volume))
+		target := bpf.Target{Device: device, Length: 16 << 20, Pin: filepath.Join(root, id+"-"+id), Owner: a.owner(), Volume: volume}
+		tracker, err := bpf.Open(target)
+		if err == nil {
+			err = tracker.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return target.Pin
+	}
+	gone, kept := pin("dropped"), pin("kept")
+	a.unpinStale(root)
+	if _, err := os.Stat(gone); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of a volume that is gone: %v", err)
+	}
+	if _, err := os.Stat(kept); err != nil {
+		t.Errorf("of a volume that is there: %v", err)
+	}
+	if !filepath.IsAbs(a.owner()) {
+		t.Errorf("the owner is called %s from anywhere", a.owner())
+	}
+}
+
 func TestRequestsEndWithTheAgent(t *testing.T) {
 	a := &Agent{stopping: make(chan struct{})}
 	ctx, end := a.untilStop(context.Background())

@@ -86,7 +86,7 @@ func (m *managed) bringUpAttached() error {
 		return m.refuse(err)
 	}
 	a, err := attach.Open(attach.Options{
-		Name: v.Name, Device: v.Device, StateFile: v.StateFile, PinDir: pins, Keep: m.needed(),
+		Name: v.Name, Device: v.Device, StateFile: v.StateFile, PinDir: pins, PinOwner: m.agent.owner(), Keep: m.needed(),
 		Guard: guard, StallBudget: v.StallBudget, StallLimit: v.StallLimit, Log: m.agent.log,
 	})
 	if err != nil {

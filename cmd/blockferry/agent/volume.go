@@ -226,7 +226,7 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
-		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), PreCopy: v.PreCopy, StallBudget: v.StallBudget, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
+		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), FineOwner: m.agent.owner(), PreCopy: v.PreCopy, StallBudget: v.StallBudget, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
 		Guard: guard, Log: m.agent.log,
 	})
 	if err != nil {
