@@ -25,6 +25,16 @@ func (t *Tracker) silence(tb testing.TB, program int) {
 	}
 }
 
+// openBoth opens a tracker that watches both what begins and what completes.
+func openBoth(tb testing.TB, target Target) *Tracker {
+	tb.Helper()
+	t := open(tb, target)
+	if err := t.kernel.startAll(target.Pin, programsOf(t.where.place.Requests)); err != nil {
+		tb.Fatal(err)
+	}
+	return t
+}
+
 // speak begins it again.
 func (t *Tracker) speak(tb testing.TB, program int) {
 	tb.Helper()
@@ -35,6 +45,78 @@ func (t *Tracker) speak(tb testing.TB, program int) {
 	t.kernel.links[program] = l
 }
 
+// The first loss ends the coverage; from then on what begins is watched, also by
+// processes that go on with it or begin anew, and a loss costs no coverage.
+func TestFirstLoss(t *testing.T) {
+	d := newFastLoop(t, 64<<20)
+	target := d.target(newPin(t))
+	tracker := open(t, target)
+	rng := rand.New(rand.NewPCG(5, 6))
+	cut := covered(t, tracker, 1)
+	lose := func() error {
+		t.Helper()
+		tracker.silence(t, 0)
+		d.writes(t, rng, unix.O_DIRECT, 20, 4096, 4096)
+		tracker.speak(t, 0)
+		if err := tracker.kernel.links[0].Pin(target.Pin + "/" + programsOf(true)[0] + linkSuffix); err != nil {
+			t.Fatal(err)
+		}
+		tracker.ExchangeStopped()
+		cut++
+		return tracker.Seal(cut)
+	}
+	watched := func() bool { return startedAll(target.Pin, programsOf(true)) }
+	if watched() {
+		t.Skip("events were lost already")
+	}
+	tracker.Void("a caller's reason")
+	if cut = covered(t, tracker, cut+1); watched() {
+		t.Error("a caller's reason is taken for a loss")
+	}
+	if err := lose(); !errors.Is(err, ErrUncovered) {
+		t.Fatalf("the first loss: %v", err)
+	}
+	if !watched() {
+		t.Fatal("what begins is not watched after a loss")
+	}
+	for _, what := range []string{"the second loss", "one after another process has gone on", "one after another has begun anew"} {
+		cut = covered(t, tracker, cut+1)
+		if err := lose(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if what == "the second loss" {
+			cut++
+			seal(t, tracker, cut)
+		} else {
+			tracker.Void("so that the next begins anew")
+		}
+		if err := tracker.Close(); err != nil {
+			t.Fatal(err)
+		}
+		tracker = open(t, target)
+	}
+}
+
+// So it does when a process finds a loss that came before it.
+func TestLossFoundAtOpen(t *testing.T) {
+	d := newFastLoop(t, 64<<20)
+	target := d.target(newPin(t))
+	tracker := open(t, target)
+	covered(t, tracker, 1)
+	tracker.silence(t, 0)
+	d.writes(t, rand.New(rand.NewPCG(5, 11)), unix.O_DIRECT, 3, 4096, 4096)
+	tracker.speak(t, 0)
+	err := tracker.kernel.links[0].Pin(target.Pin + "/" + programsOf(true)[0] + linkSuffix)
+	if err := errors.Join(err, tracker.Close()); err != nil {
+		t.Fatal(err)
+	}
+	tracker = open(t, target)
+	if _, _, ok := tracker.Adopted(); ok || !startedAll(target.Pin, programsOf(true)) {
+		t.Errorf("adopted %v: %s; what begins is watched: %v", ok, tracker.Fresh(), tracker.kernel.startedAll())
+	}
+	covered(t, tracker, 1)
+}
+
 // What completes unseen costs no coverage: between two cuts with writers stopped
 // what began is all that changed. Only the rounds are worth nothing, and that is
 // said once.
@@ -43,7 +125,7 @@ func TestLostCompletions(t *testing.T) {
 		for silent, what := range []string{"complete", "begin"} {
 			t.Run(name+" "+what, func(t *testing.T) {
 				d := newDisk(t, 64<<20)
-				tracker := open(t, d.target(newPin(t)))
+				tracker := openBoth(t, d.target(newPin(t)))
 				rng := rand.New(rand.NewPCG(5, 7))
 				cut := covered(t, tracker, 1)
 				write := func() map[int64]bool { return d.writes(t, rng, unix.O_DIRECT, 20, 4096, 4096) }
@@ -100,7 +182,7 @@ func TestLostCompletions(t *testing.T) {
 // enough, and what neither saw is not made good by a later one.
 func TestLossesBetweenStops(t *testing.T) {
 	d := newFastLoop(t, 64<<20)
-	tracker := open(t, d.target(newPin(t)))
+	tracker := openBoth(t, d.target(newPin(t)))
 	rng := rand.New(rand.NewPCG(5, 10))
 	cut := covered(t, tracker, 1)
 	touched := map[int64]bool{}
@@ -153,7 +235,7 @@ func TestLossesBetweenStops(t *testing.T) {
 func TestLostCompletionsAfterAMark(t *testing.T) {
 	d := newFastLoop(t, 64<<20)
 	target := d.target(newPin(t))
-	tracker := open(t, target)
+	tracker := openBoth(t, target)
 	rng := rand.New(rand.NewPCG(5, 8))
 	cut := covered(t, tracker, 1)
 	for !tracker.Settled() {
@@ -190,7 +272,7 @@ func TestLostCompletionsAfterAMark(t *testing.T) {
 func TestLostCompletionsAcrossProcesses(t *testing.T) {
 	d := newFastLoop(t, 64<<20)
 	target := d.target(newPin(t))
-	tracker := open(t, target)
+	tracker := openBoth(t, target)
 	rng := rand.New(rand.NewPCG(5, 9))
 	cut := covered(t, tracker, 1)
 	miss := func(again bool) map[int64]bool {

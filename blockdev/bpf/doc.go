@@ -1,6 +1,6 @@
 // Package bpf says exactly which blocks of a disk have changed. Programs in the
-// kernel mark each write, discard and zero-out in a bitmap, when it begins and
-// when it completes; this package takes what is marked and keeps it by cut.
+// kernel mark each write, discard and zero-out in a bitmap, when it completes and,
+// where need be, when it begins; this package takes what is marked and keeps it by cut.
 //
 // What is named may be too much, never too little. Events do get lost, so each
 // check compares the sectors that the programs saw, at either, with the disk's own

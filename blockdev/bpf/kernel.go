@@ -54,7 +54,7 @@ type kernel struct {
 	maps     map[string]*ebpf.Map
 	memory   map[string][]uint64 // the maps' own
 	programs []*ebpf.Program
-	links    []link.Link
+	links    []link.Link // of the programs; nil: it was not started
 }
 
 func (k *kernel) close() error {
@@ -63,7 +63,9 @@ func (k *kernel) close() error {
 		errs = append(errs, unmapWords(words))
 	}
 	for _, l := range k.links {
-		errs = append(errs, l.Close())
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
 	}
 	for _, p := range k.programs {
 		errs = append(errs, p.Close())
@@ -118,7 +120,8 @@ func (s shapeOfMaps) fits(name string, m *ebpf.Map) bool {
 		int64(m.ValueSize())*int64(m.MaxEntries()) == s.words()[name]*8
 }
 
-// load makes maps and programs and starts the programs. Nothing is pinned.
+// load makes maps and programs and starts the programs. Of a disk with requests
+// only the one is started that sees what ends. Nothing is pinned.
 func load(w where, s shapeOfMaps) (_ *kernel, err error) {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
@@ -172,14 +175,54 @@ func load(w where, s shapeOfMaps) (_ *kernel, err error) {
 	if err := k.mapAll(s); err != nil {
 		return nil, err
 	}
-	for i, p := range k.programs {
-		l, err := link.AttachTracing(link.TracingOptions{Program: p})
-		if err != nil {
-			return nil, fmt.Errorf("start %s of fine tracking: %w", wanted[i], err)
+	k.links = make([]link.Link, len(wanted))
+	for i := range k.programs {
+		if i > 0 && w.place.Requests {
+			break
 		}
-		k.links = append(k.links, l)
+		if err := k.start(i, wanted[i]); err != nil {
+			return nil, err
+		}
 	}
 	return k, nil
+}
+
+func (k *kernel) start(program int, name string) (err error) {
+	k.links[program], err = link.AttachTracing(link.TracingOptions{Program: k.programs[program]})
+	if err != nil {
+		k.links[program] = nil
+		return fmt.Errorf("start %s of fine tracking: %w", name, err)
+	}
+	return nil
+}
+
+// startAll starts and pins those programs that are not yet.
+func (k *kernel) startAll(folder string, names []string) error {
+	for i, name := range names {
+		if k.links[i] != nil {
+			continue
+		}
+		if err := k.start(i, name); err != nil {
+			return err
+		}
+		if err := k.links[i].Pin(filepath.Join(folder, name+linkSuffix)); err != nil {
+			return fmt.Errorf("pin %s of fine tracking in %s: %w", name, folder, err)
+		}
+	}
+	return nil
+}
+
+// startedAll says whether all programs are started.
+func (k *kernel) startedAll() bool { return !slices.Contains(k.links, nil) }
+
+// startedAll says whether what is pinned in a folder had all programs started.
+func startedAll(folder string, names []string) bool {
+	for _, name := range names {
+		if _, err := os.Lstat(filepath.Join(folder, name+linkSuffix)); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // pin makes it outlive this process.
@@ -189,7 +232,10 @@ func (k *kernel) pin(folder string, names []string) error {
 		errs = append(errs, m.Pin(filepath.Join(folder, name)))
 	}
 	for i, name := range names {
-		errs = append(errs, k.programs[i].Pin(filepath.Join(folder, name)), k.links[i].Pin(filepath.Join(folder, name+linkSuffix)))
+		errs = append(errs, k.programs[i].Pin(filepath.Join(folder, name)))
+		if k.links[i] != nil {
+			errs = append(errs, k.links[i].Pin(filepath.Join(folder, name+linkSuffix)))
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("pin fine tracking in %s: %w", folder, err)
@@ -201,7 +247,8 @@ func (k *kernel) pin(folder string, names []string) error {
 var errNothingPinned = errors.New("nothing is pinned")
 
 // openPinned opens what pin left, if it is whole and belongs together.
-func openPinned(folder string, names []string, s shapeOfMaps) (_ *kernel, err error) {
+func openPinned(folder string, requests bool, s shapeOfMaps) (_ *kernel, err error) {
+	names := programsOf(requests)
 	entries, err := os.ReadDir(folder)
 	if err != nil {
 		return nil, err
@@ -223,6 +270,10 @@ func openPinned(folder string, names []string, s shapeOfMaps) (_ *kernel, err er
 		}
 		k.programs = append(k.programs, p)
 		l, err := link.LoadPinnedLink(filepath.Join(folder, name+linkSuffix), nil)
+		if i > 0 && requests && errors.Is(err, fs.ErrNotExist) {
+			k.links = append(k.links, nil) // it was never needed
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name+linkSuffix, err)
 		}

@@ -17,6 +17,10 @@ import "fmt"
 // the statistics. Hence a cut with writers stopped, after another such, is covered
 // when either agrees. A side that does not goes on from there, reckoned anew.
 //
+// To watch what begins costs each write about as much again. So on a disk with
+// requests, where what completes tells all unless something is lost, it begins with
+// the first loss, which ends the coverage, and then stays.
+//
 // Only what was seen to complete tells what an exchange while writes went on may
 // have taken too early. When that side has lost something, such exchanges are
 // worth nothing by themselves, but the marks of all of them together still are.
@@ -30,7 +34,8 @@ func (t *Tracker) compareStopped() bool {
 	for s := range agrees {
 		agrees[s] = agrees[s] && b.known[s] && err == nil
 	}
-	agrees[begun] = agrees[begun] && b.drained && again == b.again
+	watched := t.kernel.startedAll() // otherwise that count stands still, and agrees when it should not
+	agrees[begun] = agrees[begun] && watched && b.drained && again == b.again
 	if agrees == [sides]bool{} && t.gap == "" {
 		switch {
 		case err != nil:
@@ -41,14 +46,14 @@ func (t *Tracker) compareStopped() bool {
 			t.gap = "no cut before it had stopped writers"
 		default:
 			t.gap = differenceOf(ended, now[ended].minus(b.leads[ended]))
-			if b.drained {
+			if watched && b.drained {
 				t.gap += ", " + differenceOf(begun, now[begun].minus(b.leads[begun]))
 			}
 		}
 	}
 	for s := range agrees {
 		if !agrees[s] {
-			b.leads[s], b.known[s], t.sound[s] = now[s], known[s] && err == nil, false
+			b.leads[s], b.known[s], t.sound[s] = now[s], known[s] && err == nil && (watched || side(s) == ended), false
 		}
 	}
 	b.again = again

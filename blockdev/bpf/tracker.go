@@ -44,6 +44,7 @@ type Tracker struct {
 	adopted             bool
 	adoptFirst, adoptTo uint64
 	fresh               string
+	loses               bool // events were lost before Open
 
 	// mu guards what compares with the statistics.
 	mu      sync.Mutex
@@ -104,7 +105,7 @@ func Open(target Target) (_ *Tracker, err error) {
 // adopt takes what is pinned, or says why it can't be gone on with.
 func (t *Tracker) adopt(s shapeOfMaps) (why string) {
 	var err error
-	t.kernel, err = openPinned(t.where.target.Pin, programsOf(t.where.place.Requests), s)
+	t.kernel, err = openPinned(t.where.target.Pin, t.where.place.Requests, s)
 	if errors.Is(err, errNothingPinned) {
 		return "nothing was pinned"
 	}
@@ -132,6 +133,7 @@ func (t *Tracker) adopt(s shapeOfMaps) (why string) {
 	}
 	t.base.get(head)
 	if why := t.lostForSure(); why != "" {
+		t.loses = true
 		return why
 	}
 	t.coverage.adopt()
@@ -141,6 +143,8 @@ func (t *Tracker) adopt(s shapeOfMaps) (why string) {
 }
 
 func (t *Tracker) beginAnew(s shapeOfMaps) (err error) {
+	names := programsOf(t.where.place.Requests)
+	all := t.loses || startedAll(t.where.target.Pin, names)
 	if err := unpin(t.where.target.Pin); err != nil {
 		return fmt.Errorf("remove what was pinned: %w", err)
 	}
@@ -160,7 +164,11 @@ func (t *Tracker) beginAnew(s shapeOfMaps) (err error) {
 	if err := t.reckonAnew(); err != nil {
 		return err
 	}
-	if err := t.kernel.pin(t.where.target.Pin, programsOf(t.where.place.Requests)); err != nil {
+	err = t.kernel.pin(t.where.target.Pin, names)
+	if err == nil && all {
+		err = t.kernel.startAll(t.where.target.Pin, names)
+	}
+	if err != nil {
 		return errors.Join(err, unpin(t.where.target.Pin))
 	}
 	head.put(headMagic, headerMagic)
@@ -245,12 +253,13 @@ func (t *Tracker) AppendTaken(list []blockdev.Extent) ([]blockdev.Extent, bool) 
 func (t *Tracker) Seal(number uint64) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	var err error
 	why := t.check()
 	if t.lost != "" && why != t.lost {
 		why = strings.TrimPrefix(why+"; "+t.lost, "; ")
 	}
 	if why == "" {
-		err := t.coverage.seal(number, func(head header) {
+		err = t.coverage.seal(number, func(head header) {
 			t.base.drained = t.rest
 			t.base.put(head)
 		})
@@ -259,8 +268,13 @@ func (t *Tracker) Seal(number uint64) error {
 		}
 		return err
 	}
+	_, _, covered := t.coverage.bounds()
 	t.coverage.end(why)
-	if err := t.reckonAnew(); err != nil {
+	if covered && t.lost == "" {
+		// This kernel loses events. What begins is watched too from now on.
+		err = t.kernel.startAll(t.where.target.Pin, programsOf(t.where.place.Requests))
+	}
+	if err = errors.Join(err, t.reckonAnew()); err != nil {
 		t.lost = err.Error() // so that the next one fails too, and tries again
 	} else {
 		t.lost = ""

@@ -2,7 +2,7 @@
 //
 // Marks what changes on one disk: sets the bit of each grain of the volume
 // that a write, discard or zero-out touches, then the bit of the bit's line in the
-// summary, and counts the sectors of the whole disk. It does so twice, when the
+// summary, and counts the sectors of the whole disk. It can do so twice, when the
 // write begins and when it has ended, in the same bits and in counts of their own:
 // an event of either kind can be lost, and what the other saw then still tells.
 //
