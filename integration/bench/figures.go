@@ -127,8 +127,19 @@ var figures = []figure{
 			"when its number can be read in the copy, durable or not, and though what is beside it may be older or newer: theirs is no point in time. The rows are stretches of one run, one after another.",
 		disks:   []uml.Disk{{Size: lagBytes + 512<<20}, {Size: lagBytes + 512<<20}, {Size: lagBytes}, {Size: lagBytes}},
 		limit:   45 * time.Minute,
-		picture: lagPicture,
+		picture: lagPicture("lag-vs-lsyncd", ""),
 		measure: lagVersusLsyncd,
+	},
+	{
+		name:  "lag-natively",
+		about: "the same on this machine's kernel, an attached device beside what lsyncd and rsync copy, and with writes of 4 KiB alone, too",
+		note: "The load is that of lag-vs-lsyncd. The writer, the agent, the replica and the loop devices' threads share the machine's two CPUs. Bytes behind are all that were written from the oldest write on that has not arrived, " +
+			"also those of later writes that have: for a replica that takes cuts whole it is what it lacks.",
+		disks:   []uml.Disk{{Size: lagBytes}, {Size: lagBytes + 512<<20}, {Size: lagBytes}, {Size: lagBytes}},
+		native:  true,
+		limit:   75 * time.Minute,
+		picture: lagPicture("lag-natively", "4k/", "mixed/"),
+		measure: lagNatively,
 	},
 	{
 		name:  "tracked-vs-drbd-a",
