@@ -36,7 +36,7 @@ func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{size: lagBytes}); err != nil {
 		return err
 	}
-	if err := rig.Do("mkfs.ext4", "-q", "-F", top); err != nil {
+	if err := rig.Do("mkfs.ext4", "-q", "-F", "-b", "4096", top); err != nil {
 		return err
 	}
 	unmount, err := mounted(map[string]string{top: lagSource})
