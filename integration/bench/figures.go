@@ -25,7 +25,8 @@ var figures = []figure{
 		name:  "stream-vs-tcp",
 		about: "what goes through a session over loopback, from a device in memory to a replica in memory, against one plain TCP connection",
 		note: "Beside what the plain connection does, the session's two ends copy each byte out of the source and into the replica, compute a checksum and check it. " +
-			"The journaled way writes each byte three times, reads it once and checks it three times more.",
+			"The journaled way writes each byte three times, reads it once and checks it three times more. One session is one stream. On a quiet machine its two ends keep 1.8 of 2 processors busy: 37 % of that in the socket's system calls, " +
+			"34 % copying (half of it what reading the source and writing the replica are here, in memory), 18 % in checksums; a second stream would find no processor to run on.",
 		disks:   []uml.Disk{}, // all in memory
 		native:  true,
 		measure: streamVersusTCP,

@@ -43,20 +43,28 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 		if m.Quick {
 			rounds /= 4
 		}
-		busy := row{Name: way.name + "/cpus", Unit: "processors", What: fmt.Sprintf("how many of %d processors were busy with the session's two ends on average", runtime.NumCPU())}
+		busy := row{Name: way.name + "/cpus", Unit: "processors", What: fmt.Sprintf("how many of %d processors were busy with the session's two ends on average, as far as nothing else was", runtime.NumCPU())}
+		cpu := row{Name: way.name + "/cpu", Unit: "s", What: "processor time of both ends, the kernel's included, over that of the plain connection's"}
 		err = m.pairs(ctx, row{Name: way.name, What: way.what, Unit: "s", Inverse: true}, m.runs(5, 3),
 			func(ctx context.Context) (took float64, err error) {
 				before := ownCPU()
 				took, err = f.send(ctx, way.mode, rounds)
+				cpu.Ours = append(cpu.Ours, ownCPU()-before)
 				busy.Ours = append(busy.Ours, (ownCPU()-before)/took)
 				return took, err
 			},
-			func(context.Context) (float64, error) { return plainTCP(source.b, rounds) })
+			func(context.Context) (float64, error) {
+				before := ownCPU()
+				took, err := plainTCP(source.b, rounds)
+				cpu.Theirs = append(cpu.Theirs, ownCPU()-before)
+				return took, err
+			})
 		f.close()
 		if err != nil {
 			return err
 		}
 		last := m.Rows[len(m.Rows)-1]
+		m.add(cpu)
 		m.add(busy)
 		for _, side := range []struct {
 			name  string
