@@ -57,7 +57,7 @@ bench: uml-deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. REC
 bench-list: # the figures that 'bench' can measure
 	@go run ./integration/bench
 
-bench-report: # measures everything and writes docs/benchmarks.md: two hours on a quiet machine
+bench-report: # measures everything and writes docs/benchmarks.md: three hours on a quiet machine
 	$(MAKE) bench FIGURE=all RECORD=docs
 
 fuzz: # each fuzz test for FUZZTIME

@@ -228,10 +228,13 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			if again.torn {
 				disk, w.needsFull = DiskInconsistent, w.needsFull || again.full
 			}
-			// A source whose cuts are all void is not cut at full speed.
-			select {
-			case <-w.p.cfg.Clock.After(min(w.p.cfg.RetryMin<<min(voids, 20), w.p.cfg.RetryMax)):
-			case <-ctx.Done():
+			// A source whose cuts are all void is not cut at full speed. What was lost
+			// once is compared at once: every moment is lag.
+			if voids > 0 || !errors.Is(err, ErrTrackingLost) {
+				select {
+				case <-w.p.cfg.Clock.After(min(w.p.cfg.RetryMin<<min(voids, 20), w.p.cfg.RetryMax)):
+				case <-ctx.Done():
+				}
 			}
 			voids++
 		default:

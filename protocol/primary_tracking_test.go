@@ -2,12 +2,45 @@ package protocol
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 )
+
+// What was lost once is compared at once; losing it again and again is not done at full
+// speed.
+func TestLostTrackingIsComparedAtOnce(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	wroteSome(src, 0, 500)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) { c.RetryMin, c.RetryMax = time.Hour, time.Hour })
+	for range 2 {
+		r.sync()
+		src.mu.Lock()
+		src.lostBefore = src.cut + 1
+		src.mu.Unlock()
+		wroteSome(src, 0, 10)
+	}
+	r.sync()
+	n.check(src)
+	r.mu.Lock()
+	if len(r.voids) != 2 {
+		t.Errorf("voids: %v", r.voids)
+	}
+	r.mu.Unlock()
+	src.mu.Lock()
+	src.lostBefore = 1 << 60 // for good
+	src.mu.Unlock()
+	wroteSome(src, 0, 10)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if _, _, err := r.p.SyncNow(ctx); err == nil {
+		t.Error("synced without any tracking within the wait")
+	}
+}
 
 // Lost tracking means: compare everything, into the journal, and send only
 // what differs.

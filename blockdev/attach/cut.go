@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/precopy"
 )
 
@@ -41,9 +42,9 @@ type Cut struct {
 // Cut fixes a point in time. The number must be larger than any before, void
 // cuts included; after any error there is no cut and nothing is left of it.
 //
-// Errors: ErrTrackingLost, also of a cut whose base (Since) is not known any more
-// or not yet: then take one without a view first, read all of the device
-// while writes go on, and cut against that. precopy.ErrTooMuch: what changed
+// Errors: ErrTrackingLost, of a cut with a view, also of one whose base (Since) is not
+// known any more or not yet: then take one without first, with which the tracking begins
+// anew if need be, read all of the device while writes go on, and cut against that. precopy.ErrTooMuch: what changed
 // does not fit, or does not become little enough; the same helps, as does Force.
 // ErrWritten, deadman.ErrLate, deadman.ErrFrozen: the cut is void, the next may
 // not be. ErrUser: something uses the device that can't be frozen.
@@ -74,7 +75,17 @@ func (a *Attached) take(ctx context.Context, c *Cut, want Want) error {
 	f.list = list
 	if !want.View {
 		c.at = time.Now()
-		if c.stalled, err = a.engine.Mark(ctx, c.number, f); err != nil || c.stalled == 0 {
+		c.stalled, err = a.engine.Mark(ctx, c.number, f)
+		if errors.Is(err, bpf.ErrUncovered) {
+			// That ended the coverage. A new one begins with this cut: nobody can ask what
+			// changed before it, everybody what did since.
+			a.log.Warn("tracking begins anew: replicas will be compared in full", "reason", err)
+			before := c.stalled
+			c.at = time.Now()
+			c.stalled, err = a.engine.Mark(ctx, c.number, f)
+			c.stalled += before
+		}
+		if err != nil || c.stalled == 0 {
 			return err
 		}
 		return a.afterStop(list)

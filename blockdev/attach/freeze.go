@@ -103,19 +103,25 @@ func (f *freezer) Stop(ctx context.Context, limit time.Duration, inside func() e
 		return 0, err
 	}
 	var late error
+	var start, frozen, done time.Time
 	froze := false
 	deadman.Quiet(func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		start := time.Now()
+		start = time.Now()
 		if err = guard.Freeze(); err == nil {
-			froze = true
+			froze, frozen = true, time.Now()
 			err = f.watched(inside)
 		}
+		done = time.Now()
 		late = guard.Resume(f.rescue)
 		stalled = time.Since(start)
 	})
 	f.attached.stopped(stalled)
+	if froze {
+		f.attached.log.Debug("a cut's stop in parts", "drain-seconds", frozen.Sub(start).Seconds(),
+			"inside-seconds", done.Sub(frozen).Seconds(), "resume-seconds", (stalled - done.Sub(start)).Seconds())
+	}
 	switch {
 	case !froze && !errors.Is(late, deadman.ErrStopped):
 		return stalled, err // and so it says why it was no time

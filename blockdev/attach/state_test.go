@@ -79,6 +79,31 @@ func TestTrackingGoesOnWithoutAnAgent(t *testing.T) {
 	})
 }
 
+// A cut without an image begins the tracking anew when it was lost, at the first try: it
+// answers for what is written from it on, and for nothing before.
+func TestLostTrackingBeginsAnewAtOnce(t *testing.T) {
+	r := newRig(t, 64<<20)
+	a := r.open() // not mounted
+	before := r.base(a)
+	a.ForgetCuts("for this test")
+	r.number++
+	c, err := a.Cut(t.Context(), r.number, Want{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list, err := c.Changed(before); !errors.Is(err, ErrTrackingLost) {
+		t.Errorf("what changed before it: %v, %v", list, err)
+	}
+	if err := rawWrite(t, r.device, 32<<20); err != nil {
+		t.Fatal(err)
+	}
+	next := r.mustCut(a, c.Number())
+	list, err := next.Changed(c.Number())
+	if want := []blockdev.Extent{{Offset: 32<<20 - 4096, Length: 4096}}; err != nil || blockdev.Intersect(list, want).Total() != 4096 {
+		t.Errorf("what changed since: %v, %v", list, err)
+	}
+}
+
 // The state file says to which device, and to which boot, what is pinned belongs.
 func TestStateOfAnotherDevice(t *testing.T) {
 	r := newRig(t, 64<<20)

@@ -76,10 +76,10 @@ func (s *stand) detach(ctx context.Context) error {
 }
 
 // mountFresh makes a file system whose tables are all written, so that the kernel
-// has nothing to do on it by itself.
+// has nothing to do on it by itself, with the blocks that one of usual size has.
 func mountFresh(kind, device, folder string) error {
 	args := map[string][]string{
-		"ext4": {"-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", device},
+		"ext4": {"-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0,lazy_journal_init=0", device},
 		"xfs":  {"-q", "-f", device},
 	}[kind]
 	if err := rig.Do("mkfs."+kind, args...); err != nil {

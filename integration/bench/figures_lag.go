@@ -5,13 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"os/exec"
 	"strings"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"blockferry/integration/rig"
 )
@@ -23,57 +18,67 @@ const (
 	lagBytes  = 384 << 20 // of the volume, and of the file system that others copy
 	lagSource = "/mnt/data"
 	lagTarget = "/mnt/copy"
-	// spareDisk is only copied to, by dd.
-	spareDisk = "/dev/ubdd"
 )
 
-// lagging is one way to keep a copy of what is written all the time.
-type lagging struct {
-	name, what string
-	// start begins to copy lagSource to lagTarget, which holds all of it already; the
-	// error says why the copying failed meanwhile.
-	start func(ctx context.Context) (stop func() error, err error)
+// lagLoad is a load whose lag is measured, on what is replicated and on what
+// others copy. Of the stand's disks the first is replicated to the second, others copy
+// from the third to the second, and dd from the third to the fourth.
+type lagLoad struct {
+	prefix string // of its rows
+	mixed  bool
+	dir    string // where the replicated file system is mounted
+	// end ends the replication and unmounts it.
+	end func(ctx context.Context) error
 }
 
-var laggings = []lagging{
-	{"lsyncd", "lsyncd with its defaults (rsync, delay 15 s)", func(ctx context.Context) (func() error, error) {
-		return lsyncd(fmt.Sprintf("sync{default.rsync, source=%q, target=%q}", lagSource, lagTarget))
-	}},
-	{"lsyncd-tuned", "lsyncd with delay = 1 and rsync's inplace", func(ctx context.Context) (func() error, error) {
-		return lsyncd(fmt.Sprintf("sync{default.rsync, source=%q, target=%q, delay=1, rsync={inplace=true}}", lagSource, lagTarget))
-	}},
-	{"rsync-loop", "rsync -a --inplace, again as soon as it is done, but not more than once a second", rsyncLoop},
-}
-
-// lagVersusLsyncd puts the same load on each, and follows how old the oldest
-// write is that has not arrived.
+// lagVersusLsyncd puts the load on a volume in a guest.
 func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 	if err := s.replicated(ctx, volumeSpec{size: lagBytes}); err != nil {
 		return err
 	}
-	if err := rig.Do("mkfs.ext4", "-q", "-F", top); err != nil {
+	if err := rig.Do("mkfs.ext4", "-q", "-F", "-b", "4096", top); err != nil {
 		return err
 	}
 	unmount, err := mounted(map[string]string{top: lagSource})
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if unmount != nil {
-			unmount()
+	return s.lags(ctx, m, lagLoad{mixed: true, dir: lagSource, end: func(ctx context.Context) error {
+		return errors.Join(unmount(), s.gone(ctx))
+	}})
+}
+
+// lagNatively puts both loads on an attached device.
+func lagNatively(ctx context.Context, s *stand, m *measured) error {
+	for _, l := range []lagLoad{{prefix: "4k/"}, {prefix: "mixed/", mixed: true}} {
+		if err := s.attach(ctx, "ext4", 0, time.Second, false); err != nil {
+			return err
 		}
-	}()
-	n := &numbered{dir: lagSource, pages: lagFilePages}
+		l.dir, l.end = attachedFolder, s.detach
+		if err := s.lags(ctx, m, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lags puts the same load on each, and follows how old the oldest
+// write is that has not arrived.
+func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
+	n := &numbered{dir: l.dir, pages: lagFilePages, mixed: l.mixed}
 	if err := n.prepare(); err != nil {
 		return err
 	}
-	rate, err := s.sustained(ctx, m)
+	rate, err := s.sustained(ctx, m, l)
 	if err != nil {
 		return err
 	}
 	rate /= 2
-	lasting := m.lasting(5*time.Minute, 20*time.Second)
+	lasting := m.lasting(5*time.Minute, 30*time.Second)
 	series := map[string][]float64{}
+	if all, more := m.Extra[lagSeries].(map[string][]float64); more {
+		series = all
+	}
 
 	// blockferry: what a replica has is what its last commit's cut had.
 	if err := s.settle(ctx); err != nil {
@@ -87,6 +92,10 @@ func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 	if err := s.settle(ctx); err != nil {
 		return err
 	}
+	// The agent's times are compared with ours.
+	if d := ended.Round(0).Sub(began.Round(0)) - ended.Sub(began); d.Abs() > lagSampleEvery {
+		return fmt.Errorf("the clock was set by %v while the load ran: measure it again", d)
+	}
 	commits, void, err := s.commits(from)
 	if err == nil && len(commits) == 0 {
 		err = errors.New("no epoch was committed in all the time")
@@ -95,57 +104,79 @@ func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 		return err
 	}
 	ours := lagByCuts(n.records, commits, began, ended)
-	series["blockferry"] = ours.perSecond()
+	series[l.prefix+"blockferry"] = ours.perSecond()
 	count := m.runs(5, 2)
 	stretch := (lasting / time.Duration(count)).Round(100 * time.Millisecond)
-	p99 := row{Name: "blockferry", Unit: "s", Goal: atMost(2),
-		What: fmt.Sprintf("lag p99 at interval 1s, of each %v of %v", stretch, lasting), Ours: ours.windows(count)}
-	switch {
-	case len(void) > 0:
-		// Reported apart, with why.
-		p99.Name, p99.What = "blockferry-with-void-epochs", fmt.Sprintf("%s, in which %d epochs were void", p99.What, len(void))
-		m.note("void-epochs", void)
+	whole, voided := ours.apart(count, void)
+	p99 := row{Name: l.prefix + "blockferry", Unit: "s", Goal: atMost(2),
+		What: fmt.Sprintf("lag p99 at interval 1s, of each %v of %v", stretch, lasting), Ours: whole}
+	if len(whole) > 0 {
+		m.add(p99)
 	}
-	m.add(p99)
-	m.add(row{Name: "blockferry-whole", Unit: "s", Goal: atMost(2), What: fmt.Sprintf("lag p99 over the whole %v", lasting), Ours: []float64{percentile(ours.lag, 99)}})
-	m.add(row{Name: "blockferry-load", What: "bytes that were written per second then, over those wanted", Unit: "bytes/s",
-		Ours: []float64{float64(n.bytes) / ended.Sub(began).Seconds()}, Theirs: []float64{rate}})
+	if len(voided) > 0 {
+		// Reported apart, with why.
+		p99.Name, p99.What, p99.Ours = p99.Name+"-with-void-epochs", fmt.Sprintf("%s, of those in which an epoch was void (%d in all)", p99.What, len(void)), voided
+		m.add(p99)
+		m.note(l.prefix+"void-epochs", void)
+	}
+	m.addLag(l.prefix+"blockferry", "blockferry", lasting, ours, atMost(2))
+	m.addLoad(l.prefix+"blockferry", float64(n.bytes)/ended.Sub(began).Seconds(), rate)
 
 	// All of it must be on the replica's disk, for the lag to mean anything.
-	err = unmount()
-	unmount = nil
-	if err != nil {
+	if err := l.end(ctx); err != nil {
 		return err
 	}
-	if err := s.gone(ctx); err != nil {
-		return err
-	}
-	if err := arrivedAll(ebsDisk, n); err != nil {
+	if err := arrivedAll(s.disks[1], n); err != nil {
 		return fmt.Errorf("the replica: %w", err)
 	}
 
-	for _, l := range laggings {
-		theirs, wrote, err := lagOf(ctx, l, lasting, rate)
+	for _, peer := range laggings {
+		theirs, wrote, err := s.lagOf(ctx, peer, l.mixed, lasting, rate)
 		if err != nil {
-			return fmt.Errorf("%s: %w", l.name, err)
+			return fmt.Errorf("%s: %w", peer.name, err)
 		}
-		series[l.name] = theirs.perSecond()
-		m.add(row{Name: l.name, Unit: "s", What: fmt.Sprintf("lag p99 of %s, of each %v of %v, over blockferry's", l.what, stretch, lasting),
+		series[l.prefix+peer.name] = theirs.perSecond()
+		m.add(row{Name: l.prefix + peer.name, Unit: "s", What: fmt.Sprintf("lag p99 of %s, of each %v of %v, over blockferry's", peer.what, stretch, lasting),
 			Ours: theirs.windows(count), Theirs: ours.windows(count)})
-		m.add(row{Name: l.name + "-whole", Unit: "s", What: fmt.Sprintf("lag p99 of %s over the whole %v", l.what, lasting), Ours: []float64{percentile(theirs.lag, 99)}})
-		m.add(row{Name: l.name + "-load", What: "bytes that were written per second then, over those wanted", Unit: "bytes/s",
-			Ours: []float64{wrote}, Theirs: []float64{rate}})
+		m.addLag(l.prefix+peer.name, peer.name, lasting, theirs, nil)
+		m.addLoad(l.prefix+peer.name, wrote, rate)
 	}
-	m.note("lag-per-second", series)
+	m.note(lagSeries, series)
 	return nil
+}
+
+// lagSeries is the key of the lags for the picture.
+const lagSeries = "lag-per-second"
+
+// addLag adds what the whole of a run shows.
+func (m *measured) addLag(prefix, who string, lasting time.Duration, s sampled, goal *goal) {
+	mib := make([]float64, len(s.behind))
+	for i, b := range s.behind {
+		mib[i] = b / (1 << 20)
+	}
+	for _, p := range []struct {
+		name    string
+		percent float64
+	}{{"p50", 50}, {"p99", 99}, {"max", 100}} {
+		r := row{Name: prefix + "-" + p.name, Unit: "s", What: fmt.Sprintf("lag %s of %s over the whole %v", p.name, who, lasting), Ours: []float64{percentile(s.lag, p.percent)}}
+		if p.percent == 99 {
+			r.Goal = goal
+		}
+		m.add(r)
+		m.add(row{Name: prefix + "-behind-" + p.name, Unit: "MiB", What: "bytes written from the oldest write on that had not arrived, likewise", Ours: []float64{percentile(mib, p.percent)}})
+	}
+}
+
+func (m *measured) addLoad(prefix string, wrote, wanted float64) {
+	m.add(row{Name: prefix + "-load", What: "bytes that were written per second then, over those wanted", Unit: "bytes/s", Ours: []float64{wrote}, Theirs: []float64{wanted}})
 }
 
 // sustained measures what the way through the journal takes in the long run,
 // in bytes per second, beside dd.
-func (s *stand) sustained(ctx context.Context, m *measured) (float64, error) {
+func (s *stand) sustained(ctx context.Context, m *measured, l lagLoad) (float64, error) {
 	lasting := m.lasting(10*time.Second, 5*time.Second)
-	r := row{Name: "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed while the load runs as fast as it goes for %v, until all of it is committed, over dd between two of these disks", lasting)}
-	if err := fill(rawDisk, lagBytes, 1); err != nil {
+	r := row{Name: l.prefix + "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed while the load runs as fast as it goes for %v, until all of it is committed, over dd between two of these disks", lasting)}
+	if err := fill(s.disks[2], lagBytes, 1); err != nil {
 		return 0, err
 	}
 	err := m.pairs(ctx, r, m.runs(5, 2), func(ctx context.Context) (float64, error) {
@@ -153,7 +184,7 @@ func (s *stand) sustained(ctx context.Context, m *measured) (float64, error) {
 			return 0, err
 		}
 		from, began := s.log.Len(), time.Now()
-		n := &numbered{dir: lagSource, pages: lagFilePages}
+		n := &numbered{dir: l.dir, pages: lagFilePages, mixed: l.mixed}
 		if err := n.write(ctx, lasting, 0); err != nil {
 			return 0, s.withLog(err)
 		}
@@ -168,7 +199,7 @@ func (s *stand) sustained(ctx context.Context, m *measured) (float64, error) {
 		}
 		return float64(committed) / took, err
 	}, func(ctx context.Context) (float64, error) {
-		took, err := dd(ctx, rawDisk, spareDisk, lagBytes)
+		took, err := dd(ctx, s.disks[2], s.disks[3], lagBytes)
 		return lagBytes / took, err
 	})
 	if err != nil {
@@ -177,9 +208,16 @@ func (s *stand) sustained(ctx context.Context, m *measured) (float64, error) {
 	return percentile(m.Rows[len(m.Rows)-1].Ours, 50), nil
 }
 
+// voidEpoch is one that did not happen.
+type voidEpoch struct {
+	At    time.Time `json:"at"`
+	Epoch uint64    `json:"epoch"`
+	Why   string    `json:"why"`
+}
+
 // commits are the cuts that were committed since the log was from long, in order, and
 // what was said of void ones.
-func (s *stand) commits(from int) (commits []committedCut, void []string, err error) {
+func (s *stand) commits(from int) (commits []committedCut, void []voidEpoch, err error) {
 	cuts := map[uint64]time.Time{}
 	at := 0
 	for line := range strings.Lines(s.log.since(0)) {
@@ -215,7 +253,7 @@ func (s *stand) commits(from int) (commits []committedCut, void []string, err er
 			}
 			commits = append(commits, committedCut{cut, e.Time})
 		case "cut failed; its epoch is void", "epoch void; it is sent again":
-			void = append(void, fmt.Sprintf("epoch %d: %s", e.Epoch, e.Error))
+			void = append(void, voidEpoch{e.Time, e.Epoch, e.Error})
 		}
 	}
 	return commits, void, nil
@@ -229,150 +267,41 @@ func arrivedAll(device string, n *numbered) (err error) {
 	}
 	defer func() { err = errors.Join(err, unmount()) }()
 	t := target{dir: lagTarget}
-	lag, err := t.lag(n)
+	lag, _, err := t.lag(n)
 	if err == nil && lag > 0 {
 		err = fmt.Errorf("write %d of %d is not there", t.arrived+1, len(n.records))
 	}
 	return err
 }
 
-// lagOf puts the load on a file system that is copied to another one in some
-// way.
-func lagOf(ctx context.Context, l lagging, lasting time.Duration, rate float64) (s sampled, wrote float64, err error) {
-	for _, disk := range []string{rawDisk, ebsDisk} {
-		if err := rig.Do("mkfs.ext4", "-q", "-F", "-b", "4096", disk, fmt.Sprint(lagBytes/4096)); err != nil {
-			return s, 0, err
+// lagPicture shows the lag of all of them over time, a panel for each load.
+func lagPicture(figure string, loads ...string) *picture {
+	return &picture{file: figure + ".png", script: func(r report) string {
+		f := r.find(figure)
+		if f == nil {
+			return ""
 		}
-	}
-	unmount, err := mounted(map[string]string{rawDisk: lagSource, ebsDisk: lagTarget})
-	if err != nil {
-		return s, 0, err
-	}
-	defer func() { err = errors.Join(err, unmount()) }()
-	n := &numbered{dir: lagSource, pages: lagFilePages}
-	if err := n.prepare(); err != nil {
-		return s, 0, err
-	}
-	if err := rig.Do("rsync", "-a", lagSource+"/", lagTarget+"/"); err != nil {
-		return s, 0, err
-	}
-	unix.Sync()
-	stop, err := l.start(ctx)
-	if err != nil {
-		return s, 0, err
-	}
-	defer func() { err = errors.Join(err, stop()) }()
-	sampling, end := context.WithCancel(ctx)
-	defer end()
-	done := make(chan error, 1)
-	go func() {
-		var err error
-		s, err = (&target{dir: lagTarget}).sample(sampling, n)
-		done <- err
-	}()
-	began := time.Now()
-	err = n.write(ctx, lasting, rate)
-	took := time.Since(began).Seconds()
-	end()
-	return s, float64(n.bytes) / took, errors.Join(err, <-done)
-}
-
-// lsyncd runs it with a configuration.
-func lsyncd(config string) (stop func() error, err error) {
-	const path, log = "/run/lsyncd.lua", "/run/lsyncd.log"
-	if err := os.WriteFile(path, []byte("settings{logfile=\""+log+"\", nodaemon=true}\n"+config+"\n"), 0o600); err != nil {
-		return nil, err
-	}
-	os.Remove(log)
-	cmd := exec.Command("lsyncd", path)
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	stop = func() error {
-		text, _ := os.ReadFile(log)
-		select {
-		case err := <-ended:
-			return fmt.Errorf("lsyncd ended by itself: %v: %s", err, text)
-		default:
+		// Read back, it is what any JSON is.
+		text, err := json.Marshal(f.Extra[lagSeries])
+		series := map[string][]float64{}
+		if err != nil || json.Unmarshal(text, &series) != nil || len(series) == 0 {
+			return ""
 		}
-		for _, pid := range descendants(cmd.Process.Pid) {
-			syscall.Kill(pid, syscall.SIGKILL)
-		}
-		<-ended
-		fmt.Printf("lsyncd: %s\n", lastLines(string(text), 3))
-		return nil
-	}
-	// At first it copies all that it finds different, which is nothing.
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
-		text, _ := os.ReadFile(log)
-		switch {
-		case strings.Contains(string(text), "finished"):
-			return stop, nil
-		case time.Now().After(deadline):
-			return nil, errors.Join(fmt.Errorf("lsyncd has not begun within a minute: %s", text), stop())
-		}
-	}
-}
-
-func lastLines(text string, count int) string {
-	lines := strings.Split(strings.TrimSpace(text), "\n")
-	return strings.Join(lines[max(0, len(lines)-count):], "; ")
-}
-
-// rsyncLoop is the cron job, without cron's minute.
-func rsyncLoop(ctx context.Context) (stop func() error, err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan error, 1)
-	go func() {
-		for {
-			began := time.Now()
-			cmd := exec.CommandContext(ctx, "rsync", "-a", "--inplace", lagSource+"/", lagTarget+"/")
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-			cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-			out, err := cmd.CombinedOutput()
-			if ctx.Err() != nil {
-				done <- nil
-				return
+		var data, plots strings.Builder
+		for panel, load := range loads {
+			what, _, _ := strings.Cut(load, "/")
+			fmt.Fprintf(&plots, "set title %s\nplot ", quoted(strings.TrimSuffix("Age of the oldest write that is not on the copy, "+what, ", ")))
+			for i, name := range []string{"blockferry", "lsyncd", "lsyncd-tuned", "rsync-loop"} {
+				fmt.Fprintf(&data, "$lag%d_%d << END\n", panel, i)
+				for second, lag := range series[load+name] {
+					fmt.Fprintf(&data, "%d %g\n", second, max(lag, 0.01))
+				}
+				data.WriteString("END\n")
+				fmt.Fprintf(&plots, "$lag%d_%d using 1:2 with lines lw 2 title %s, ", panel, i, quoted(name))
 			}
-			if err != nil {
-				done <- fmt.Errorf("rsync: %w: %s", err, out)
-				return
-			}
-			fmt.Printf("rsync took %v\n", time.Since(began).Round(time.Millisecond))
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second - time.Since(began)):
-			}
+			plots.WriteString("\n")
 		}
-	}()
-	return func() error {
-		cancel()
-		return <-done
-	}, nil
+		return data.String() + "set logscale y\nset xlabel 'seconds'\nset ylabel 'lag, seconds'\nset key outside right\n" +
+			fmt.Sprintf("set multiplot layout %d,1\n", len(loads)) + plots.String() + "unset multiplot\n"
+	}}
 }
-
-// lagPicture shows the lag of all of them over time.
-var lagPicture = &picture{file: "lag-vs-lsyncd.png", script: func(r report) string {
-	f := r.find("lag-vs-lsyncd")
-	if f == nil {
-		return ""
-	}
-	// Read back, it is what any JSON is.
-	text, err := json.Marshal(f.Extra["lag-per-second"])
-	series := map[string][]float64{}
-	if err != nil || json.Unmarshal(text, &series) != nil || len(series) == 0 {
-		return ""
-	}
-	var data, plots strings.Builder
-	for i, name := range []string{"blockferry", "lsyncd", "lsyncd-tuned", "rsync-loop"} {
-		fmt.Fprintf(&data, "$lag%d << END\n", i)
-		for second, lag := range series[name] {
-			fmt.Fprintf(&data, "%d %g\n", second, max(lag, 0.01))
-		}
-		data.WriteString("END\n")
-		fmt.Fprintf(&plots, "$lag%d using 1:2 with lines lw 2 title %s, ", i, quoted(name))
-	}
-	return data.String() + "set title 'Age of the oldest write that is not on the copy'\nset logscale y\nset xlabel 'seconds'\nset ylabel 'lag, seconds'\nset key outside right\nplot " + plots.String() + "\n"
-}}

@@ -59,6 +59,11 @@ func (s *stand) stallsOf(ctx context.Context, m *measured, kind string, direct b
 	}
 	defer dir.Close()
 	own := row{Name: name + "/own-stop", Unit: "ms", What: "what the agent itself says that writers were stopped for a cut, over a bare freeze and thaw"}
+	parts := []row{
+		{Name: name + "/freezing", What: "of its own stop, until the file system was frozen: the kernel's own, and one answer of the dead-man"},
+		{Name: name + "/inside", What: "of its own stop, until what was left was read"},
+		{Name: name + "/thawing", What: "of its own stop, until it was thawed"},
+	}
 	gap := func(f func() error) (float64, error) {
 		time.Sleep(300 * time.Millisecond) // a load like that of a moment ago
 		writers.forget()
@@ -83,6 +88,15 @@ func (s *stand) stallsOf(ctx context.Context, m *measured, kind string, direct b
 			longest = max(longest, e.Seconds*1000)
 		}
 		own.Ours = append(own.Ours, longest)
+		if err == nil {
+			found, err = s.entries("a cut's stop in parts", from)
+		}
+		if len(found) > 0 {
+			last := found[len(found)-1]
+			for i, seconds := range []float64{last.Drain, last.Inside, last.Resume} {
+				parts[i].Ours = append(parts[i].Ours, seconds*1000)
+			}
+		}
 		return ms, err
 	}
 	bare := func(context.Context) (float64, error) {
@@ -107,6 +121,10 @@ func (s *stand) stallsOf(ctx context.Context, m *measured, kind string, direct b
 		return err
 	}
 	m.add(own)
+	for _, part := range parts {
+		part.Unit = "ms"
+		m.add(part)
+	}
 	return nil
 }
 

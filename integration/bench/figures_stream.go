@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -40,14 +43,29 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 		if m.Quick {
 			rounds /= 4
 		}
+		busy := row{Name: way.name + "/cpus", Unit: "processors", What: fmt.Sprintf("how many of %d processors were busy with the session's two ends on average, as far as nothing else was", runtime.NumCPU())}
+		cpu := row{Name: way.name + "/cpu", Unit: "s", What: "processor time of both ends, the kernel's included, over that of the plain connection's"}
 		err = m.pairs(ctx, row{Name: way.name, What: way.what, Unit: "s", Inverse: true}, m.runs(5, 3),
-			func(ctx context.Context) (float64, error) { return f.send(ctx, way.mode, rounds) },
-			func(context.Context) (float64, error) { return plainTCP(source.b, rounds) })
+			func(ctx context.Context) (took float64, err error) {
+				before := ownCPU()
+				took, err = f.send(ctx, way.mode, rounds)
+				cpu.Ours = append(cpu.Ours, ownCPU()-before)
+				busy.Ours = append(busy.Ours, (ownCPU()-before)/took)
+				return took, err
+			},
+			func(context.Context) (float64, error) {
+				before := ownCPU()
+				took, err := plainTCP(source.b, rounds)
+				cpu.Theirs = append(cpu.Theirs, ownCPU()-before)
+				return took, err
+			})
 		f.close()
 		if err != nil {
 			return err
 		}
 		last := m.Rows[len(m.Rows)-1]
+		m.add(cpu)
+		m.add(busy)
 		for _, side := range []struct {
 			name  string
 			times []float64
@@ -56,6 +74,15 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 		}
 	}
 	return nil
+}
+
+// ownCPU is what this process took so far, in seconds.
+func ownCPU() float64 {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return math.NaN()
+	}
+	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9
 }
 
 // firstSyncNatively is first-sync-vs-dd without a guest: the sender's and the

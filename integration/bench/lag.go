@@ -8,12 +8,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 )
 
 // The load whose lag is measured: one writer overwrites the pages of two files of a fixed
-// size, at random: nine of ten writes are of one page, the others of up to 32.
+// size, at random: writes of one page, or nine of ten of these and the others of up to 32.
 // Each page begins with the number of the write:
 //
 //	0 magic u64 | 8 number u64 | 16 noise
@@ -36,12 +37,16 @@ type record struct {
 	file        int
 	first, last int // pages
 	durable     time.Time
+	before      int64 // bytes of all earlier ones
 }
+
+func (r record) bytes() int64 { return int64(r.last-r.first+1) * lagPage }
 
 // numbered is the writer and what it remembers.
 type numbered struct {
 	dir   string
-	pages int // of each file
+	pages int  // of each file
+	mixed bool // not all writes are of one page
 
 	mu      sync.Mutex
 	records []record
@@ -96,7 +101,7 @@ func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float6
 			defer func() { err = errors.Join(err, out.Close()) }()
 			for range lagBatch {
 				pages := 1
-				if random.IntN(10) == 0 {
+				if n.mixed && random.IntN(10) == 0 {
 					pages = 2 + random.IntN(lagWriteMost-1)
 				}
 				r := record{number: uint64(len(n.records) + len(batch) + 1), file: file}
@@ -119,9 +124,9 @@ func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float6
 		now := time.Now()
 		n.mu.Lock()
 		for _, r := range batch {
-			r.durable = now
+			r.durable, r.before = now, n.bytes
 			n.records = append(n.records, r)
-			n.bytes += int64(r.last-r.first+1) * lagPage
+			n.bytes += r.bytes()
 		}
 		bytes := n.bytes
 		n.mu.Unlock()
@@ -160,38 +165,44 @@ func holds(file *os.File, r record) (bool, error) {
 	return true, nil
 }
 
-// lag is the age of the oldest record that is not there, and 0 if there is none.
-func (t *target) lag(n *numbered) (time.Duration, error) {
+// lag is the age of the oldest record that is not there, with the bytes that were
+// written from it on; and 0 if there is none.
+func (t *target) lag(n *numbered) (lag time.Duration, behind int64, err error) {
 	var files [lagFiles]*os.File
 	for i := range files {
 		// Opened anew: it may be another file by now, of the same name.
 		file, err := os.Open(lagFile(t.dir, i))
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		defer file.Close()
 		files[i] = file
 	}
 	n.mu.Lock()
-	pending := n.records[t.arrived:]
+	pending, bytes := n.records[t.arrived:], n.bytes
 	n.mu.Unlock()
 	for _, r := range pending {
 		there, err := holds(files[r.file], r)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		if !there {
-			return time.Since(r.durable), nil
+			return time.Since(r.durable), bytes - r.before, nil
 		}
 		t.arrived++
 	}
-	return 0, nil
+	return 0, 0, nil
 }
 
 // sampled is a lag over time.
 type sampled struct {
-	at  []time.Time
-	lag []float64 // seconds
+	at     []time.Time
+	lag    []float64 // seconds
+	behind []float64 // bytes
+}
+
+func (s *sampled) add(at time.Time, lag time.Duration, behind int64) {
+	s.at, s.lag, s.behind = append(s.at, at), append(s.lag, lag.Seconds()), append(s.behind, float64(behind))
 }
 
 // sample takes the lag over and over until the context ends.
@@ -204,11 +215,11 @@ func (t *target) sample(ctx context.Context, n *numbered) (s sampled, err error)
 			return s, nil
 		case <-ticker.C:
 		}
-		lag, err := t.lag(n)
+		lag, behind, err := t.lag(n)
 		if err != nil {
 			return s, err
 		}
-		s.at, s.lag = append(s.at, time.Now()), append(s.lag, lag.Seconds())
+		s.add(time.Now(), lag, behind)
 	}
 }
 
@@ -218,7 +229,7 @@ type committedCut struct{ cut, committed time.Time }
 // lagByCuts is the same for a replica that has cuts whole or not at all. The
 // commits are in their order.
 func lagByCuts(records []record, commits []committedCut, from, to time.Time) (s sampled) {
-	arrived, next := 0, 0
+	arrived, next, written := 0, 0, 0
 	for at := from; at.Before(to); at = at.Add(lagSampleEvery) {
 		for next < len(commits) && !commits[next].committed.After(at) {
 			for arrived < len(records) && !records[arrived].durable.After(commits[next].cut) {
@@ -226,11 +237,15 @@ func lagByCuts(records []record, commits []committedCut, from, to time.Time) (s 
 			}
 			next++
 		}
-		lag := 0.0
-		if arrived < len(records) && records[arrived].durable.Before(at) {
-			lag = at.Sub(records[arrived].durable).Seconds()
+		for written < len(records) && records[written].durable.Before(at) {
+			written++
 		}
-		s.at, s.lag = append(s.at, at), append(s.lag, lag)
+		if arrived < written {
+			oldest, newest := records[arrived], records[written-1]
+			s.add(at, at.Sub(oldest.durable), newest.before+newest.bytes()-oldest.before)
+		} else {
+			s.add(at, 0, 0)
+		}
 	}
 	return s
 }
@@ -258,6 +273,22 @@ func (s sampled) windows(count int) (p99 []float64) {
 		p99 = append(p99, percentile(part, 99))
 	}
 	return p99
+}
+
+// apart tells the windows in which an epoch was void from those in which none was.
+func (s sampled) apart(count int, void []voidEpoch) (whole, voided []float64) {
+	for i, p99 := range s.windows(count) {
+		part := s.at[i*len(s.at)/count : (i+1)*len(s.at)/count]
+		hit := slices.ContainsFunc(void, func(v voidEpoch) bool {
+			return (i == 0 || !v.At.Before(part[0])) && (i == count-1 || v.At.Before(part[len(part)-1].Add(lagSampleEvery)))
+		})
+		if hit {
+			voided = append(voided, p99)
+		} else {
+			whole = append(whole, p99)
+		}
+	}
+	return whole, voided
 }
 
 // perSecond is the largest of each second, for a picture.
