@@ -91,7 +91,7 @@ enum {
 	SLOT_ENDED = 0, // sectors of what has ended: written, zeroed and erased; then discarded
 	SLOT_BEGUN = 2, // the same of what has begun
 	SLOT_STRANGE = 4, // commands that may have changed what no sector number tells
-	SLOT_FAILED,    // marks that could not be made, bios that failed
+	SLOT_FAILED,    // marks that could not be made
 	SLOT_AGAIN,     // requests that begin more than once
 };
 
@@ -306,13 +306,17 @@ int bio_done(u64 *args)
 	struct flight *flight = map_lookup(&flying, &key);
 	if (!flight)
 		return 0;
-	if (bio->bi_status) // the statistics may have it or not
-		count(SLOT_FAILED, 1);
 	u32 op = flight->op;
 	u64 sectors = flight->sectors;
 	mark_range(flight->sector, sectors);
 	map_delete(&flying, &key);
-	count_sectors(SLOT_ENDED, op, sectors);
+	// The statistics may have one that failed or not, as one that would have had to
+	// wait (io_uring begins so). Not counted it can make them be ahead, which voids,
+	// but never hide what was lost.
+	if (bio->bi_status)
+		count_sectors(SLOT_BEGUN, op, -sectors);
+	else
+		count_sectors(SLOT_ENDED, op, sectors);
 	return 0;
 }
 
