@@ -197,7 +197,7 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 	if gone < int(d.blocks()/8) {
 		t.Errorf("%d of %d blocks are discarded: that is none to speak of", gone, d.blocks())
 	}
-	// Alone it is a change, too.
+	// Alone it is an epoch of its own.
 	awaitNoView(t)
 	fillNoise(t, path, 0, 1<<20)
 	c.syncAndSettle(t, ebs)
@@ -272,6 +272,23 @@ func TestTrimFreesBothSides(t *testing.T) {
 				same(t, path, ebs, size)
 				if out, err := checkCopy(t, kind, ebs, size); err != nil {
 					t.Errorf("%v\n%s", err, out)
+				}
+				// A discard alone is a change: nobody asks for an epoch here.
+				awaitNoView(t)
+				discardRange(t, path, 0, 1<<20)
+				replica := openBoth(t, ebs)
+				defer replica.Close()
+				image := alignedBuffer(1 << 20)
+				for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+					if _, err := replica.ReadAt(image, 0); err != nil {
+						t.Fatal(err)
+					}
+					if allZero(image) {
+						break
+					}
+					if time.Now().After(deadline) {
+						t.Fatal("what was discarded on an idle volume is not zeros on the replica after a minute")
+					}
 				}
 				c.must(t, "verify")
 				c.must(t, "down")
