@@ -184,6 +184,9 @@ type DiskUse struct{ Path, What string }
 
 // DiskUses lists every disk of a volume.
 func (v *Volume) DiskUses() []DiskUse {
+	if v.Secondary() {
+		return []DiskUse{{v.Device, "the replica of volume '" + v.Name + "'"}}
+	}
 	uses := []DiskUse{{v.Device, "the device of volume '" + v.Name + "'"}}
 	if v.MetadataDevice != "" {
 		uses = append(uses, DiskUse{v.MetadataDevice, "the metadata device of volume '" + v.Name + "'"})
