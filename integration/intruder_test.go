@@ -172,7 +172,7 @@ func (f *fort) attempt(t *testing.T, what, reason string, try func() error) {
 // unharmed compares the image and the position with those of before.
 func (f *fort) unharmed(t *testing.T, image string) {
 	t.Helper()
-	if got := imageDigest(t, f.disk, fortBytes); got != image {
+	if got := digestOf(t, f.disk, fortBytes); got != image {
 		t.Error("the replica's image was written to")
 	}
 	v := f.volume(t)
@@ -184,7 +184,7 @@ func (f *fort) unharmed(t *testing.T, image string) {
 // Who has no certificate, or a bad one, or a good one for something else, gets nowhere.
 func TestIntruderCertificates(t *testing.T) {
 	f := newFort(t)
-	image, whole := imageDigest(t, f.disk, fortBytes), ""
+	image, whole := digestOf(t, f.disk, fortBytes), ""
 	bad := issue(t, f.binary, "node-a")["node-a"]
 	expired := expiredFolder(t, filepath.Dir(filepath.Dir(f.folders["node-a"])))
 	raw := func(folder string, change func(*tls.Config)) func() error {
@@ -231,7 +231,7 @@ func TestIntruderCertificates(t *testing.T) {
 			return err
 		}
 	}
-	whole = imageDigest(t, f.disk, fortDisk)
+	whole = digestOf(t, f.disk, fortDisk)
 	f.attempt(t, "foreign", "is not by an authority that is trusted here", raw(bad, nil))
 	f.attempt(t, "expired", "expired on", raw(expired, nil))
 	f.attempt(t, "none", "it shows no certificate", raw(bad, func(c *tls.Config) { c.Certificates = nil }))
@@ -251,7 +251,7 @@ func TestIntruderCertificates(t *testing.T) {
 	f.attempt(t, "the id of none", "is no volume's id", session("node-a", func(c *protocol.LinkConfig) { c.VolumeUUID = protocol.AnyVolume }))
 	f.attempt(t, "another size", "was formatted for a volume of", session("node-a", func(c *protocol.LinkConfig) { c.SizeBytes *= 2 }))
 	f.attempt(t, "another node's replica", "asked for is a replica at node 'elsewhere'", session("node-a", func(c *protocol.LinkConfig) { c.Replica = "elsewhere" }))
-	if got := imageDigest(t, f.disk, fortDisk); got != whole {
+	if got := digestOf(t, f.disk, fortDisk); got != whole {
 		t.Error("the replica's disk was written to")
 	}
 	f.unharmed(t, image)
@@ -266,7 +266,7 @@ func TestIntruderCertificates(t *testing.T) {
 // volume's end.
 func TestIntruderFrames(t *testing.T) {
 	f := newFort(t)
-	image := imageDigest(t, f.disk, fortBytes)
+	image := digestOf(t, f.disk, fortBytes)
 	meta := protocol.FrameMeta{Epoch: 6, Attempt: 1}
 	packed := func(codec protocol.Codec, data []byte) []byte {
 		c, err := protocol.NewCompressor(codec)
@@ -325,7 +325,7 @@ func TestIntruderFrames(t *testing.T) {
 // one who may comes through in the end.
 func TestIntruderFlood(t *testing.T) {
 	f := newFort(t)
-	image := imageDigest(t, f.disk, fortBytes)
+	image := digestOf(t, f.disk, fortBytes)
 	peak := f.peak(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
 	defer cancel()
@@ -412,7 +412,7 @@ func (f *fort) sayOnce(ctx context.Context, m *proto.FromPrimary, o ...grpc.Call
 	}
 }
 
-func imageDigest(t *testing.T, device string, size int64) string {
+func digestOf(t *testing.T, device string, size int64) string {
 	t.Helper()
 	file, err := os.Open(device)
 	if err != nil {
