@@ -35,6 +35,9 @@ type peers struct {
 	volumes  []*secondary
 
 	adopting sync.Mutex
+
+	mu   sync.Mutex
+	last string // how the last session ended, if that was a refusal
 }
 
 // secondary is a volume that is only a replica here.
@@ -53,12 +56,7 @@ type adoption struct {
 func newPeers(a *Agent) *peers {
 	p := &peers{agent: a, node: a.options.Config.Node, log: a.log}
 	p.receiver = protocol.NewReceiver(protocol.ReceiverConfig{Admit: p.admit, Events: protocol.ReceiverEvents{
-		Connected: func(_, from string, at protocol.Position) {
-			p.log.Info("fed by", "from", from, "position", at.String())
-		},
-		Disconnected: func(_, from string, err error) {
-			p.log.Info("not fed any more", "from", from, "reason", err)
-		},
+		Connected: p.fed, Disconnected: p.notFed,
 		Refused: func(ctx context.Context, err *protocol.RefusedError) { p.server.Refused(ctx, errors.New(err.Message)) },
 	}})
 	p.server = transport.NewServer(transport.ServerOptions{
@@ -66,6 +64,33 @@ func newPeers(a *Agent) *peers {
 		Refused: func(who, why string) { a.hub.publish("", "", "peer-refused", who+": "+why) },
 	})
 	return p
+}
+
+// fed and notFed log sessions, but not each of a node that is refused again and
+// again for the same reason.
+func (p *peers) fed(_, from string, at protocol.Position) {
+	p.mu.Lock()
+	level := slog.LevelInfo
+	if p.last != "" {
+		level = slog.LevelDebug
+	}
+	p.mu.Unlock()
+	p.log.Log(context.Background(), level, "fed by", "from", from, "position", at.String())
+}
+
+func (p *peers) notFed(_, from string, err error) {
+	var refused *protocol.RefusedError
+	level, last := slog.LevelInfo, ""
+	if errors.As(err, &refused) {
+		last = from + ": " + refused.Message
+	}
+	p.mu.Lock()
+	if last != "" && last == p.last {
+		level = slog.LevelDebug
+	}
+	p.last = last
+	p.mu.Unlock()
+	p.log.Log(context.Background(), level, "not fed any more", "from", from, "reason", err)
 }
 
 func (p *peers) add(v *config.Volume) {
@@ -133,7 +158,12 @@ func (p *peers) admit(ctx context.Context, a protocol.Admission) (string, error)
 		allowed := slices.Contains(s.config.Peers, node)
 		if st, open, _, _ := s.replica.status(); open && st.VolumeUUID == a.VolumeUUID {
 			if !allowed {
-				return "", wrongVolume("volume '%s' (%s) at node '%s' is not taken from node '%s': it is not among its 'peers'", s.config.Name, volume.UUID(a.VolumeUUID), p.node.Name, node)
+				verb := "written by"
+				if a.Restore {
+					verb = "read by"
+				}
+				return "", wrongVolume("the replica of volume '%s' (%s) at node '%s' may not be %s node '%s': it is not among its 'peers'",
+					s.config.Name, volume.UUID(a.VolumeUUID), p.node.Name, verb, node)
 			}
 			return transport.Who(ctx), nil
 		}
@@ -234,8 +264,10 @@ func (s *secondary) status() status.Volume {
 	v.UUID, v.SizeBytes = volume.UUID(st.VolumeUUID).String(), st.SizeBytes
 	if !st.Committed.IsZero() {
 		v.Position = position(fmt.Sprintf("%x", st.Committed.Generation), st.Committed.Epoch)
-		at := time.Unix(0, st.CutUnixNanos).UTC()
-		v.CutAt = &at
+		if st.CutUnixNanos > 0 {
+			at := time.Unix(0, st.CutUnixNanos).UTC()
+			v.CutAt = &at
+		}
 	}
 	for _, served := range s.peers.receiver.Status() {
 		if served.VolumeUUID == st.VolumeUUID && served.Session != nil {

@@ -132,7 +132,13 @@ func (n *Node) Check(name string, now time.Time) error {
 	if err := inTime(n.Path, leaf, now); err != nil {
 		return err
 	}
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: n.Trusted, CurrentTime: now, DNSName: name,
+	between := x509.NewCertPool()
+	for _, der := range n.Certificate.Certificate[1:] {
+		if c, err := x509.ParseCertificate(der); err == nil {
+			between.AddCert(c)
+		}
+	}
+	_, err := leaf.Verify(x509.VerifyOptions{Roots: n.Trusted, Intermediates: between, CurrentTime: now, DNSName: name,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 	if err != nil {
 		return fmt.Errorf("%s is not by an authority in %s: %w", n.Path, filepath.Join(filepath.Dir(n.Path), CACertFile), err)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -147,12 +148,40 @@ func (s *Server) intercept(server any, stream grpc.ServerStream, _ *grpc.StreamS
 		s.refuse(Who(ctx), why)
 		return status.Error(codes.PermissionDenied, why)
 	}
-	err := handle(server, stream)
-	switch status.Code(err) {
-	case codes.ResourceExhausted, codes.Internal, codes.InvalidArgument, codes.Unimplemented, codes.DeadlineExceeded, codes.PermissionDenied:
-		s.refuse(Who(ctx), clip(status.Convert(err).Message()))
+	heard := &heardStream{ServerStream: stream}
+	err := handle(server, heard)
+	// gRPC ends a stream with what it could not read, whatever is said then.
+	for _, e := range []error{heard.err(), err} {
+		switch status.Code(e) {
+		case codes.ResourceExhausted, codes.Internal, codes.InvalidArgument, codes.Unimplemented, codes.DeadlineExceeded, codes.PermissionDenied:
+			s.refuse(Who(ctx), clip(status.Convert(e).Message()))
+			return err
+		}
 	}
 	return err
+}
+
+// heardStream remembers why a message could not be read.
+type heardStream struct {
+	grpc.ServerStream
+	mu     sync.Mutex
+	failed error
+}
+
+func (h *heardStream) RecvMsg(m any) error {
+	err := h.ServerStream.RecvMsg(m)
+	if err != nil && !errors.Is(err, io.EOF) {
+		h.mu.Lock()
+		h.failed = err
+		h.mu.Unlock()
+	}
+	return err
+}
+
+func (h *heardStream) err() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.failed
 }
 
 func unknownService(_ any, stream grpc.ServerStream) error {
