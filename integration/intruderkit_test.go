@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -61,9 +62,12 @@ func expiredFolder(t *testing.T, ca string) string {
 	return dir
 }
 
+// junkSeed makes each of them another.
+var junkSeed atomic.Uint32
+
 func junk(n int) []byte {
 	b := make([]byte, n)
-	rand.NewChaCha8([32]byte{9}).Read(b)
+	rand.NewChaCha8([32]byte{9, byte(junkSeed.Add(1))}).Read(b)
 	return b
 }
 

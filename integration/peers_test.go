@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -29,11 +30,11 @@ func newPair(t *testing.T, listen, address string) *pair {
 	t.Helper()
 	onThisKernel(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
-	p := &pair{ssd: blocktest.Loop(t, attachedBytes), ebs: blocktest.Loop(t, attachedBytes+96<<20), far: blocktest.Loop(t, attachedBytes+160<<20)}
+	p := &pair{ssd: blocktest.Loop(t, attachedBytes), ebs: blocktest.Loop(t, attachedBytes+96<<20), far: blocktest.Loop(t, attachedBytes+256<<20)}
 	p.dir = blocktest.FileSystem(t, "ext4", p.ssd)
 	p.b = newCLI(t, fmt.Sprintf(`node: {name: node-b, certs: %s, listen: "%s"}
 volumes:
-  data: {role: secondary, device: %s, journal: 64MiB, peers: [node-a]}
+  data: {role: secondary, device: %s, journal: 160MiB, peers: [node-a]}
 `, folders["node-b"], listen, p.far))
 	p.a = newCLI(t, fmt.Sprintf(`node: {name: node-a, certs: %s}
 volumes:
@@ -172,7 +173,7 @@ func TestPeerSlowLink(t *testing.T) {
 	begun := time.Now()
 	behind, late, written := 0.0, 0.0, int64(0)
 	for n := 0; time.Since(begun) < 20*time.Second; n++ {
-		writeNoise(t, filepath.Join(p.dir, fmt.Sprint("file", n%4)), 4<<20, uint64(n))
+		writeOver(t, filepath.Join(p.dir, fmt.Sprint("file", n%4)), junk(4<<20))
 		written += 4 << 20
 		v, _, known := p.a.look(t)
 		if !known {
@@ -230,6 +231,19 @@ func TestPeerCertificates(t *testing.T) {
 	p.a.await(t, "up to date again", time.Minute, upToDate)
 	p.a.must(t, "check")
 	p.end(t)
+}
+
+// writeOver writes a file in its place, durably.
+func writeOver(t *testing.T, path string, content []byte) {
+	t.Helper()
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err == nil {
+		_, err = file.Write(content)
+		err = errors.Join(err, file.Sync(), file.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 func mustRead(t *testing.T, path string) string {

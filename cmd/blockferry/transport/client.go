@@ -74,7 +74,7 @@ func (c *call) ended(err error) error {
 	c.close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.callError(err)
+	return c.inWords(err)
 }
 
 // outgoing tells the name that a certificate would.

@@ -93,8 +93,8 @@ func certificateWords(bad *tls.CertificateVerificationError) string {
 	return whose + " is not accepted: " + clip(bad.Err.Error())
 }
 
-// callError is a failed call in words; its code stays.
-func (c *Client) callError(err error) error {
+// inWords is a failed call in words; its code stays.
+func (c *Client) inWords(err error) error {
 	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
@@ -120,8 +120,14 @@ func (c *Client) callError(err error) error {
 	default:
 		words = where + ": " + clip(s.Message())
 	}
-	return status.Error(s.Code(), words)
+	return &callError{status.New(s.Code(), words)}
 }
+
+// callError says why a call failed, in words alone; gRPC still finds its code.
+type callError struct{ status *status.Status }
+
+func (e *callError) Error() string              { return e.status.Message() }
+func (e *callError) GRPCStatus() *status.Status { return e.status }
 
 // lastPart takes the cause out of what gRPC wraps around it.
 func lastPart(text string) string {
