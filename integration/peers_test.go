@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -109,7 +110,7 @@ func TestPeer(t *testing.T) {
 		t.Errorf("the far replica: %+v", far)
 	}
 	s := p.b.await(t, "fed", time.Minute, func(v status.Volume) bool { return v.FedBy != "" })
-	if s.Role != "Secondary" || s.Disk != "Consistent" || s.Position == nil || !strings.HasPrefix(s.FedBy, "node 'node-a' at 10.9.0.1") || s.CutAt == nil || s.UUID != v.UUID {
+	if s.Role != "Secondary" || s.Disk != "Consistent" || s.Position == nil || !strings.HasPrefix(s.FedBy, "node-a@10.9.0.1") || s.CutAt == nil || s.UUID != v.UUID {
 		t.Errorf("at the peer: %+v", s)
 	}
 	p.a.must(t, "status")
@@ -197,6 +198,59 @@ func TestPeerSlowLink(t *testing.T) {
 		t.Errorf("the near replica was up to %.1f s behind, the far one up to %.1f s", behind, late)
 	}
 	p.a.await(t, "up to date once the load has ended", 5*time.Minute, upToDate)
+	p.end(t)
+}
+
+// The disk is lost, and the replica beside it is older than the far one: it is not
+// restored from by itself, nor while the far one does not answer.
+func TestPeerIsAskedBeforeARestore(t *testing.T) {
+	listen := freeAddress(t)
+	p := newPair(t, listen, listen)
+	p.begin(t)
+	if err := p.a.stop(t, syscall.SIGTERM); err != nil {
+		t.Errorf("the agent ended with %v", err)
+	}
+	old := filepath.Join("/dev/shm", filepath.Base(t.TempDir())+filepath.Base(p.ebs))
+	t.Cleanup(func() { os.Remove(old) })
+	run(t, "cp", "--sparse=always", p.ebs, old)
+	p.a.start(t)
+	content := writeNoise(t, filepath.Join(p.dir, "newer"), 1<<20, 5)
+	p.a.await(t, "up to date on both", time.Minute, upToDate)
+	p.a.must(t, "sync", "--wait", "--timeout", "60s")
+	for _, c := range []*cli{p.a, p.b} {
+		if err := c.stop(t, syscall.SIGTERM); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+	}
+	if err := unix.Unmount(p.dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	current := old + "-current"
+	t.Cleanup(func() { os.Remove(current) })
+	run(t, "cp", "--sparse=always", p.ebs, current)
+	run(t, "dd", "if="+old, "of="+p.ebs, "bs=1M", "conv=fsync,notrunc", "status=none")
+	wipe(t, p.ssd, attachedBytes)
+	p.a.start(t)
+	p.a.await(t, "found blank", time.Minute, func(v status.Volume) bool { return v.Stage == "blank" })
+	p.a.refused(t, 3, []string{"'zone-b' did not say what it holds", "connection refused", "--from ebs"}, "restore")
+	p.b.start(t)
+	p.b.await(t, "open", time.Minute, func(v status.Volume) bool { return v.Position != nil })
+	p.a.refused(t, 3, []string{"'zone-b' at node 'node-b' holds", "ahead", "--from ebs"}, "restore")
+	// The copy beside it is the newest again.
+	if err := p.a.stop(t, syscall.SIGTERM); err != nil {
+		t.Errorf("the agent ended with %v", err)
+	}
+	run(t, "dd", "if="+current, "of="+p.ebs, "bs=1M", "conv=fsync,notrunc", "status=none")
+	p.a.start(t)
+	p.a.await(t, "found blank", time.Minute, func(v status.Volume) bool { return v.Stage == "blank" })
+	p.a.must(t, "restore")
+	if err := unix.Mount(p.ssd, p.dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(p.dir, "newer")); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("restored: %d bytes, %v", len(got), err)
+	}
+	p.a.await(t, "up to date on both", time.Minute, upToDate)
 	p.end(t)
 }
 

@@ -97,7 +97,9 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	}
 	defer func() { err = errors.Join(err, replica.Close()) }()
 	s := replica.Status()
-	if s.VolumeUUID == protocol.AnyVolume {
+	if s.VolumeUUID == protocol.AnyVolume && !l.volume.Secondary() {
+		return nil, fmt.Errorf("%w: %s was formatted for a volume of another node", protocol.ErrNoSuperblock, l.config.Device)
+	} else if s.VolumeUUID == protocol.AnyVolume {
 		return l.awaitVolume(ctx, replica)
 	}
 	if err := l.receiver.Add(l.name, replica); err != nil {

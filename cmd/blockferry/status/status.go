@@ -40,7 +40,7 @@ type Volume struct {
 	Position          *Position `json:"position,omitempty"`
 	LastCut           *Cut      `json:"last-cut,omitempty"`
 	WrittenBytes      *uint64   `json:"written-bytes,omitempty"`
-	// Of a replica here: the nodes that may feed it, the one that does, and when
+	// Of a replica here: the nodes that may feed it, the one that does (NODE@HOST), and when
 	// what it holds was cut, by that node's clock. How far it is behind, only that
 	// node knows.
 	Peers []string   `json:"peers,omitempty"`

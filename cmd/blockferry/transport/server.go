@@ -105,14 +105,14 @@ func Caller(ctx context.Context) string {
 	return ""
 }
 
-// Who names the caller with its address, for people.
+// Who names the caller with its address, for people: NODE@HOST.
 func Who(ctx context.Context) string {
 	where := "?"
 	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
 		where = hostOf(p.Addr)
 	}
 	if name := Caller(ctx); name != "" {
-		return fmt.Sprintf("node '%s' at %s", name, where)
+		return name + "@" + where
 	}
 	return where
 }

@@ -163,7 +163,7 @@ func TestPeersKnowEachOther(t *testing.T) {
 	dir := folder(t, a, "node-b", 0)
 	r := serve(t, func(l *slog.Logger) *Identity { return NewIdentity("node-b", dir, l) })
 	got, err := ask(t, NewIdentity("node-a", folder(t, a, "node-a", 0), discard()).Client("node-b", r.address))
-	if err != nil || got != "node 'node-a' at 127.0.0.1" {
+	if err != nil || got != "node-a@127.0.0.1" {
 		t.Errorf("%q, %v", got, err)
 	}
 	if r.log.String() != "" {
@@ -426,7 +426,7 @@ func TestConnectionsOfANodeAreBounded(t *testing.T) {
 func TestPlaintext(t *testing.T) {
 	r := serve(t, func(l *slog.Logger) *Identity { return NewIdentity("node-b", "", l) })
 	got, err := ask(t, NewIdentity("node-a", "", discard()).Client("node-b", r.address))
-	if err != nil || got != "node 'node-a' at 127.0.0.1" {
+	if err != nil || got != "node-a@127.0.0.1" {
 		t.Errorf("%q, %v", got, err)
 	}
 	for name, want := range map[string]string{"node-c": "node 'node-c' is not among", "bad name": "does not say which node"} {
