@@ -76,6 +76,9 @@ func Make(v *config.Volume, diskBytes map[string]int64) (Plan, error) {
 func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error) {
 	p := Plan{SizeBytes: size, Replicas: map[string]protocol.FormatOptions{}}
 	tail := int64(0)
+	if len(v.Local()) == 0 { // the other role needs one all the same
+		tail = protocol.TailBytes(size, journalBytes(&config.Replica{}, size))
+	}
 	for _, r := range v.Local() {
 		tail = max(tail, protocol.TailBytes(size, journalBytes(r, size)))
 	}
