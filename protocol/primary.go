@@ -40,8 +40,11 @@ type ReplicaConfig struct {
 	// Client reaches the Receiver that serves it; its connection stays the
 	// caller's. It should fail at once while it is not connected (gRPC's default).
 	Client proto.ReplicationClient
-	// Link sizes the pipeline and names the codec; the rest is filled in.
+	// Link sizes the pipeline, names the codec and, unless it is Name, what the
+	// replica is called where it is; the rest is filled in.
 	Link LinkConfig
+	// RetryMax is the longest wait after a failed session; 0: the volume's.
+	RetryMax time.Duration
 	// AllowUnrelated and CatchUpInPlace: see PlanInput.
 	AllowUnrelated bool
 	CatchUpInPlace bool

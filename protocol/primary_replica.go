@@ -49,7 +49,13 @@ type replicaWorker struct {
 const notConnectedYet = "not connected yet"
 
 func newReplicaWorker(p *Primary, rc ReplicaConfig) *replicaWorker {
-	rc.Link.Volume, rc.Link.VolumeUUID, rc.Link.SizeBytes, rc.Link.Replica = p.cfg.Volume, p.cfg.VolumeUUID, p.size, rc.Name
+	rc.Link.Volume, rc.Link.VolumeUUID, rc.Link.SizeBytes = p.cfg.Volume, p.cfg.VolumeUUID, p.size
+	if rc.Link.Replica == "" {
+		rc.Link.Replica = rc.Name
+	}
+	if rc.RetryMax <= 0 {
+		rc.RetryMax = p.cfg.RetryMax
+	}
 	return &replicaWorker{p: p, cfg: rc, cuts: make(chan *cutHandle, 1), reason: notConnectedYet}
 }
 
@@ -115,11 +121,11 @@ func (w *replicaWorker) run(ctx context.Context) {
 		delay := backoff
 		if isRefused {
 			// Only the operator changes that; look again now and then.
-			delay = w.p.cfg.RetryMax
+			delay = w.cfg.RetryMax
 		}
 		// Spread, so that nodes do not come back in step.
 		delay = time.Duration(float64(delay) * (0.75 + rand.Float64()/2))
-		backoff = min(2*backoff, w.p.cfg.RetryMax)
+		backoff = min(2*backoff, w.cfg.RetryMax)
 		timer := w.p.cfg.Clock.After(delay)
 		for again := false; !again; {
 			w.p.mu.Lock()

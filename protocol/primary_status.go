@@ -25,6 +25,7 @@ type ReplicaReport struct {
 	Replication string `json:"replication"` // Off, Established, SyncSource, VerifyS, Paused, Behind
 	Disk        string `json:"disk"`        // DUnknown, Blank, Inconsistent, Consistent, UpToDate
 	Epoch       uint64 `json:"epoch"`       // the replica holds this cut of ours; 0: none
+	Generation  string `json:"generation"`  // in which it was cut; "": none
 	// LagSeconds is the age of the oldest write that the replica may lack, 0
 	// when it lacks none; LagBytes is how much was written since its cut. While
 	// that cut is older than this start of the agent, both are counted from
@@ -78,6 +79,12 @@ func (p *Primary) Status() PrimaryStatus {
 func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 	p := w.p
 	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, LastEpoch: w.last}
+	for _, point := range p.state.Lineage {
+		if w.holds > 0 && point.Epoch >= w.holds {
+			r.Generation = fmt.Sprintf("%x", point.Generation)
+			break
+		}
+	}
 	if w.plan != nil {
 		r.Plan = w.plan.String()
 	}

@@ -24,6 +24,7 @@ type ReceiverConfig struct {
 	WindowBytes    uint64        // 0: DefaultWindowBytes; at least MaxFramesBytes
 	CompareWorkers int           // comparisons answered at once per session; 0: 4
 	HelloTimeout   time.Duration // 0: 10 s
+	Admit          AdmitFunc     // nil: everybody who can call
 	Events         ReceiverEvents
 }
 
@@ -34,6 +35,9 @@ type ReceiverEvents struct {
 	Disconnected func(replica, from string, err error) // err nil: the primary closed the session
 	Committed    func(replica string, at Position)
 	Applied      func(replica string, epoch uint64)
+	// Refused: a session was refused, or ended by a refusal; ctx is its
+	// stream's.
+	Refused func(ctx context.Context, err *RefusedError)
 }
 
 // Receiver answers the Replication service for the replicas it was given.
@@ -224,6 +228,9 @@ func (r *Receiver) Replicate(stream proto.Replication_ReplicateServer) error {
 	if hello.GetHello() == nil {
 		return rs.end(outOfOrder("the first message is not a Hello"))
 	}
+	if err := r.admitSession(rs, hello.GetHello()); err != nil {
+		return rs.end(err)
+	}
 	s, _, err := r.acquire(hello.GetHello().GetVolumeUuid(), hello.GetHello().GetReplica())
 	if err != nil {
 		return rs.end(err)
@@ -324,6 +331,9 @@ func (rs *receiverSession) send(m *proto.FromReplica) error {
 func (rs *receiverSession) end(err error) error {
 	var refused *RefusedError
 	if errors.As(err, &refused) {
+		if f := rs.r.cfg.Events.Refused; f != nil {
+			f(rs.ctx, refused)
+		}
 		_ = rs.send(&proto.FromReplica{Message: &proto.FromReplica_Refused{
 			Refused: &proto.Refused{Reason: refused.Reason, Message: refused.Message}}})
 		return nil

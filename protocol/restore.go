@@ -23,6 +23,9 @@ const (
 func (r *Receiver) Restore(req *proto.RestoreRequest, stream proto.Replication_RestoreServer) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
+	if err := r.admitRestore(ctx, req); err != nil {
+		return err
+	}
 	s, other, err := r.acquire(req.VolumeUuid, req.Replica)
 	if err != nil {
 		return status.Error(codes.NotFound, err.Error())

@@ -45,7 +45,7 @@ func (g *globalOptions) attach(ctx context.Context, system *doctor.System, args 
 	if !v.Attach {
 		return exit.Errorf(exit.Usage, "volume '%s' has 'mode: mapper': blockferry create %s; or give it 'mode: attach'", v.Name, v.Name)
 	}
-	formats, err := checkAttach(system, c, v, o.purpose())
+	formats, size, err := checkAttach(system, c, v, o.purpose())
 	if err != nil {
 		return err
 	}
@@ -72,41 +72,40 @@ func (g *globalOptions) attach(ctx context.Context, system *doctor.System, args 
 	for _, r := range v.Replicas {
 		replicas = append(replicas, r.Name)
 	}
-	size := formats[v.Replicas[0].Name].SizeBytes
 	return g.say(map[string]any{"volume": v.Name, "uuid": uuid.String(), "dry-run": o.dryRun, "size-bytes": size, "replicas": replicas},
 		"%s: %s, %s, %s, replicas: %v", v.Name, did, v.Device, config.FormatSize(size), replicas)
 }
 
 // checkAttach looks at everything and writes nothing. It says how each replica's
-// disk is to be divided, by name.
-func checkAttach(system *doctor.System, c *config.Config, v *config.Volume, purpose doctor.Purpose) (map[string]protocol.FormatOptions, error) {
+// disk is to be divided, by name, and how large the volume is, in bytes.
+func checkAttach(system *doctor.System, c *config.Config, v *config.Volume, purpose doctor.Purpose) (map[string]protocol.FormatOptions, int64, error) {
 	if err := system.Kernel(v).Err(); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	switch _, err := attach.ReadState(v.StateFile); {
 	case err == nil:
-		return nil, exit.Errorf(exit.Refused, "%s says that volume '%s' was attached before; to go on: blockferry up %s; to begin anew, with replicas filled anew: move it away first", v.StateFile, v.Name, v.Name)
+		return nil, 0, exit.Errorf(exit.Refused, "%s says that volume '%s' was attached before; to go on: blockferry up %s; to begin anew, with replicas filled anew: move it away first", v.StateFile, v.Name, v.Name)
 	case !errors.Is(err, fs.ErrNotExist):
-		return nil, err
+		return nil, 0, err
 	}
 	disks, findings := system.Disks(v, purpose)
 	findings = append(findings, system.Distinct(c.DiskUses())...)
 	if err := findings.Err(); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if err := attach.Check(v.Device, v.StateFile, []string{c.Path}); err != nil {
-		return nil, exit.Mark(exit.Refused, err)
+		return nil, 0, exit.Mark(exit.Refused, err)
 	}
 	size := disks[v.Device].SizeBytes
 	formats := map[string]protocol.FormatOptions{}
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		o, err := layout.Replica(r, volume.Areas{Data: volume.Area{Length: size}}, disks[r.Device].SizeBytes)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		formats[r.Name] = o
 	}
-	return formats, nil
+	return formats, size, nil
 }
 
 // writeAttached formats the replicas and, last, writes the state file: until it

@@ -39,11 +39,14 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		kernel := system.Kernel(c.Volumes...)
 		findings = append(findings, kernel...)
 		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
+		findings = append(findings, doctor.Node(c, now())...)
 		disks := system.Volumes(c)
 		for _, v := range c.Volumes {
 			findings = append(findings, disks[v]...)
 			findings = append(findings, system.Spills(v)...)
-			findings = append(findings, system.Discards(v))
+			if !v.Secondary() {
+				findings = append(findings, system.Discards(v))
+			}
 		}
 		findings = append(findings, system.Distinct(c.DiskUses())...)
 		findings = append(findings, system.DistinctSpills(c)...)

@@ -59,6 +59,9 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 	if err != nil {
 		return err
 	}
+	if v.Secondary() {
+		return g.createSecondary(system, c, v, o)
+	}
 	if v.Attach {
 		return exit.Errorf(exit.Usage, "volume '%s' has 'mode: attach': blockferry attach %s", v.Name, v.Name)
 	}
@@ -138,7 +141,7 @@ func claimReplicas(v *config.Volume) (opened []*blockdev.File, release func(), e
 			f.Close()
 		}
 	}
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
 		if err != nil {
 			release()
@@ -152,7 +155,7 @@ func claimReplicas(v *config.Volume) (opened []*blockdev.File, release func(), e
 // formatReplicas formats what claimReplicas opened, each as its name's format
 // says.
 func formatReplicas(v *config.Volume, opened []*blockdev.File, formats map[string]protocol.FormatOptions, uuid volume.UUID) error {
-	for i, r := range v.Replicas {
+	for i, r := range v.Local() {
 		options := formats[r.Name]
 		options.VolumeUUID = uuid
 		if err := protocol.FormatReplica(opened[i], options); err != nil {
@@ -172,6 +175,9 @@ func (g *globalOptions) createReplica(system *doctor.System, args []string, o cr
 	r, err := v.Replica(o.replica)
 	if err != nil {
 		return err
+	}
+	if r.Address != "" {
+		return exit.Errorf(exit.Usage, "replica '%s' of volume '%s' is at node '%s': its disk is formatted there, with 'blockferry create %[2]s'", r.Name, v.Name, r.Peer)
 	}
 	uuid, areas, err := existing(v)
 	if err != nil {

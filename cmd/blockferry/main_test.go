@@ -96,7 +96,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != exit.OK {
 		t.Errorf("help ends with %d", code)
 	}
-	for _, command := range []string{"agent", "check", "create", "up", "down", "status", "events", "sync", "drain", "verify", "restore", "recover", "pause", "resume", "version", "completion"} {
+	for _, command := range []string{"agent", "check", "create", "up", "down", "status", "events", "sync", "drain", "verify", "restore", "recover", "pause", "resume", "certs", "version", "completion"} {
 		if !strings.Contains(out, "\n  "+command+" ") {
 			t.Errorf("'%s' is not in the help", command)
 		}

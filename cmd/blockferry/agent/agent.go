@@ -24,6 +24,8 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/status"
+	"blockferry/cmd/blockferry/transport"
 	"blockferry/proto"
 	"blockferry/protocol"
 )
@@ -38,6 +40,8 @@ const (
 	retryBusy = time.Second
 	// retryRefused is the same, at most, for what was refused.
 	retryRefused = time.Minute
+	// retryPeer is how long at most a node that is away is waited with.
+	retryPeer = 10 * time.Second
 )
 
 // Options is what an agent is started with.
@@ -56,11 +60,13 @@ type Agent struct {
 	options  Options
 	log      *slog.Logger
 	hub      *hub
-	dm       *dm.Control // nil: every volume is attached
+	dm       *dm.Control // nil: no volume is on a mapper
 	receiver *protocol.Receiver
 	volumes  []*managed
-	stopping chan struct{} // closed when the agent begins to stop
-	asking   atomic.Bool   // alive waits for an answer
+	identity *transport.Identity // nil: no other node is known
+	peers    *peers              // nil: nothing is taken from other nodes
+	stopping chan struct{}       // closed when the agent begins to stop
+	asking   atomic.Bool         // alive waits for an answer
 }
 
 // Run is an agent's whole life. It returns when ctx ends, nil if it stopped
@@ -80,7 +86,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := deadman.LockMemory(); err != nil {
 		a.log.Warn("memory is not locked; a machine short of memory may void cuts", "error", err)
 	}
-	if slices.ContainsFunc(o.Config.Volumes, func(v *config.Volume) bool { return !v.Attach }) {
+	if slices.ContainsFunc(o.Config.Volumes, func(v *config.Volume) bool { return !v.Attach && !v.Secondary() }) {
 		if a.dm, err = dm.Open(); err != nil {
 			return exit.Mark(exit.Prerequisite, err)
 		}
@@ -88,8 +94,19 @@ func Run(ctx context.Context, o Options) error {
 	}
 	a.receiver = protocol.NewReceiver(protocol.ReceiverConfig{WindowBytes: protocol.LocalWindowBytes})
 	defer a.receiver.Close()
+	if node := o.Config.Node; node != nil {
+		a.identity = transport.NewIdentity(node.Name, node.Certs, a.log)
+		if node.Listen != "" {
+			a.peers = newPeers(a)
+			defer a.peers.receiver.Close()
+		}
+	}
 	for _, v := range o.Config.Volumes {
-		a.volumes = append(a.volumes, newManaged(a, v))
+		if v.Secondary() {
+			a.peers.add(v)
+		} else {
+			a.volumes = append(a.volumes, newManaged(a, v))
+		}
 	}
 	a.unpinStale(pinRoot)
 	server := grpc.NewServer(grpc.UnaryInterceptor(a.wireUnary), grpc.StreamInterceptor(a.wireStream))
@@ -103,10 +120,13 @@ func Run(ctx context.Context, o Options) error {
 	for _, v := range a.volumes {
 		running.Go(func() { v.run(work) })
 	}
+	if a.peers != nil {
+		running.Go(func() { a.peers.run(work) })
+	}
 	n := notifier{a.log}
 	running.Go(func() { n.watch(work, a.alive, a.summary) })
 	n.ready()
-	a.log.Info("agent started", "version", o.Version, "socket", o.Socket, "volumes", len(a.volumes), "pid", os.Getpid())
+	a.log.Info("agent started", "version", o.Version, "socket", o.Socket, "volumes", len(o.Config.Volumes), "pid", os.Getpid())
 
 	select {
 	case <-ctx.Done():
@@ -181,16 +201,33 @@ func (a *Agent) one(name string) (*managed, error) {
 			return m, nil
 		}
 	}
+	if v.Secondary() {
+		return nil, exit.Errorf(exit.Refused, "volume '%s' is only a replica here ('role: secondary'): that is said to the node that writes it, one of %s", v.Name, strings.Join(v.Peers, ", "))
+	}
 	return nil, fmt.Errorf("volume '%s' is not managed", name)
 }
 
-// find is one, or all with an empty name.
-func (a *Agent) find(name string) ([]*managed, error) {
-	if name == "" {
-		return a.volumes, nil
+// statuses are those of all volumes, or of one, in the order of their names.
+func (a *Agent) statuses(name string) ([]status.Volume, error) {
+	found := []status.Volume{}
+	for _, v := range a.volumes {
+		if name == "" || v.config.Name == name {
+			found = append(found, v.status())
+		}
 	}
-	v, err := a.one(name)
-	return []*managed{v}, err
+	if a.peers != nil {
+		for _, s := range a.peers.volumes {
+			if name == "" || s.config.Name == name {
+				found = append(found, s.status())
+			}
+		}
+	}
+	if len(found) == 0 && name != "" {
+		_, err := a.one(name)
+		return nil, err
+	}
+	slices.SortFunc(found, func(a, b status.Volume) int { return strings.Compare(a.Name, b.Name) })
+	return found, nil
 }
 
 // alive asks every volume for an answer: one that is stuck keeps the
@@ -203,9 +240,7 @@ func (a *Agent) alive(ctx context.Context) error {
 	go func() {
 		defer close(answered)
 		defer a.asking.Store(false)
-		for _, v := range a.volumes {
-			v.status()
-		}
+		_, _ = a.statuses("")
 	}()
 	select {
 	case <-answered:
@@ -218,8 +253,9 @@ func (a *Agent) alive(ctx context.Context) error {
 // summary is a line for the service manager.
 func (a *Agent) summary() string {
 	var words []string
-	for _, v := range a.volumes {
-		s := v.status()
+	all, _ := a.statuses("")
+	for i := range all {
+		s := &all[i]
 		word := s.Name + " " + s.Disk
 		for _, r := range s.Replicas {
 			word += ", " + r.Name + " " + r.Disk
@@ -233,8 +269,9 @@ func (a *Agent) summary() string {
 func (a *Agent) present() []*proto.Event {
 	at := time.Now().UnixNano()
 	var events []*proto.Event
-	for _, v := range a.volumes {
-		s := v.status()
+	all, _ := a.statuses("")
+	for i := range all {
+		s := &all[i]
 		events = append(events, &proto.Event{UnixNanos: at, Volume: s.Name, Kind: "volume", Message: "role:" + s.Role + " disk:" + s.Disk})
 		for _, r := range s.Replicas {
 			events = append(events, &proto.Event{UnixNanos: at, Volume: s.Name, Replica: r.Name, Kind: "replica",

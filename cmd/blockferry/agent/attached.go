@@ -126,6 +126,9 @@ func (m *managed) blankAttached() error {
 // needed is what the agent needs while writers are stopped.
 func (m *managed) needed() []string {
 	needed := []string{m.agent.options.Config.Path, filepath.Dir(m.agent.options.Socket), m.agent.options.DeadMan.Notes}
+	if node := m.agent.options.Config.Node; node != nil && node.Certs != "" {
+		needed = append(needed, node.Certs)
+	}
 	for _, r := range m.config.Replicas {
 		if r.Spill != "" {
 			needed = append(needed, filepath.Dir(r.Spill))

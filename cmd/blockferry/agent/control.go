@@ -21,13 +21,10 @@ type control struct {
 }
 
 func (c control) Status(_ context.Context, r *proto.StatusRequest) (*proto.StatusReply, error) {
-	d := status.Document{Version: c.agent.options.Version, Volumes: []status.Volume{}}
-	volumes, err := c.agent.find(r.Volume)
-	if err != nil {
+	d := status.Document{Version: c.agent.options.Version}
+	var err error
+	if d.Volumes, err = c.agent.statuses(r.Volume); err != nil {
 		return nil, err
-	}
-	for _, v := range volumes {
-		d.Volumes = append(d.Volumes, v.status())
 	}
 	line, err := json.Marshal(d)
 	return &proto.StatusReply{Json: line}, err

@@ -26,6 +26,10 @@ type localReplica struct {
 	log    *slog.Logger
 	opened func() // called when it is served (again); may be nil
 
+	receiver *protocol.Receiver // serves it, as name
+	name     string
+	adopt    chan adoption // what a replica of no volume yet is to become one of
+
 	mu      sync.Mutex
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
@@ -36,7 +40,7 @@ type localReplica struct {
 }
 
 func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplica {
-	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}),
+	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}), receiver: a.receiver, name: r.Name, adopt: make(chan adoption),
 		log: a.log.With("volume", v.Name, "replica", r.Name), reason: "not opened yet"}
 }
 
@@ -61,24 +65,51 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	for {
+		become, err := l.serveOn(ctx, disk)
+		if become == nil {
+			return err
+		}
+		var format protocol.FormatOptions
+		if err == nil {
+			format, err = become.format(disk.Size())
+		}
+		if err == nil {
+			err = protocol.FormatReplica(disk, format)
+		}
+		become.done <- err
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// serveOn opens the replica on its disk and serves it. An adoption is what it is
+// to become; it is closed then.
+func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become *adoption, err error) {
 	options, err := l.openOptions(disk)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	replica, err := protocol.OpenReplica(ctx, disk, options)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, replica.Close()) }()
 	s := replica.Status()
-	if err := l.agent.receiver.Add(l.config.Name, replica); err != nil {
-		return err
+	if s.VolumeUUID == protocol.AnyVolume && !l.volume.Secondary() {
+		return nil, fmt.Errorf("%w: %s was formatted for a volume of another node", protocol.ErrNoSuperblock, l.config.Device)
+	} else if s.VolumeUUID == protocol.AnyVolume {
+		return l.awaitVolume(ctx, replica)
 	}
-	defer l.agent.receiver.Remove(s.VolumeUUID, l.config.Name)
+	if err := l.receiver.Add(l.name, replica); err != nil {
+		return nil, err
+	}
+	defer l.receiver.Remove(s.VolumeUUID, l.name)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
 	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
-		l.log.Warn("the replica "+words, "advice", doctor.JournalAdvice(l.volume.Name, l.config.Name))
+		l.log.Warn("the replica "+words, "advice", doctor.JournalAdvice(l.volume, l.config.Name))
 	}
 	warned := l.warn(s.Warnings, 0)
 	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
@@ -91,15 +122,44 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		select {
 		case <-ctx.Done():
 			l.set(nil, "the agent is stopping", "")
-			return nil
+			return nil, nil
 		case <-tick.C:
 			now := replica.Status()
 			warned = l.warn(now.Warnings, warned)
 			if now.Err != nil {
-				return now.Err
+				return nil, now.Err
 			}
 		}
 	}
+}
+
+// becoming is the reason for which a replica is not open for a moment.
+const becoming = "it is being formatted for its volume"
+
+// awaitVolume keeps a replica that has no volume yet until one is offered.
+func (l *localReplica) awaitVolume(ctx context.Context, replica *protocol.Replica) (*adoption, error) {
+	l.set(replica, "", "")
+	l.log.Info("the replica waits for its volume", "device", l.config.Device)
+	select {
+	case <-ctx.Done():
+		l.set(nil, "the agent is stopping", "")
+		return nil, nil
+	case become := <-l.adopt:
+		l.set(nil, becoming, "")
+		return &become, nil
+	}
+}
+
+// look is status without advice, and what is closed when that changes.
+func (l *localReplica) look() (s protocol.ReplicaStatus, open bool, reason string, change <-chan struct{}) {
+	l.mu.Lock()
+	r := l.replica
+	reason, change = l.reason, l.ready
+	l.mu.Unlock()
+	if r == nil {
+		return s, false, reason, change
+	}
+	return r.Status(), true, "", change
 }
 
 // warn logs and publishes what is wrong and did not keep the replica from
@@ -124,7 +184,7 @@ func (l *localReplica) advise(err error) string {
 	case errors.Is(err, fs.ErrNotExist):
 		return "attach the disk; " + again
 	case errors.Is(err, protocol.ErrNoSuperblock):
-		return "if it is the right disk, format it, and it alone: blockferry create --replica " + l.config.Name + " " + l.volume.Name
+		return "if it is the right disk, format it, and it alone: " + l.formatCommand()
 	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
 		return "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
@@ -135,10 +195,17 @@ func (l *localReplica) advise(err error) string {
 	case errors.Is(err, unix.ENOSPC):
 		return "make room below " + l.config.Device + "; " + again
 	case errors.Is(err, unix.EIO):
-		return "see what the kernel's log says of the disk; if it is lost, attach a new one and format it: blockferry create --replica " +
-			l.config.Name + " " + l.volume.Name + "; until then " + again
+		return "see what the kernel's log says of the disk; if it is lost, attach a new one and format it: " + l.formatCommand() + "; until then " + again
 	}
 	return again
+}
+
+// formatCommand formats the replica's disk, and nothing else.
+func (l *localReplica) formatCommand() string {
+	if l.volume.Secondary() {
+		return "blockferry create " + l.volume.Name
+	}
+	return "blockferry create --replica " + l.config.Name + " " + l.volume.Name
 }
 
 // spillToo is for messages: the spill file's disk, if there is one.

@@ -58,6 +58,11 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 	if p.from, p.status, err = m.choose(ctx, from); err != nil {
 		return p, err
 	}
+	if from == "" {
+		if err := m.askRemotes(ctx, p.from, p.status); err != nil {
+			return p, err
+		}
+	}
 	if !named {
 		if err := m.sameVolume(begun, p.from, p.status.VolumeUUID); err != nil {
 			return p, err
@@ -213,7 +218,7 @@ func (m *managed) layoutFor(size int64) (layout.Plan, error) {
 		sizes[u.Path] = f.Size()
 		f.Close()
 	}
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		if sizes[r.Device] == 0 {
 			sizes[r.Device] = 1 << 62
 		}

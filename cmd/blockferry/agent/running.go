@@ -42,9 +42,14 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 		if err != nil {
 			return nil, err
 		}
-		c.Replicas = append(c.Replicas, protocol.ReplicaConfig{
-			Name: p.Name, Client: protocol.LocalClient(m.agent.receiver), Link: protocol.LinkConfig{Codec: codec, BatchBytes: protocol.LocalBatchBytes}, CatchUpInPlace: p.InPlace,
-		})
+		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace}
+		if p.Address != "" {
+			// There it is known by the node it is at.
+			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
+		} else {
+			one.Client, one.Link.BatchBytes = protocol.LocalClient(m.agent.receiver), protocol.LocalBatchBytes
+		}
+		c.Replicas = append(c.Replicas, one)
 	}
 	var err error
 	if r.primary, err = protocol.NewPrimary(c, state); err != nil {

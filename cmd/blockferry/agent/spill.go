@@ -20,12 +20,15 @@ func (l *localReplica) openOptions(disk *blockdev.File) (protocol.OpenOptions, e
 	if l.config.Spill == "" {
 		return o, nil
 	}
+	s, err := protocol.PeekReplica(disk)
+	if err != nil {
+		return o, fmt.Errorf("open replica: %w", err)
+	}
+	if s.VolumeUUID == protocol.AnyVolume {
+		return o, nil // nothing is written to it
+	}
 	limit := l.config.SpillLimitBytes
 	if limit == 0 {
-		s, err := protocol.PeekReplica(disk)
-		if err != nil {
-			return o, fmt.Errorf("open replica: %w", err)
-		}
 		limit = s.SizeBytes
 	}
 	o.Spill = &spill.File{Path: l.config.Spill, LimitBytes: limit}

@@ -48,8 +48,14 @@ func (m *managed) status() status.Volume {
 		s.RestoreDoneBytes, s.RestoreTotalBytes = &done, &total
 		s.Reason = fmt.Sprintf("being restored from replica '%s': %d%%", restoring.replica, percent(done, total))
 	}
-	for _, l := range m.replicas {
-		s.Replicas = append(s.Replicas, m.replicaStatus(l, primary))
+	local := 0
+	for _, r := range m.config.Replicas {
+		if r.Address != "" {
+			s.Replicas = append(s.Replicas, m.remoteStatus(r, primary))
+			continue
+		}
+		s.Replicas = append(s.Replicas, m.replicaStatus(m.replicas[local], primary))
+		local++
 	}
 	return s
 }
@@ -86,16 +92,9 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		if r.Name != l.config.Name {
 			continue
 		}
-		s.Connection, s.Replication = r.Connection, r.Replication
-		if r.Replication == "Paused" {
-			s.Replication = "PausedSyncS"
-			s.Advice = "blockferry resume " + m.config.Name
-		}
+		m.transfer(&s, r)
 		if open && r.Disk != "DUnknown" {
 			s.Disk = r.Disk
-		}
-		if r.Epoch > 0 {
-			s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
@@ -105,12 +104,6 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
-		}
-		s.JournalFreeBytes = r.JournalFree
-		if r.Sync != nil {
-			done, total := uint64(max(0, r.Sync.DoneBytes)), uint64(max(0, r.Sync.TotalBytes))
-			s.DoneBytes, s.TotalBytes, s.EtaSeconds = &done, &total, r.Sync.ETASeconds
-			s.Mode, _, _ = strings.Cut(r.Plan, ":")
 		}
 	}
 	if open {
@@ -125,6 +118,24 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		}
 	}
 	return s
+}
+
+// transfer is what the primary knows of a replica, wherever it is.
+func (m *managed) transfer(s *status.Replica, r *protocol.ReplicaReport) {
+	s.Connection, s.Replication = r.Connection, r.Replication
+	if r.Replication == "Paused" {
+		s.Replication = "PausedSyncS"
+		s.Advice = "blockferry resume " + m.config.Name
+	}
+	if r.Epoch > 0 {
+		s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
+	}
+	s.JournalFreeBytes = r.JournalFree
+	if r.Sync != nil {
+		done, total := uint64(max(0, r.Sync.DoneBytes)), uint64(max(0, r.Sync.TotalBytes))
+		s.DoneBytes, s.TotalBytes, s.EtaSeconds = &done, &total, r.Sync.ETASeconds
+		s.Mode, _, _ = strings.Cut(r.Plan, ":")
+	}
 }
 
 // diskWord is a replica's state in DRBD's words.

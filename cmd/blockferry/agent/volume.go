@@ -68,7 +68,7 @@ type managed struct {
 
 func newManaged(a *Agent, v *config.Volume) *managed {
 	m := &managed{agent: a, config: v, log: a.log.With("volume", v.Name), poke: make(chan struct{}, 1), reason: "the agent is starting"}
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		l := newLocalReplica(a, v, r)
 		l.opened = func() { m.replicaOpened(r.Name) }
 		m.replicas = append(m.replicas, l)

@@ -52,12 +52,18 @@ const (
 // Config is a whole file. Volumes and replicas are sorted by name.
 type Config struct {
 	Path    string
+	Node    *Node // nil: no other machine is known
 	Volumes []*Volume
 }
 
 // Volume is one replicated device.
 type Volume struct {
 	Name string
+	// Copy is set when the volume is only a replica here, fed by another node:
+	// it is that replica, on Device. Peers are the nodes that may feed it. There
+	// are no Replicas then.
+	Copy  *Replica
+	Peers []string
 	// Device is the disk that holds the volume.
 	Device string
 	// Attach replicates Device as it is, mounted and in use, without a device
@@ -99,10 +105,14 @@ type Volume struct {
 	Replicas    []*Replica
 }
 
-// Replica is one copy of a volume.
+// Replica is one copy of a volume: on Device, or at another node, at Address.
 type Replica struct {
-	Name        string
-	Device      string
+	Name   string
+	Device string
+	// Address is where the node Peer answers: HOST:PORT, or unix:PATH. Device,
+	// the journal and the spill file are that node's to know.
+	Address     string
+	Peer        string
 	Compression string // none, s2 or zstd
 	// JournalBytes is the room for epochs that are not complete yet; 0 means
 	// chosen by the volume's size.
@@ -174,6 +184,9 @@ type DiskUse struct{ Path, What string }
 
 // DiskUses lists every disk of a volume.
 func (v *Volume) DiskUses() []DiskUse {
+	if v.Secondary() {
+		return []DiskUse{{v.Device, "the replica of volume '" + v.Name + "'"}}
+	}
 	uses := []DiskUse{{v.Device, "the device of volume '" + v.Name + "'"}}
 	if v.MetadataDevice != "" {
 		uses = append(uses, DiskUse{v.MetadataDevice, "the metadata device of volume '" + v.Name + "'"})
@@ -181,11 +194,25 @@ func (v *Volume) DiskUses() []DiskUse {
 	if v.CowDevice != "" {
 		uses = append(uses, DiskUse{v.CowDevice, "the cow device of volume '" + v.Name + "'"})
 	}
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		uses = append(uses, DiskUse{r.Device, "replica '" + r.Name + "' of volume '" + v.Name + "'"})
 	}
 	return uses
 }
+
+// Local lists the replicas that are on disks of this machine.
+func (v *Volume) Local() []*Replica {
+	var local []*Replica
+	for _, r := range v.Replicas {
+		if r.Address == "" {
+			local = append(local, r)
+		}
+	}
+	return local
+}
+
+// Secondary reports whether the volume is only a replica here.
+func (v *Volume) Secondary() bool { return v.Copy != nil }
 
 // DiskUses lists every disk of every volume.
 func (c *Config) DiskUses() []DiskUse {

@@ -111,6 +111,38 @@ func TestSecondSampleIsReadWhole(t *testing.T) {
 	}
 }
 
+func TestPeersSamplesAreReadWhole(t *testing.T) {
+	c, err := Load(samples + "valid/peers.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *c.Node != (Node{Name: "node-a", Certs: "/etc/blockferry/certs"}) {
+		t.Errorf("%+v", c.Node)
+	}
+	v, _ := c.Volume("data")
+	if local := v.Local(); v.Secondary() || len(v.Replicas) != 2 || len(local) != 1 || local[0].Name != "ebs" ||
+		*v.Replicas[1] != (Replica{Name: "zone-b", Address: "node-b.example:7070", Peer: "node-b", Compression: "zstd"}) || len(v.DiskUses()) != 2 {
+		t.Errorf("%+v", v)
+	}
+	if c, err = Load(samples + "valid/peers-secondary.yaml"); err != nil {
+		t.Fatal(err)
+	}
+	v, _ = c.Volume("data")
+	if c.Node.Listen != "10.0.2.7:7070" || !v.Secondary() || len(v.Peers) != 1 || v.Peers[0] != "node-a" || len(v.DiskUses()) != 1 ||
+		*v.Copy != (Replica{Name: "data", Device: "/dev/nvme1n1", JournalBytes: 4 * GiB, Spill: "/srv/spill/data", SpillLimitBytes: 50 * GiB}) {
+		t.Errorf("%+v %+v", v, v.Copy)
+	}
+}
+
+func TestOnThisMachine(t *testing.T) {
+	for address, want := range map[string]bool{"127.0.0.1:1": true, "127.9.9.9:1": true, "[::1]:1": true, "localhost:1": true, "unix:/x": true,
+		"0.0.0.0:1": false, ":1": false, "10.0.0.1:1": false, "[::]:1": false, "localhost.example:1": false, "127.0.0.1.example:1": false} {
+		if got := OnThisMachine(address); got != want {
+			t.Errorf("%s: %v", address, got)
+		}
+	}
+}
+
 func TestSizes(t *testing.T) {
 	for text, want := range map[string]int64{"0": 0, "4096": 4096, "64KiB": 64 * KiB, "1.5TiB": 3 * TiB / 2, "100 GiB": 100 * GiB} {
 		if got, err := ParseSize(text); err != nil || got != want {
@@ -154,7 +186,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, v := range c.Volumes {
-			if v.Device == "" || len(v.Replicas) == 0 || v.Interval < MinInterval {
+			if v.Device == "" || (len(v.Replicas) == 0) != v.Secondary() || v.Interval < MinInterval || v.Secondary() && len(v.Peers) == 0 {
 				t.Errorf("accepted %+v", v)
 			}
 		}

@@ -71,6 +71,7 @@ type reader struct {
 	config *Config
 	errors Errors
 	disks  map[string]string // cleaned path -> where it was used first
+	afar   []afar            // what is about other nodes
 }
 
 func (r *reader) syntax(err error) error {

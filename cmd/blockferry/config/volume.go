@@ -15,10 +15,12 @@ import (
 var innerSuffixes = []string{"-era", "-base", "-data", "-meta", "-cow", "-snap"}
 
 func (r *reader) root(n ast.Node) {
-	present := r.fields(n, "the file", []field{{"volumes", r.volumes}})
-	if len(present) == 0 && len(r.errors) == 0 {
+	var node ast.Node
+	present := r.fields(n, "the file", []field{{"node", func(n ast.Node) { node = n }}, {"volumes", r.volumes}})
+	if present["volumes"] == nil && len(r.errors) == 0 {
 		r.fail(n, "the file needs 'volumes:'")
 	}
+	r.node(present["node"], node)
 }
 
 func (r *reader) volumes(n ast.Node) {
@@ -41,7 +43,9 @@ func (r *reader) volumes(n ast.Node) {
 
 func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	what := "volume '" + v.Name + "'"
+	secondary, of := false, &Replica{}
 	present := r.fields(pair.Value, what, []field{
+		r.choice("role", func(s string) { secondary = s == "secondary" }, "primary", "secondary"),
 		r.disk("device", &v.Device, what),
 		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
 		r.disk("state-file", &v.StateFile, what),
@@ -59,7 +63,20 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
+		{"peers", func(n ast.Node) { r.peers(n, v) }},
+		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
+		r.disk("spill", &of.Spill, what),
+		r.size("spill-limit", &of.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 	})
+	if secondary {
+		r.secondary(pair, v, of, present)
+		return
+	}
+	for _, key := range secondaryKeys {
+		if present[key] != nil {
+			r.fail(present[key], "%s has '%s', which is for 'role: secondary'", what, key)
+		}
+	}
 	switch {
 	case present["device"] == nil:
 		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)
@@ -107,15 +124,26 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 	what := fmt.Sprintf("replica '%s' of volume '%s'", p.Name, v.Name)
 	present := r.fields(pair.Value, what, []field{
 		r.disk("device", &p.Device, what),
+		r.address("address", &p.Address),
+		r.peer("peer", &p.Peer),
 		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.disk("spill", &p.Spill, what),
 		r.size("spill-limit", &p.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.choice("catch-up", func(s string) { p.InPlace = s == "in-place" }, "journal", "in-place"),
 	})
-	if present["device"] == nil {
-		r.fail(pair.Key, "%s needs 'device:', the disk that holds the copy", what)
+	if present["address"] != nil {
+		r.remote(p, what, present)
+	} else if present["device"] == nil {
+		r.fail(pair.Key, "%s needs 'device:', the disk that holds the copy, or 'address:' and 'peer:', the node that does", what)
+	} else if present["peer"] != nil {
+		r.fail(present["peer"], "%s has 'peer', but no 'address' to reach that node at", what)
 	}
+	r.spill(p, what, present)
+}
+
+// spill checks the keys about a replica's spill file.
+func (r *reader) spill(p *Replica, what string, present map[string]ast.Node) {
 	if present["spill-limit"] != nil && present["spill"] == nil {
 		r.fail(present["spill-limit"], "%s has 'spill-limit', but no 'spill', the file it is for", what)
 	}

@@ -132,6 +132,13 @@ func (s *System) Kernel(volumes ...*config.Volume) Findings {
 		f.refuse(exit.Prerequisite, "user", "device-mapper and BPF need root", "run it with sudo")
 		return f
 	}
+	if len(volumes) > 0 {
+		volumes = slices.DeleteFunc(slices.Clone(volumes), (*config.Volume).Secondary)
+		if len(volumes) == 0 {
+			f.good("kernel", "replicas alone need nothing of it")
+			return f
+		}
+	}
 	attach := func(v *config.Volume) bool { return v.Attach }
 	if slices.ContainsFunc(volumes, attach) {
 		if s.Exists(KernelTypes) {
@@ -311,6 +318,8 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "nothing was written; if it may be lost, repeat with --force")
 	case misplaced != "":
 		f.refuse(exit.Refused, u.Path, u.What+" "+misplaced, "nothing is written to it; check the paths in the configuration, or which disk is attached where")
+	case purpose == AsFound && !d.Ours && v.Secondary():
+		f.note(u.Path, u.What+" is none yet, it is "+contentWords(d.Content), "if it may become one, run: blockferry create "+v.Name)
 	case purpose == AsFound && d.Content != "" && !d.Ours && u.Path == v.Device:
 		f.refuse(exit.Refused, u.Path, u.What+" holds "+d.Content, "if it may be lost, run: blockferry create --force "+v.Name)
 	case purpose == AsFound && d.Content == "" && u.Path == v.Device:
@@ -319,7 +328,7 @@ func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose P
 		f.note(u.Path, u.What+" is no replica yet, it is "+contentWords(d.Content),
 			"for a new volume run: blockferry create "+v.Name+"; if only this disk was lost or exchanged: blockferry create --replica "+replicaAt(v, u.Path)+" "+v.Name)
 	case journal != "":
-		f.note(u.Path, u.What+" "+journal, JournalAdvice(v.Name, replicaAt(v, u.Path)))
+		f.note(u.Path, u.What+" "+journal, JournalAdvice(v, replicaAt(v, u.Path)))
 	default:
 		f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), contentWords(d.Content))
 	}
@@ -343,8 +352,16 @@ func (s *System) attached(f *Findings, u config.DiskUse, d Disk) {
 	f.good(u.Path, "%s, %s, %s", u.What, config.FormatSize(d.SizeBytes), strings.Join(users, ", "))
 }
 
+// replicas are those on disks of this machine.
+func replicas(v *config.Volume) []*config.Replica {
+	if v.Secondary() {
+		return []*config.Replica{v.Copy}
+	}
+	return v.Local()
+}
+
 func replicaAt(v *config.Volume, path string) string {
-	for _, r := range v.Replicas {
+	for _, r := range replicas(v) {
 		if r.Device == path {
 			return r.Name
 		}
@@ -392,7 +409,7 @@ func contentWords(content string) string {
 // Spills looks at where the spill files of a volume's replicas are.
 func (s *System) Spills(v *config.Volume) Findings {
 	var f Findings
-	for _, r := range v.Replicas {
+	for _, r := range replicas(v) {
 		if r.Spill == "" {
 			continue
 		}
@@ -412,7 +429,7 @@ func (s *System) DistinctSpills(c *config.Config) Findings {
 	type spill struct{ path, real, what string }
 	var seen []spill
 	for _, v := range c.Volumes {
-		for _, r := range v.Replicas {
+		for _, r := range replicas(v) {
 			if r.Spill == "" {
 				continue
 			}

@@ -67,12 +67,14 @@ func (d Disk) part(role string) (Part, bool) {
 
 // roleOf is what a volume's configuration wants the disk at a path to be.
 func roleOf(v *config.Volume, path string) string {
-	switch path {
-	case v.Device:
+	switch {
+	case v.Secondary():
+		return roleReplica
+	case path == v.Device:
 		return string(volume.RoleDisk)
-	case v.CowDevice:
+	case path == v.CowDevice:
 		return string(volume.RoleCow)
-	case v.MetadataDevice:
+	case path == v.MetadataDevice:
 		return string(volume.RoleMetadata)
 	}
 	return roleReplica
@@ -131,7 +133,7 @@ func (all inspected) misplaced(v *config.Volume, u config.DiskUse) string {
 
 // otherJournal says that a replica's journal is not of the size configured.
 func otherJournal(v *config.Volume, d Disk) string {
-	for _, r := range v.Replicas {
+	for _, r := range replicas(v) {
 		if p, ok := d.part(roleReplica); ok && r.Device == d.Path {
 			return JournalDiffers(r, p.JournalBytes)
 		}
@@ -149,7 +151,11 @@ func JournalDiffers(r *config.Replica, have int64) string {
 }
 
 // JournalAdvice says how a journal gets another size.
-func JournalAdvice(volumeName, replica string) string {
-	return "say so in the configuration, or make the replica anew, which loses this copy until it is filled again: stop the agent, blockferry create --replica " +
-		replica + " --discard-my-data " + volumeName + ", start the agent"
+func JournalAdvice(v *config.Volume, replica string) string {
+	which := "--replica " + replica + " "
+	if v.Secondary() {
+		which = ""
+	}
+	return "say so in the configuration, or make the replica anew, which loses this copy until it is filled again: stop the agent, blockferry create " +
+		which + "--discard-my-data " + v.Name + ", start the agent"
 }

@@ -91,6 +91,9 @@ func parts(f *blockdev.File) []Part {
 	if err != nil || !found {
 		return all
 	}
+	if of == protocol.AnyVolume { // it is for whichever comes first
+		return append(all, Part{Role: roleReplica})
+	}
 	p := Part{Role: roleReplica, Volume: uuidText(of)}
 	if s, err := protocol.PeekReplica(f); err == nil {
 		p.JournalBytes = s.JournalBytes

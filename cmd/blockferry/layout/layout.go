@@ -76,7 +76,10 @@ func Make(v *config.Volume, diskBytes map[string]int64) (Plan, error) {
 func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error) {
 	p := Plan{SizeBytes: size, Replicas: map[string]protocol.FormatOptions{}}
 	tail := int64(0)
-	for _, r := range v.Replicas {
+	if len(v.Local()) == 0 { // the other role needs one all the same
+		tail = protocol.TailBytes(size, journalBytes(&config.Replica{}, size))
+	}
+	for _, r := range v.Local() {
 		tail = max(tail, protocol.TailBytes(size, journalBytes(r, size)))
 	}
 	p.Volume = volume.LayoutOptions{
@@ -88,7 +91,7 @@ func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error)
 		return Plan{}, exit.Errorf(exit.Refused, "%s: %w; choose a smaller 'size' or 'cow', or larger disks", v.Device, err)
 	}
 	p.Areas = areas
-	for _, r := range v.Replicas {
+	for _, r := range v.Local() {
 		o, err := Replica(r, areas, diskBytes[r.Device])
 		if err != nil {
 			return Plan{}, err
@@ -105,6 +108,28 @@ func Replica(r *config.Replica, a volume.Areas, diskBytes int64) (protocol.Forma
 	if need := o.NeededBytes(); need > diskBytes {
 		return o, exit.Errorf(exit.Refused, "%s: replica '%s' of a volume of %s needs %d bytes (%s), the disk has %d; choose a smaller 'size', or a larger disk",
 			r.Device, r.Name, config.FormatSize(size), need, config.FormatSize(need), diskBytes)
+	}
+	return o, nil
+}
+
+// Secondary says how the disk of a volume that is only a replica here is divided
+// for a size: as a replica's at the node that writes it is, so that this copy
+// can take over.
+func Secondary(v *config.Volume, size, diskBytes int64) (protocol.FormatOptions, error) {
+	a, err := volume.Layout(diskBytes, volume.LayoutOptions{
+		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: cowBytes(v, size), TailBytes: protocol.TailBytes(size, journalBytes(v.Copy, size)),
+	})
+	if err != nil {
+		return protocol.FormatOptions{}, exit.Errorf(exit.Refused, "%s: %w; it needs a larger disk", v.Device, err)
+	}
+	return Replica(v.Copy, a, diskBytes)
+}
+
+// Undecided says how it is divided before its volume's size is known.
+func Undecided(diskBytes int64) (protocol.FormatOptions, error) {
+	o := protocol.FormatOptions{VolumeUUID: protocol.AnyVolume, SizeBytes: config.MinVolumeBytes, JournalBytes: leastJournal}
+	if need := o.NeededBytes(); need > diskBytes {
+		return o, exit.Errorf(exit.Refused, "the disk has %d bytes, a replica needs at least %d", diskBytes, need)
 	}
 	return o, nil
 }

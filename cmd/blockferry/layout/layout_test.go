@@ -75,3 +75,38 @@ func TestTooSmallSaysWhichAndHowMuch(t *testing.T) {
 		t.Errorf("a tiny disk: %v", err)
 	}
 }
+
+// A volume whose copies are all at other nodes keeps room for the other role,
+// too, and a copy there is divided as one beside the volume is.
+func TestReplicasElsewhere(t *testing.T) {
+	near := vol(gib)
+	near.Replicas = near.Replicas[:1]
+	far := vol(gib)
+	far.Replicas = []*config.Replica{{Name: "far", Address: "10.0.0.2:7070", Peer: "node-b"}}
+	disks := map[string]int64{"/dev/a": 4 * gib, "/dev/b": 4 * gib}
+	a, err := Make(near, disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := Make(far, disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.Areas != b.Areas || len(b.Replicas) != 0 {
+		t.Errorf("near %+v, far %+v", a, b)
+	}
+	there := &config.Volume{Name: "data", Device: "/dev/b", EraBlockBytes: 64 * config.KiB, Copy: &config.Replica{Name: "data", Device: "/dev/b"}}
+	o, err := Secondary(there, gib, 4*gib)
+	if err != nil || o != a.Replicas["ebs"] {
+		t.Errorf("%+v, %v; beside the volume %+v", o, err, a.Replicas["ebs"])
+	}
+	if _, err := Secondary(there, gib, gib); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "/dev/b") {
+		t.Errorf("a disk that is too small: %v", err)
+	}
+	if _, err := Undecided(gib); err != nil {
+		t.Error(err)
+	}
+	if _, err := Undecided(16 * mib); exit.Of(err) != exit.Refused {
+		t.Errorf("a disk that is too small for any: %v", err)
+	}
+}

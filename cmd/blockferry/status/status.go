@@ -18,15 +18,16 @@ type Volume struct {
 	// Device is the disk, Path what the application opens while it is up.
 	Device string `json:"device"`
 	Path   string `json:"path,omitempty"`
-	// Role is Primary while the volume is up, Secondary after a down, Unknown
-	// otherwise.
+	// Role is Primary while the volume is up, Secondary after a down or while it
+	// is only a replica here, Unknown otherwise.
 	Role string `json:"role"`
 	// Disk is UpToDate while it is up, Consistent after a down, Diskless while
 	// the disk is absent, blank or being restored, else DUnknown.
 	Disk string `json:"disk"`
 	Up   bool   `json:"up"`
 	// Stage is where the agent is with it: starting (not looked at yet),
-	// absent, blank, busy (somebody else has a disk), refused, restoring, down or up.
+	// absent, blank, busy (somebody else has a disk), refused, restoring, down or up;
+	// or secondary: it is only a replica here.
 	Stage string `json:"stage"`
 	// Restore says what happens to a blank disk: manual or auto.
 	Restore string `json:"restore"`
@@ -35,10 +36,16 @@ type Volume struct {
 	RestoreTotalBytes *uint64   `json:"restore-total-bytes,omitempty"`
 	Paused            bool      `json:"paused"`
 	SizeBytes         int64     `json:"size-bytes,omitempty"`
-	IntervalSeconds   float64   `json:"interval-seconds"`
+	IntervalSeconds   float64   `json:"interval-seconds,omitempty"`
 	Position          *Position `json:"position,omitempty"`
 	LastCut           *Cut      `json:"last-cut,omitempty"`
 	WrittenBytes      *uint64   `json:"written-bytes,omitempty"`
+	// Of a replica here: the nodes that may feed it, the one that does (NODE@HOST), and when
+	// what it holds was cut, by that node's clock. How far it is behind, only that
+	// node knows.
+	Peers []string   `json:"peers,omitempty"`
+	FedBy string     `json:"fed-by,omitempty"`
+	CutAt *time.Time `json:"cut-at,omitempty"`
 	// Reason says why it is not as it should be, Advice what to do then.
 	Reason   string    `json:"reason,omitempty"`
 	Advice   string    `json:"advice,omitempty"`
@@ -62,6 +69,9 @@ type Cut struct {
 type Replica struct {
 	Name   string `json:"name"`
 	Device string `json:"device,omitempty"`
+	// Peer is the node it is at, Address where that answers.
+	Peer    string `json:"peer,omitempty"`
+	Address string `json:"address,omitempty"`
 	// Connection is StandAlone, Connecting or Connected; Replication is Off,
 	// Established, SyncSource, PausedSyncS, VerifyS or Behind; Disk is
 	// Inconsistent, Consistent, UpToDate or DUnknown.

@@ -46,7 +46,7 @@ func writeVolume(b *strings.Builder, v *Volume) {
 	head := line{words: []string{v.Name}}
 	head.add("role", v.Role)
 	head.add("disk", v.Disk)
-	if !v.Up {
+	if !v.Up && v.Stage != "secondary" {
 		head.add("up", "no")
 	}
 	if v.Paused {
@@ -62,10 +62,17 @@ func writeVolume(b *strings.Builder, v *Volume) {
 	where.to(b, "  ")
 	var now line
 	now.add("position", v.Position.String())
-	now.add("interval", seconds(v.IntervalSeconds).String())
+	if v.IntervalSeconds > 0 {
+		now.add("interval", seconds(v.IntervalSeconds).String())
+	}
 	if c := v.LastCut; c != nil && c.StalledSeconds != nil {
 		now.add("stalled", stall(*c.StalledSeconds))
 	}
+	if v.CutAt != nil {
+		now.add("cut-at", v.CutAt.UTC().Format("2006-01-02T15:04:05.000Z"))
+	}
+	now.add("fed-by", v.FedBy)
+	now.add("peers", strings.Join(v.Peers, ","))
 	now.to(b, "  ")
 	writeWhy(b, "  ", v.Reason, v.Advice)
 	for i := range v.Replicas {
@@ -81,6 +88,10 @@ func writeReplica(b *strings.Builder, r *Replica) {
 	head.add("replication", r.Replication)
 	head.add("disk", r.Disk)
 	head.to(b, "  ")
+	var where line
+	where.add("node", r.Peer)
+	where.add("address", r.Address)
+	where.to(b, "    ")
 	var now line
 	now.add("position", r.Position.String())
 	atLeast := ""

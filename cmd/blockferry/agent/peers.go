@@ -1,0 +1,290 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/layout"
+	"blockferry/cmd/blockferry/status"
+	"blockferry/cmd/blockferry/transport"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+// adoptLimit is how long a replica has to be formatted for its volume.
+const adoptLimit = 10 * time.Second
+
+// peers takes what other nodes write to this node's replicas of their volumes.
+// It serves those alone: no replica of a volume that is written here, and no
+// command.
+type peers struct {
+	agent    *Agent
+	node     *config.Node
+	log      *slog.Logger
+	receiver *protocol.Receiver
+	server   *transport.Server
+	volumes  []*secondary
+
+	adopting sync.Mutex
+
+	mu   sync.Mutex
+	last string // how the last session ended, if that was a refusal
+}
+
+// secondary is a volume that is only a replica here.
+type secondary struct {
+	peers   *peers
+	config  *config.Volume
+	replica *localReplica
+}
+
+// adoption is what a replica that has no volume yet becomes.
+type adoption struct {
+	format func(diskBytes int64) (protocol.FormatOptions, error)
+	done   chan error // room for one
+}
+
+func newPeers(a *Agent) *peers {
+	p := &peers{agent: a, node: a.options.Config.Node, log: a.log}
+	p.receiver = protocol.NewReceiver(protocol.ReceiverConfig{Admit: p.admit, Events: protocol.ReceiverEvents{
+		Connected: p.fed, Disconnected: p.notFed,
+		Refused: func(ctx context.Context, err *protocol.RefusedError) { p.server.Refused(ctx, errors.New(err.Message)) },
+	}})
+	p.server = transport.NewServer(transport.ServerOptions{
+		Identity: a.identity, Log: a.log, Service: p.receiver, Known: p.known,
+		Refused: func(who, why string) { a.hub.publish("", "", "peer-refused", who+": "+why) },
+	})
+	return p
+}
+
+// fed and notFed log sessions, but not each of a node that is refused again and
+// again for the same reason.
+func (p *peers) fed(_, from string, at protocol.Position) {
+	p.mu.Lock()
+	level := slog.LevelInfo
+	if p.last != "" {
+		level = slog.LevelDebug
+	}
+	p.mu.Unlock()
+	p.log.Log(context.Background(), level, "fed by", "from", from, "position", at.String())
+}
+
+func (p *peers) notFed(_, from string, err error) {
+	var refused *protocol.RefusedError
+	level, last := slog.LevelInfo, ""
+	if errors.As(err, &refused) {
+		last = from + ": " + refused.Message
+	}
+	p.mu.Lock()
+	if last != "" && last == p.last {
+		level = slog.LevelDebug
+	}
+	p.last = last
+	p.mu.Unlock()
+	p.log.Log(context.Background(), level, "not fed any more", "from", from, "reason", err)
+}
+
+func (p *peers) add(v *config.Volume) {
+	l := newLocalReplica(p.agent, v, v.Copy)
+	l.receiver, l.name = p.receiver, p.node.Name
+	p.volumes = append(p.volumes, &secondary{peers: p, config: v, replica: l})
+}
+
+// run serves until ctx ends.
+func (p *peers) run(ctx context.Context) {
+	if p.agent.identity.Plaintext() {
+		p.log.Warn("other nodes are not asked for certificates: nothing is encrypted, and who reaches "+p.node.Listen+" may write to replicas here", "listen", p.node.Listen)
+	}
+	var running sync.WaitGroup
+	for _, s := range p.volumes {
+		running.Go(func() { s.replica.run(ctx) })
+	}
+	running.Go(func() {
+		<-ctx.Done()
+		p.server.Stop()
+	})
+	said := ""
+	for ctx.Err() == nil {
+		l, err := transport.Listen(ctx, p.node.Listen)
+		if err == nil {
+			p.log.Info("listening for other nodes", "listen", l.Addr().String())
+			said = ""
+			err = p.server.Serve(l) // closes it
+		}
+		if err != nil && ctx.Err() == nil && err.Error() != said {
+			said = err.Error()
+			p.log.Warn("other nodes can't connect; it is tried again by itself", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(retryEvery):
+		}
+	}
+	running.Wait()
+}
+
+// known reports whether a node may write to anything here.
+func (p *peers) known(node string) bool {
+	return slices.ContainsFunc(p.volumes, func(s *secondary) bool { return slices.Contains(s.config.Peers, node) })
+}
+
+func wrongVolume(format string, args ...any) error {
+	return &protocol.RefusedError{Reason: proto.Reason_REASON_WRONG_VOLUME, Message: fmt.Sprintf(format, args...)}
+}
+
+// admit decides about one call: the node must be among the 'peers' of the volume it
+// means, and a replica that has no volume yet becomes one of the first that is
+// offered to it by its name.
+func (p *peers) admit(ctx context.Context, a protocol.Admission) (string, error) {
+	node := transport.Caller(ctx)
+	if a.Replica != p.node.Name {
+		return "", &protocol.RefusedError{Reason: proto.Reason_REASON_UNKNOWN_REPLICA,
+			Message: fmt.Sprintf("this is node '%s', asked for is a replica at node '%s': see 'address' and 'peer' at node '%s'", p.node.Name, a.Replica, node)}
+	}
+	if a.VolumeUUID == protocol.AnyVolume {
+		return "", wrongVolume("%x is no volume's id", a.VolumeUUID)
+	}
+	var named *secondary
+	for _, s := range p.volumes {
+		allowed := slices.Contains(s.config.Peers, node)
+		if st, open, _, _ := s.replica.status(); open && st.VolumeUUID == a.VolumeUUID {
+			if !allowed {
+				verb := "written by"
+				if a.Restore {
+					verb = "read by"
+				}
+				return "", wrongVolume("the replica of volume '%s' (%s) at node '%s' may not be %s node '%s': it is not among its 'peers'",
+					s.config.Name, volume.UUID(a.VolumeUUID), p.node.Name, verb, node)
+			}
+			return transport.Who(ctx), nil
+		}
+		if s.config.Name == a.Volume && allowed {
+			named = s
+		}
+	}
+	if named == nil {
+		return "", wrongVolume("volume '%s' (%s) of node '%s' has no replica at node '%s': a volume has one name at all nodes, and 'peers' there lists those that may write to it",
+			a.Volume, volume.UUID(a.VolumeUUID), node, p.node.Name)
+	}
+	st, open, reason, _ := named.replica.status()
+	switch {
+	case !open:
+		return "", &protocol.RefusedError{Reason: proto.Reason_REASON_STORAGE,
+			Message: fmt.Sprintf("the replica of volume '%s' at node '%s' is not open: %s", named.config.Name, p.node.Name, reason)}
+	case st.VolumeUUID != protocol.AnyVolume:
+		return "", wrongVolume("volume '%s' at node '%s' is a replica of volume %s, node '%s' offers volume %s; nothing was written; only if what is there may be lost, at node '%[2]s': blockferry create --discard-my-data %[1]s",
+			named.config.Name, p.node.Name, volume.UUID(st.VolumeUUID), node, volume.UUID(a.VolumeUUID))
+	}
+	return transport.Who(ctx), named.become(ctx, node, a)
+}
+
+// become formats a replica that has no volume yet for the one that is offered.
+func (s *secondary) become(ctx context.Context, node string, a protocol.Admission) error {
+	ctx, cancel := context.WithTimeout(ctx, adoptLimit)
+	defer cancel()
+	// One at a time: the next finds a replica that has its volume.
+	s.peers.adopting.Lock()
+	defer s.peers.adopting.Unlock()
+	if st, open, _, _ := s.replica.status(); open && st.VolumeUUID == a.VolumeUUID {
+		return nil
+	}
+	size := int64(a.SizeBytes)
+	if size < config.MinVolumeBytes || size > config.MaxVolumeBytes || size%protocol.BlockSize != 0 {
+		return &protocol.RefusedError{Reason: proto.Reason_REASON_SIZE, Message: fmt.Sprintf("%d bytes are no volume's size", a.SizeBytes)}
+	}
+	err := s.format(ctx, func(diskBytes int64) (protocol.FormatOptions, error) {
+		format, err := layout.Secondary(s.config, size, diskBytes)
+		format.VolumeUUID = a.VolumeUUID
+		return format, err
+	}, a.VolumeUUID)
+	if err != nil {
+		reason := proto.Reason_REASON_STORAGE
+		if exit.Of(err) == exit.Refused {
+			reason = proto.Reason_REASON_SIZE
+		}
+		return &protocol.RefusedError{Reason: reason,
+			Message: fmt.Sprintf("the replica of volume '%s' at node '%s' can't take it: %v", s.config.Name, s.peers.node.Name, err)}
+	}
+	s.peers.log.Info("the replica is of this volume from now on", "volume", s.config.Name, "uuid", volume.UUID(a.VolumeUUID).String(), "size-bytes", size, "first-from", node)
+	s.peers.agent.hub.publish(s.config.Name, "", "replica-adopted", "volume "+volume.UUID(a.VolumeUUID).String()+" of node "+node)
+	return nil
+}
+
+// format has the replica formatted, and returns when it is open again.
+func (s *secondary) format(ctx context.Context, format func(int64) (protocol.FormatOptions, error), of [16]byte) error {
+	become := adoption{format, make(chan error, 1)}
+	select {
+	case s.replica.adopt <- become:
+	case <-ctx.Done():
+		return fmt.Errorf("it is not open: %w", ctx.Err())
+	}
+	if err := <-become.done; err != nil {
+		return err
+	}
+	for {
+		st, open, reason, change := s.replica.look()
+		switch {
+		case open && st.VolumeUUID == of:
+			return nil
+		case !open && reason != becoming:
+			return errors.New(reason)
+		}
+		select {
+		case <-change:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// status is the replica as this node knows it.
+func (s *secondary) status() status.Volume {
+	v := status.Volume{Name: s.config.Name, Device: s.config.Device, Role: "Secondary", Disk: "DUnknown", Stage: "secondary", Restore: "manual",
+		Peers: s.config.Peers, Replicas: []status.Replica{}}
+	st, open, reason, advice := s.replica.status()
+	v.Reason, v.Advice = reason, advice
+	if !open {
+		return v
+	}
+	v.Disk = diskWord(st.State)
+	if st.VolumeUUID == protocol.AnyVolume {
+		v.Reason, v.Advice = "waiting for the first of "+strings.Join(s.config.Peers, ", ")+" to connect with a volume of this name",
+			"at that node, name this one among the volume's 'replicas', with 'address' and 'peer: "+s.peers.node.Name+"'"
+		return v
+	}
+	v.UUID, v.SizeBytes = volume.UUID(st.VolumeUUID).String(), st.SizeBytes
+	if !st.Committed.IsZero() {
+		v.Position = position(fmt.Sprintf("%x", st.Committed.Generation), st.Committed.Epoch)
+		if st.CutUnixNanos > 0 {
+			at := time.Unix(0, st.CutUnixNanos).UTC()
+			v.CutAt = &at
+		}
+	}
+	for _, served := range s.peers.receiver.Status() {
+		if served.VolumeUUID == st.VolumeUUID && served.Session != nil {
+			v.FedBy = served.Session.From
+		}
+	}
+	switch {
+	case st.Err != nil:
+		v.Reason, v.Advice = st.Err.Error(), s.replica.advise(st.Err)
+	case st.Reason != "":
+		v.Reason = st.Reason
+	case v.FedBy == "":
+		v.Reason = "nobody feeds it: none of " + strings.Join(s.config.Peers, ", ") + " is connected; how far it is behind is known only there"
+		v.Advice = "see 'blockferry status' at that node, and what is refused in the agent's log here"
+	}
+	if words, todo := s.replica.spillWords(st); words != "" && v.Reason == "" {
+		v.Reason, v.Advice = words, todo
+	}
+	return v
+}

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"strings"
+
+	"blockferry/blockdev"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/doctor"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/layout"
+	"blockferry/protocol"
+)
+
+// createSecondary formats the disk of a volume that is only a replica here, for
+// whichever volume of its name a peer offers first.
+func (g *globalOptions) createSecondary(system *doctor.System, c *config.Config, v *config.Volume, o createOptions) error {
+	disk, findings := system.Disk(v, v.Device, o.purpose())
+	findings = append(findings, system.Distinct(c.DiskUses())...)
+	if err := findings.Err(); err != nil {
+		return err
+	}
+	options, err := layout.Undecided(disk.SizeBytes)
+	if err != nil {
+		return exit.Errorf(exit.Refused, "%s: %w", v.Device, err)
+	}
+	did := "formatted"
+	if o.dryRun {
+		did = "would be formatted"
+	} else {
+		f, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		if err != nil {
+			return exit.Mark(exit.Refused, err)
+		}
+		defer f.Close()
+		if err := protocol.FormatReplica(f, options); err != nil {
+			return err
+		}
+	}
+	return g.say(map[string]any{"volume": v.Name, "dry-run": o.dryRun, "replica": v.Name, "device": v.Device, "peers": v.Peers},
+		"%s: %s %s; it becomes a replica of the first volume of this name that %s connects with", v.Name, v.Device, did, strings.Join(v.Peers, " or "))
+}

@@ -1,0 +1,64 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"blockferry/proto"
+)
+
+// AnyVolume is the volume of a replica that was formatted before its volume is
+// known, to be formatted again for the first one that may have it. A Receiver
+// does not serve it.
+var AnyVolume = [16]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// Admission is what somebody who called asks for, before anything is looked at
+// or written. Its words are the caller's, and not checked.
+type Admission struct {
+	VolumeUUID [16]byte
+	Volume     string // name; "" for a restore
+	Replica    string
+	SizeBytes  uint64 // 0 for a restore
+	Restore    bool   // reads the image; else a session, which writes it
+}
+
+// AdmitFunc decides whether the caller, known by ctx, may have what it asks
+// for, and who it is, in words. A *RefusedError is told to the caller as it is.
+type AdmitFunc func(ctx context.Context, a Admission) (from string, err error)
+
+// admitSession is before a session.
+func (r *Receiver) admitSession(rs *receiverSession, h *proto.Hello) error {
+	if r.cfg.Admit == nil {
+		return nil
+	}
+	a := Admission{Volume: clip(h.Volume), Replica: clip(h.Replica), SizeBytes: h.SizeBytes}
+	if len(h.VolumeUuid) != len(a.VolumeUUID) {
+		return outOfOrder("a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(h.VolumeUuid))
+	}
+	copy(a.VolumeUUID[:], h.VolumeUuid)
+	from, err := r.cfg.Admit(rs.ctx, a)
+	if err == nil {
+		rs.from = from
+	}
+	return err
+}
+
+// admitRestore is before a restore.
+func (r *Receiver) admitRestore(ctx context.Context, req *proto.RestoreRequest) error {
+	if r.cfg.Admit == nil {
+		return nil
+	}
+	a := Admission{Replica: clip(req.Replica), Restore: true}
+	if copy(a.VolumeUUID[:], req.VolumeUuid) != len(req.VolumeUuid) || len(req.VolumeUuid) != len(a.VolumeUUID) {
+		return status.Errorf(codes.InvalidArgument, "a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(req.VolumeUuid))
+	}
+	_, err := r.cfg.Admit(ctx, a)
+	var refused *RefusedError
+	if errors.As(err, &refused) {
+		return status.Error(codes.PermissionDenied, refused.Message)
+	}
+	return err
+}
