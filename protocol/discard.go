@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+
+	"blockferry/proto"
 )
 
 // This file is about copies that went another way than the primary's: one that
@@ -86,4 +89,72 @@ func (r *Replica) ChangedSince(ctx context.Context, since Position) ([]Range, er
 		return nil, fmt.Errorf("%s: %w: %v is not in its history, %v", r.store.Name(), ErrTrackingLost, since, image.lineage)
 	}
 	return image.ChangedSince(since.Epoch)
+}
+
+// maxChangedRanges bounds what one Changes message names: 2 to 3 MiB.
+const maxChangedRanges = 1 << 18
+
+// changesMessage tells what changed at a replica since a position; of many
+// small ranges neighbours are joined.
+func changesMessage(ctx context.Context, rep *Replica, since Position) (*proto.Changes, error) {
+	changed, err := rep.ChangedSince(ctx, since)
+	if errors.Is(err, ErrTrackingLost) {
+		return &proto.Changes{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	m := &proto.Changes{Known: true}
+	for _, r := range coarsen(changed, maxChangedRanges) {
+		m.Offsets, m.Lengths = append(m.Offsets, uint64(r.Offset)), append(m.Lengths, uint64(r.Length))
+	}
+	return m, nil
+}
+
+// coarsen widens ascending ranges until there are at most limit of them.
+func coarsen(in []Range, limit int) []Range {
+	for grain := int64(2 * ChunkBytes); len(in) > limit; grain *= 2 {
+		var out []Range
+		for _, r := range in {
+			start := r.Offset / grain * grain
+			out = appendRange(out, Range{start, roundUp(r.End(), grain) - start})
+		}
+		in = out
+	}
+	return in
+}
+
+// Strayed is why the replica holds blocks of no committed position, as it said
+// at the handshake; empty: it does not.
+func (l *Link) Strayed() string { return clip(l.welcome.Strayed) }
+
+// Changes asks what changed at the replica since a position that both sides'
+// histories contain. known is false when it can't tell. No epoch is open.
+func (l *Link) Changes(ctx context.Context, since Position) (changed []Range, known bool, err error) {
+	if !slices.Contains(l.welcome.Features, FeatureStrayed) {
+		return nil, false, nil
+	}
+	if l.open {
+		return nil, false, fmt.Errorf("replica %q: epoch %d is open", l.cfg.Replica, l.start.Epoch)
+	}
+	err = l.send(&proto.FromPrimary{Message: &proto.FromPrimary_AskChanges{AskChanges: &proto.AskChanges{Since: since.proto()}}})
+	if err != nil {
+		return nil, false, err
+	}
+	m, err := wait(ctx, l, l.answers)
+	if err != nil {
+		return nil, false, err
+	}
+	c := m.GetChanges()
+	if c == nil || len(c.Offsets) != len(c.Lengths) {
+		return nil, false, l.confused("AskChanges", m)
+	}
+	for i, o := range c.Offsets {
+		if n := c.Lengths[i]; o > uint64(MaxVolumeBytes) || n > uint64(MaxVolumeBytes) {
+			return nil, false, l.confused("AskChanges", m)
+		} else {
+			changed = append(changed, Range{int64(o), int64(n)})
+		}
+	}
+	return cleanRanges(changed, l.cfg.SizeBytes), c.Known, nil
 }

@@ -5,7 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
-		"os"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
