@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -29,8 +30,8 @@ import (
 //	 280  spill file: UUID [16], zero when none was ever named; 296 length u16 and 298 text of its path
 //	 512  lineage of the applied position: up to 128 points (generation [16], last epoch u64)
 //	3584  watched places, up to 8: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
-//	3968  why strayed: length u16, 3970 text; zero to 4071
-//	4072  took over as position (generation [16], epoch u64)
+//	3968  why strayed: length u16, 3970 text; zero to 4055
+//	4056  took over: first half of the SHA-256 of the label's state before [16], 4072 as position (generation [16], epoch u64)
 //
 // The version is 1 until a spill file is named, 2 from then on: a program that
 // knows of none must not take what the journal holds for all there is. It is 3
@@ -44,7 +45,7 @@ const (
 	superWatchAt    = superLineageAt + 24*MaxGenerations
 	superWatchBytes = 48
 	superStrayedAt  = superWatchAt + superWatchBytes*maxWatched
-	superTookOverAt = superBytes - 24
+	superTookOverAt = superBytes - 40
 
 	maxWatched = 8
 	// MaxStrayedReason is the longest Holding.Strayed, in bytes.
@@ -126,6 +127,14 @@ type superblock struct {
 	spillName string
 	strayed   string   // why the data is no committed position of any line but its own; empty: it is
 	tookOver  Position // as what it began as primary; zero: it did not
+	label     [16]byte // with tookOver: labelDigest of the state before it
+}
+
+// labelDigest tells a label's states apart.
+func labelDigest(state []byte) (half [16]byte) {
+	sum := sha256.Sum256(state)
+	copy(half[:], sum[:])
+	return half
 }
 
 // tag marks this replica's map pages and journal segments, so that those of
@@ -214,7 +223,7 @@ func (s *superblock) encode() []byte {
 	b = b[:superStrayedAt]
 	b = le.AppendUint16(b, uint16(len(s.strayed)))
 	b = append(b, s.strayed...)
-	b = appendPosition(b[:superTookOverAt], s.tookOver)
+	b = appendPosition(append(b[:superTookOverAt], s.label[:]...), s.tookOver)
 	le.PutUint32(b[12:], crc32c(b))
 	return b
 }
@@ -262,7 +271,8 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 		return nil, fmt.Errorf("spill file %x with a path of %d bytes in version %d", s.spill, spillName, version)
 	}
 	s.spillName = string(b[superSpillAt+18:][:spillName])
-	s.tookOver = readPosition(b[superTookOverAt:])
+	copy(s.label[:], b[superTookOverAt:])
+	s.tookOver = readPosition(b[superTookOverAt+16:])
 	if n := int(le.Uint16(b[superStrayedAt:])); n <= MaxStrayedReason {
 		s.strayed = string(b[superStrayedAt+2:][:n])
 	}
