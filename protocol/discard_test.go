@@ -26,9 +26,9 @@ type waywardRig struct {
 
 type wayward struct {
 	grain   int64
-	known   bool // the old primary's tracker tells what changed
-	written bool // it was written after the common cut
-	clean   bool // ... and then cut and taken down cleanly
+	known   bool   // the old primary's tracker tells what changed
+	written bool   // it was written after the common cut
+	clean   uint64 // ... and then cut with this number and taken down cleanly
 	policy  SplitBrain
 }
 
@@ -55,9 +55,9 @@ func newWayward(t *testing.T, w wayward) *waywardRig {
 		wroteSome(mine, 600, 800)
 	}
 	old := SourceState{Lineage: Lineage{{g1, 7}}, Generation: g1, OpenEpoch: 8}
-	if w.clean {
-		cut(theirs, 8)
-		old = SourceState{Lineage: Lineage{{g1, 8}}, Generation: g1, Clean: true}
+	if w.clean > 0 {
+		cut(theirs, w.clean)
+		old = SourceState{Lineage: Lineage{{g1, w.clean}}, Generation: g1, Clean: true}
 	}
 	o := FormatOptions{VolumeUUID: testUUID, SizeBytes: testVolumeSize, JournalBytes: 32 << 20}
 	store := blocktest.NewMemory(o.NeededBytes())
@@ -120,8 +120,9 @@ func TestWaywardCopyIsGivenUp(t *testing.T) {
 		{"strayed, changes known by coarse grains", wayward{grain: 1 << 20, known: true, written: true}, Incremental},
 		{"strayed, changes unknown", wayward{grain: BlockSize, written: true}, CompareAll},
 		{"strayed, not written", wayward{grain: BlockSize}, CompareAll},
-		{"cut after the other took over, changes known", wayward{grain: BlockSize, known: true, written: true, clean: true}, Incremental},
-		{"cut after the other took over, changes unknown", wayward{grain: BlockSize, written: true, clean: true}, CompareAll},
+		{"cut after the other took over, changes known", wayward{grain: BlockSize, known: true, written: true, clean: 8}, Incremental},
+		{"cut far ahead of where the other took over", wayward{grain: BlockSize, known: true, written: true, clean: 5000}, Incremental},
+		{"cut after the other took over, changes unknown", wayward{grain: BlockSize, written: true, clean: 8}, CompareAll},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -198,7 +199,7 @@ func TestSplitBrainPolicies(t *testing.T) {
 		{"older primary", wayward{known: true, written: true, policy: SplitBrainOlder}, true},
 		{"least changes", wayward{known: true, written: true, policy: SplitBrainLeast}, true},
 		{"zero changes, it was written", wayward{known: true, written: true, policy: SplitBrainZero}, false},
-		{"zero changes, it was not", wayward{known: true, clean: true, policy: SplitBrainZero}, true},
+		{"zero changes, it was not", wayward{known: true, clean: 8, policy: SplitBrainZero}, true},
 		{"zero changes, not known", wayward{written: true, policy: SplitBrainZero}, false},
 		{"none", wayward{known: true, written: true, policy: SplitBrainNone}, false},
 	} {
@@ -342,3 +343,117 @@ func TestGivingUpSurvivesEveryFault(t *testing.T) {
 }
 
 func gen7(n byte) Position { return Position{gen(n), 7} }
+
+// A replica guards itself, whatever its session let pass.
+func TestReplicaGivesUpOnlyOnTheWord(t *testing.T) {
+	o := testOptions(testVolume)
+	o.Holds = &Holding{Lineage: line(1, 11), Strayed: "written"}
+	dev := testDevice(testVolume)
+	must(t, FormatReplica(dev, o))
+	wayward := testDevice(testVolume)
+	o.Holds = &Holding{Lineage: line(1, 11)}
+	must(t, FormatReplica(wayward, o))
+	here, other := line(1, 11).Tip(), line(1, 7, 2, 12)
+	start := EpochStart{Epoch: 12, Attempt: 1, Mode: ModeJournal, Full: true, Lineage: other, Discard: here}
+	with := func(change func(*EpochStart)) EpochStart {
+		s := start
+		change(&s)
+		return s
+	}
+	for _, c := range []struct {
+		name  string
+		dev   Store
+		dir   string
+		start EpochStart
+		want  string // "": it may begin
+	}{
+		{"strayed, the word given", dev, "x", start, ""},
+		{"strayed, changes only", dev, "x", with(func(s *EpochStart) { s.Full = false }), ""},
+		{"strayed, no word", dev, "x", with(func(s *EpochStart) { s.Discard = Position{} }), "only on the operator's word"},
+		{"strayed, no word, it could follow", dev, "x", with(func(s *EpochStart) { s.Lineage, s.Discard = line(1, 12), Position{} }), "only on the operator's word"},
+		{"strayed, the word is for another position", dev, "x", with(func(s *EpochStart) { s.Discard.Epoch-- }), "operator's word is for"},
+		{"strayed, in place", dev, "x", with(func(s *EpochStart) { s.Mode = ModeInPlace }), "nothing given up"},
+		{"strayed, no folder", dev, "", start, "no folder"},
+		{"strayed, no history in common", dev, "x", with(func(s *EpochStart) { s.Lineage = line(3, 12) }), "a history in common"},
+		{"went its own way, the word given", wayward, "x", start, ""},
+		{"went its own way, the word is for another position", wayward, "x", with(func(s *EpochStart) { s.Discard.Epoch-- }), "operator's word is for"},
+		{"it can follow, and is given up", wayward, "x", with(func(s *EpochStart) { s.Lineage = line(1, 12) }), "a history in common"},
+	} {
+		r, err := OpenReplica(t.Context(), c.dev, OpenOptions{RescueDir: c.dir})
+		must(t, err)
+		err = r.Begin(t.Context(), c.start)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s: %v, want %q", c.name, err, c.want)
+		}
+		must(t, r.Close())
+	}
+}
+
+// What is said of data that is there: any of it may be other than zero, what changed is
+// named, and what somebody writes to it later is noticed.
+func TestFormatAroundData(t *testing.T) {
+	o := testOptions(testVolume)
+	for _, h := range []Holding{
+		{Lineage: line(1, 11)},
+		{Lineage: line(1, 11), Since: 7, Changed: []Range{{ChunkBytes + 4096, 4096}, {5 * ChunkBytes, ChunkBytes + 1}}},
+		{Lineage: line(1, 3, 2, 11), Strayed: strings.Repeat("w", MaxStrayedReason), Since: 11, CutUnixNanos: 4},
+	} {
+		dev := testDevice(testVolume)
+		o.Holds = &h
+		must(t, FormatReplica(dev, o))
+		r := open(t, dev)
+		st := r.Status()
+		if st.State != DiskConsistent || !st.Lineage.Equal(h.Lineage) || st.Strayed != h.Strayed || st.NeedsFull || st.CutUnixNanos != h.CutUnixNanos {
+			t.Errorf("%+v of %+v", st, h)
+		}
+		image, err := r.Hold(t.Context())
+		must(t, err)
+		data, err := image.DataRanges()
+		must(t, err)
+		if totalBytes(data) != testVolume {
+			t.Errorf("data only in %v", data)
+		}
+		since := max(h.Since, 1)
+		if h.Since == 0 {
+			since = 11
+		}
+		changed, err := image.ChangedSince(since)
+		must(t, err)
+		if missed := subtractRanges(cleanRanges(h.Changed, testVolume), changed); len(missed) > 0 || len(h.Changed) == 0 && len(changed) > 0 || totalBytes(changed) > 3*ChunkBytes {
+			t.Errorf("changed since %d: %v of %v", since, changed, h.Changed)
+		}
+		if _, err := image.ChangedSince(since - 1); !errors.Is(err, ErrTrackingLost) {
+			t.Errorf("since before: %v", err)
+		}
+		image.Release()
+		must(t, r.Close())
+		if _, err := dev.WriteAt(make([]byte, 4096), 8192); err != nil {
+			t.Fatal(err)
+		}
+		if r := open(t, dev); r.Status().State != DiskConsistent {
+			t.Error("the same bytes count as a change")
+		}
+		page := make([]byte, 4096)
+		page[0] = 1
+		if _, err := dev.WriteAt(page, 8192); err != nil {
+			t.Fatal(err)
+		}
+		if r := open(t, dev); !r.Status().ChangedOutside {
+			t.Error("what was written from outside is not noticed")
+		}
+	}
+	for name, h := range map[string]*Holding{
+		"no history":         {},
+		"malformed":          {Lineage: line(1, 3, 1, 4)},
+		"long reason":        {Lineage: line(1, 3), Strayed: strings.Repeat("w", MaxStrayedReason+1)},
+		"since later":        {Lineage: line(1, 3), Since: 4},
+		"changed since what": {Lineage: line(1, 3), Changed: []Range{{0, 4096}}},
+		"changed outside":    {Lineage: line(1, 3), Since: 2, Changed: []Range{{testVolume, 4096}}},
+	} {
+		dev := testDevice(testVolume)
+		o.Holds = h
+		if err := FormatReplica(dev, o); err == nil || dev.Count(blocktest.OpWrite)+dev.Count(blocktest.OpZeroOut) > 0 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

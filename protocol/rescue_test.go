@@ -131,6 +131,11 @@ func TestRescueDamageIsRefused(t *testing.T) {
 		b[at] ^= 0x10
 		refused("flipped", b)
 	}
+	for at := len(whole) - 2*rescueIndexBytes; at < len(whole); at++ {
+		b := bytes.Clone(whole)
+		b[at] ^= 0x20
+		refused("index flipped", b)
+	}
 	r, err := OpenRescue(path)
 	must(t, err)
 	defer r.Close()

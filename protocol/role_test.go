@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"blockferry/blockdev/blocktest"
 )
@@ -367,5 +368,50 @@ func TestStandDownRefusesBeforeItWrites(t *testing.T) {
 		if h, err := StandDown(label, dev, StandDownOptions{Format: o}); err == nil || label.saves > 0 || dev.Count(blocktest.OpWrite)+dev.Count(blocktest.OpZeroOut) > 0 {
 			t.Errorf("%s: %+v, %v, %d writes of the label", name, h, err, label.saves)
 		}
+	}
+}
+
+// A replica in use takes over with all that it acknowledged, also what still waits in
+// the journal; what was never committed is dropped, and nothing can follow.
+func TestTakeOverFinishesTheJournal(t *testing.T) {
+	m := newModel(t, 6, testVolume)
+	dev := testDevice(m.size)
+	must(t, FormatReplica(dev, testOptions(m.size)))
+	r := open(t, dev)
+	must(t, m.send(r, epochPlan{mode: ModeInPlace, full: true, blocks: 3}))
+	image, err := r.Hold(t.Context())
+	must(t, err)
+	for range 3 {
+		must(t, m.send(r, epochPlan{mode: ModeJournal, blocks: 5}))
+	}
+	must(t, r.Begin(t.Context(), EpochStart{Epoch: m.next, Attempt: 99, Mode: ModeJournal, Lineage: m.lineage.Extend(Position{m.lineage.Tip().Generation, m.next})}))
+	if r.Status().PendingEpochs != 3 {
+		t.Fatalf("%+v", r.Status())
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := r.TakeOver(ctx, &memState{}, TakeOverOptions{Force: true}); !errors.Is(err, context.Canceled) {
+		t.Fatalf("it did not wait for the journal: %v", err)
+	}
+	time.AfterFunc(10*time.Millisecond, image.Release)
+	label := &memState{}
+	p, err := r.TakeOver(t.Context(), label, TakeOverOptions{Heard: Heard{Lineage: m.lineage}})
+	must(t, err)
+	if !p.Loss.None || p.State.OpenEpoch != m.acked.Epoch+1 {
+		t.Errorf("%+v", p)
+	}
+	if at := firstDifference(dataOf(t, dev, m.size), m.images[m.acked]); at >= 0 {
+		t.Errorf("differs at %d", at)
+	}
+	if err := m.send(r, epochPlan{mode: ModeJournal, blocks: 5}); !errors.Is(err, ErrTookOver) {
+		t.Errorf("an epoch after it took over: %v", err)
+	}
+	if i, err := r.Hold(t.Context()); err == nil {
+		t.Errorf("an image to restore from after it took over: %v", i.Position())
+	}
+	s, err := DecodeSourceState(label.b)
+	must(t, err)
+	if s.OpenEpoch != p.State.OpenEpoch || s.Generation != p.State.Generation {
+		t.Errorf("the label says %+v, not %+v", s, p.State)
 	}
 }
