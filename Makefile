@@ -22,7 +22,7 @@ PROTO_DEPS := protoc=protobuf-compiler
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
+.PHONY: build demo test lint unit race simulate integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
@@ -59,6 +59,9 @@ bench-list: # the figures that 'bench' can measure
 
 bench-report: # measures everything and writes docs/benchmarks.md: three hours on a quiet machine
 	$(MAKE) bench FIGURE=all RECORD=docs
+
+simulate: # random walks of copies through failovers, crashes and faults; SEEDS=N, SEED=the first
+	go test -count=1 -timeout 60m -v -run '^TestSimulate$$' ./protocol -simulate-seeds $(or $(SEEDS),1000) -simulate-seed $(or $(SEED),1)
 
 fuzz: # each fuzz test for FUZZTIME
 	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r package dir; do \

@@ -8,6 +8,8 @@
 //	                              <-       Welcome        (versions, features, position, lineage, window)
 //	Begin epoch n                 ->
 //	                              <-       Begun
+//	AskChanges since a position   ->                      (only when both went on from there, separately)
+//	                              <-       Changes        (what changed at the replica since)
 //	Compare (hashes of ranges)    ->
 //	                              <-       Differences    (which units differ, finer hashes of those)
 //	Frames ...                    ->
@@ -325,6 +327,7 @@ type FromPrimary struct {
 	//	*FromPrimary_Compare
 	//	*FromPrimary_Commit
 	//	*FromPrimary_Abort
+	//	*FromPrimary_AskChanges
 	Message       isFromPrimary_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -421,6 +424,15 @@ func (x *FromPrimary) GetAbort() *Abort {
 	return nil
 }
 
+func (x *FromPrimary) GetAskChanges() *AskChanges {
+	if x != nil {
+		if x, ok := x.Message.(*FromPrimary_AskChanges); ok {
+			return x.AskChanges
+		}
+	}
+	return nil
+}
+
 type isFromPrimary_Message interface {
 	isFromPrimary_Message()
 }
@@ -449,6 +461,10 @@ type FromPrimary_Abort struct {
 	Abort *Abort `protobuf:"bytes,6,opt,name=abort,proto3,oneof"`
 }
 
+type FromPrimary_AskChanges struct {
+	AskChanges *AskChanges `protobuf:"bytes,7,opt,name=ask_changes,json=askChanges,proto3,oneof"` // between epochs, with the feature "strayed" only
+}
+
 func (*FromPrimary_Hello) isFromPrimary_Message() {}
 
 func (*FromPrimary_Begin) isFromPrimary_Message() {}
@@ -460,6 +476,8 @@ func (*FromPrimary_Compare) isFromPrimary_Message() {}
 func (*FromPrimary_Commit) isFromPrimary_Message() {}
 
 func (*FromPrimary_Abort) isFromPrimary_Message() {}
+
+func (*FromPrimary_AskChanges) isFromPrimary_Message() {}
 
 type FromReplica struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -473,6 +491,7 @@ type FromReplica struct {
 	//	*FromReplica_Applied
 	//	*FromReplica_Refused
 	//	*FromReplica_Aborted
+	//	*FromReplica_Changes
 	Message       isFromReplica_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -587,6 +606,15 @@ func (x *FromReplica) GetAborted() *Aborted {
 	return nil
 }
 
+func (x *FromReplica) GetChanges() *Changes {
+	if x != nil {
+		if x, ok := x.Message.(*FromReplica_Changes); ok {
+			return x.Changes
+		}
+	}
+	return nil
+}
+
 type isFromReplica_Message interface {
 	isFromReplica_Message()
 }
@@ -623,6 +651,10 @@ type FromReplica_Aborted struct {
 	Aborted *Aborted `protobuf:"bytes,8,opt,name=aborted,proto3,oneof"`
 }
 
+type FromReplica_Changes struct {
+	Changes *Changes `protobuf:"bytes,9,opt,name=changes,proto3,oneof"`
+}
+
 func (*FromReplica_Welcome) isFromReplica_Message() {}
 
 func (*FromReplica_Begun) isFromReplica_Message() {}
@@ -638,6 +670,8 @@ func (*FromReplica_Applied) isFromReplica_Message() {}
 func (*FromReplica_Refused) isFromReplica_Message() {}
 
 func (*FromReplica_Aborted) isFromReplica_Message() {}
+
+func (*FromReplica_Changes) isFromReplica_Message() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -756,6 +790,7 @@ type Welcome struct {
 	WindowBytes      uint64                 `protobuf:"varint,5,opt,name=window_bytes,json=windowBytes,proto3" json:"window_bytes,omitempty"`                  // may be sent before the first Window
 	JournalFreeBytes uint64                 `protobuf:"varint,6,opt,name=journal_free_bytes,json=journalFreeBytes,proto3" json:"journal_free_bytes,omitempty"` // room for one epoch's frames
 	NeedsFull        bool                   `protobuf:"varint,7,opt,name=needs_full,json=needsFull,proto3" json:"needs_full,omitempty"`                        // the content is not what was last committed: all must be sent or compared
+	Strayed          string                 `protobuf:"bytes,8,opt,name=strayed,proto3" json:"strayed,omitempty"`                                              // why it holds blocks of no committed position (its lineage then ends with the epoch that was open); empty: it does not
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -839,6 +874,13 @@ func (x *Welcome) GetNeedsFull() bool {
 	return false
 }
 
+func (x *Welcome) GetStrayed() string {
+	if x != nil {
+		return x.Strayed
+	}
+	return ""
+}
+
 type Begin struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	Epoch              uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
@@ -848,6 +890,7 @@ type Begin struct {
 	CutUnixNanos       int64                  `protobuf:"varint,5,opt,name=cut_unix_nanos,json=cutUnixNanos,proto3" json:"cut_unix_nanos,omitempty"`                 // wall clock of the cut, for people only
 	Full               bool                   `protobuf:"varint,6,opt,name=full,proto3" json:"full,omitempty"`                                                       // the frames describe the whole volume, not changes since the replica's position
 	OverwriteUnrelated bool                   `protobuf:"varint,7,opt,name=overwrite_unrelated,json=overwriteUnrelated,proto3" json:"overwrite_unrelated,omitempty"` // the operator allowed a replica of unrelated history to be overwritten
+	Discard            *Position              `protobuf:"bytes,8,opt,name=discard,proto3" json:"discard,omitempty"`                                                  // the replica is here and went its own way; the operator allowed that to be given up. Only in journal mode
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -931,6 +974,119 @@ func (x *Begin) GetOverwriteUnrelated() bool {
 	return false
 }
 
+func (x *Begin) GetDiscard() *Position {
+	if x != nil {
+		return x.Discard
+	}
+	return nil
+}
+
+// AskChanges asks what changed at the replica since a position that both
+// sides' histories contain.
+type AskChanges struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Since         *Position              `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskChanges) Reset() {
+	*x = AskChanges{}
+	mi := &file_blockferry_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskChanges) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskChanges) ProtoMessage() {}
+
+func (x *AskChanges) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskChanges.ProtoReflect.Descriptor instead.
+func (*AskChanges) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AskChanges) GetSince() *Position {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type Changes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Known         bool                   `protobuf:"varint,1,opt,name=known,proto3" json:"known,omitempty"`            // false: anything may have changed
+	Offsets       []uint64               `protobuf:"varint,2,rep,packed,name=offsets,proto3" json:"offsets,omitempty"` // bytes, ascending
+	Lengths       []uint64               `protobuf:"varint,3,rep,packed,name=lengths,proto3" json:"lengths,omitempty"` // bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Changes) Reset() {
+	*x = Changes{}
+	mi := &file_blockferry_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Changes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Changes) ProtoMessage() {}
+
+func (x *Changes) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Changes.ProtoReflect.Descriptor instead.
+func (*Changes) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Changes) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
+func (x *Changes) GetOffsets() []uint64 {
+	if x != nil {
+		return x.Offsets
+	}
+	return nil
+}
+
+func (x *Changes) GetLengths() []uint64 {
+	if x != nil {
+		return x.Lengths
+	}
+	return nil
+}
+
 type Begun struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
@@ -941,7 +1097,7 @@ type Begun struct {
 
 func (x *Begun) Reset() {
 	*x = Begun{}
-	mi := &file_blockferry_proto_msgTypes[7]
+	mi := &file_blockferry_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1109,7 @@ func (x *Begun) String() string {
 func (*Begun) ProtoMessage() {}
 
 func (x *Begun) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[7]
+	mi := &file_blockferry_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1122,7 @@ func (x *Begun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Begun.ProtoReflect.Descriptor instead.
 func (*Begun) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{7}
+	return file_blockferry_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Begun) GetEpoch() uint64 {
@@ -994,7 +1150,7 @@ type Frames struct {
 
 func (x *Frames) Reset() {
 	*x = Frames{}
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1006,7 +1162,7 @@ func (x *Frames) String() string {
 func (*Frames) ProtoMessage() {}
 
 func (x *Frames) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1019,7 +1175,7 @@ func (x *Frames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frames.ProtoReflect.Descriptor instead.
 func (*Frames) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{8}
+	return file_blockferry_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Frames) GetData() []byte {
@@ -1044,7 +1200,7 @@ type Compare struct {
 
 func (x *Compare) Reset() {
 	*x = Compare{}
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1212,7 @@ func (x *Compare) String() string {
 func (*Compare) ProtoMessage() {}
 
 func (x *Compare) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1225,7 @@ func (x *Compare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Compare.ProtoReflect.Descriptor instead.
 func (*Compare) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{9}
+	return file_blockferry_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Compare) GetId() uint64 {
@@ -1111,7 +1267,7 @@ type Differences struct {
 
 func (x *Differences) Reset() {
 	*x = Differences{}
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1279,7 @@ func (x *Differences) String() string {
 func (*Differences) ProtoMessage() {}
 
 func (x *Differences) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1292,7 @@ func (x *Differences) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Differences.ProtoReflect.Descriptor instead.
 func (*Differences) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{10}
+	return file_blockferry_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Differences) GetId() uint64 {
@@ -1177,7 +1333,7 @@ type Commit struct {
 
 func (x *Commit) Reset() {
 	*x = Commit{}
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1345,7 @@ func (x *Commit) String() string {
 func (*Commit) ProtoMessage() {}
 
 func (x *Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1202,7 +1358,7 @@ func (x *Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Commit.ProtoReflect.Descriptor instead.
 func (*Commit) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{11}
+	return file_blockferry_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Commit) GetEpoch() uint64 {
@@ -1250,7 +1406,7 @@ type StreamSum struct {
 
 func (x *StreamSum) Reset() {
 	*x = StreamSum{}
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1418,7 @@ func (x *StreamSum) String() string {
 func (*StreamSum) ProtoMessage() {}
 
 func (x *StreamSum) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1431,7 @@ func (x *StreamSum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSum.ProtoReflect.Descriptor instead.
 func (*StreamSum) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{12}
+	return file_blockferry_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StreamSum) GetFrames() uint64 {
@@ -1303,7 +1459,7 @@ type Abort struct {
 
 func (x *Abort) Reset() {
 	*x = Abort{}
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1471,7 @@ func (x *Abort) String() string {
 func (*Abort) ProtoMessage() {}
 
 func (x *Abort) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1484,7 @@ func (x *Abort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Abort.ProtoReflect.Descriptor instead.
 func (*Abort) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{13}
+	return file_blockferry_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Abort) GetEpoch() uint64 {
@@ -1362,7 +1518,7 @@ type Aborted struct {
 
 func (x *Aborted) Reset() {
 	*x = Aborted{}
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1530,7 @@ func (x *Aborted) String() string {
 func (*Aborted) ProtoMessage() {}
 
 func (x *Aborted) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1543,7 @@ func (x *Aborted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aborted.ProtoReflect.Descriptor instead.
 func (*Aborted) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{14}
+	return file_blockferry_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Aborted) GetEpoch() uint64 {
@@ -1413,7 +1569,7 @@ type Window struct {
 
 func (x *Window) Reset() {
 	*x = Window{}
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +1581,7 @@ func (x *Window) String() string {
 func (*Window) ProtoMessage() {}
 
 func (x *Window) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +1594,7 @@ func (x *Window) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Window.ProtoReflect.Descriptor instead.
 func (*Window) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{15}
+	return file_blockferry_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Window) GetBytes() uint64 {
@@ -1458,7 +1614,7 @@ type Committed struct {
 
 func (x *Committed) Reset() {
 	*x = Committed{}
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1626,7 @@ func (x *Committed) String() string {
 func (*Committed) ProtoMessage() {}
 
 func (x *Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1639,7 @@ func (x *Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Committed.ProtoReflect.Descriptor instead.
 func (*Committed) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{16}
+	return file_blockferry_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Committed) GetEpoch() uint64 {
@@ -1510,7 +1666,7 @@ type Applied struct {
 
 func (x *Applied) Reset() {
 	*x = Applied{}
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1678,7 @@ func (x *Applied) String() string {
 func (*Applied) ProtoMessage() {}
 
 func (x *Applied) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1691,7 @@ func (x *Applied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Applied.ProtoReflect.Descriptor instead.
 func (*Applied) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{17}
+	return file_blockferry_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Applied) GetEpoch() uint64 {
@@ -1562,7 +1718,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +1730,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +1743,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{18}
+	return file_blockferry_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Refused) GetReason() Reason {
@@ -1618,7 +1774,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1630,7 +1786,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1643,7 +1799,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{19}
+	return file_blockferry_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoreRequest) GetVolumeUuid() []byte {
@@ -1703,7 +1859,7 @@ type RestoreChunk struct {
 
 func (x *RestoreChunk) Reset() {
 	*x = RestoreChunk{}
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1715,7 +1871,7 @@ func (x *RestoreChunk) String() string {
 func (*RestoreChunk) ProtoMessage() {}
 
 func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1728,7 +1884,7 @@ func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreChunk.ProtoReflect.Descriptor instead.
 func (*RestoreChunk) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{20}
+	return file_blockferry_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RestoreChunk) GetMessage() isRestoreChunk_Message {
@@ -1814,7 +1970,7 @@ type RestoreHeader struct {
 
 func (x *RestoreHeader) Reset() {
 	*x = RestoreHeader{}
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +1982,7 @@ func (x *RestoreHeader) String() string {
 func (*RestoreHeader) ProtoMessage() {}
 
 func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +1995,7 @@ func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreHeader.ProtoReflect.Descriptor instead.
 func (*RestoreHeader) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{21}
+	return file_blockferry_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RestoreHeader) GetLineage() *Lineage {
@@ -1882,7 +2038,7 @@ type RestoreSums struct {
 
 func (x *RestoreSums) Reset() {
 	*x = RestoreSums{}
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +2050,7 @@ func (x *RestoreSums) String() string {
 func (*RestoreSums) ProtoMessage() {}
 
 func (x *RestoreSums) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +2063,7 @@ func (x *RestoreSums) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSums.ProtoReflect.Descriptor instead.
 func (*RestoreSums) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{22}
+	return file_blockferry_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RestoreSums) GetOffset() uint64 {
@@ -1947,7 +2103,7 @@ type RestoreEnd struct {
 
 func (x *RestoreEnd) Reset() {
 	*x = RestoreEnd{}
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2115,7 @@ func (x *RestoreEnd) String() string {
 func (*RestoreEnd) ProtoMessage() {}
 
 func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2128,7 @@ func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreEnd.ProtoReflect.Descriptor instead.
 func (*RestoreEnd) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{23}
+	return file_blockferry_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RestoreEnd) GetFrames() uint64 {
@@ -1991,7 +2147,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +2159,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +2172,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{24}
+	return file_blockferry_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusRequest) GetVolume() string {
@@ -2037,7 +2193,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2049,7 +2205,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2062,7 +2218,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{25}
+	return file_blockferry_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusReply) GetJson() []byte {
@@ -2081,7 +2237,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2249,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2262,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{26}
+	return file_blockferry_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *EventsRequest) GetFollow() bool {
@@ -2129,7 +2285,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2141,7 +2297,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2154,7 +2310,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{27}
+	return file_blockferry_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Event) GetUnixNanos() int64 {
@@ -2203,7 +2359,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2371,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2384,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{28}
+	return file_blockferry_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VolumeRequest) GetVolume() string {
@@ -2261,7 +2417,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2429,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2442,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{29}
+	return file_blockferry_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Done) GetMessage() string {
@@ -2306,7 +2462,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2318,7 +2474,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2331,7 +2487,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{30}
+	return file_blockferry_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SyncRequest) GetVolume() string {
@@ -2358,7 +2514,7 @@ type SyncReply struct {
 
 func (x *SyncReply) Reset() {
 	*x = SyncReply{}
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2526,7 @@ func (x *SyncReply) String() string {
 func (*SyncReply) ProtoMessage() {}
 
 func (x *SyncReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2539,7 @@ func (x *SyncReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncReply.ProtoReflect.Descriptor instead.
 func (*SyncReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{31}
+	return file_blockferry_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SyncReply) GetEpoch() uint64 {
@@ -2411,7 +2567,7 @@ type RestoreVolumeRequest struct {
 
 func (x *RestoreVolumeRequest) Reset() {
 	*x = RestoreVolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2423,7 +2579,7 @@ func (x *RestoreVolumeRequest) String() string {
 func (*RestoreVolumeRequest) ProtoMessage() {}
 
 func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2436,7 +2592,7 @@ func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{32}
+	return file_blockferry_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RestoreVolumeRequest) GetVolume() string {
@@ -2474,7 +2630,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2642,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2655,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{33}
+	return file_blockferry_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Progress) GetDoneBytes() uint64 {
@@ -2555,15 +2711,17 @@ const file_blockferry_proto_rawDesc = "" +
 	"generation\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\":\n" +
 	"\aLineage\x12/\n" +
-	"\x06points\x18\x01 \x03(\v2\x17.blockferry.v1.PositionR\x06points\"\xb8\x02\n" +
+	"\x06points\x18\x01 \x03(\v2\x17.blockferry.v1.PositionR\x06points\"\xf6\x02\n" +
 	"\vFromPrimary\x12,\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.blockferry.v1.HelloH\x00R\x05hello\x12,\n" +
 	"\x05begin\x18\x02 \x01(\v2\x14.blockferry.v1.BeginH\x00R\x05begin\x12/\n" +
 	"\x06frames\x18\x03 \x01(\v2\x15.blockferry.v1.FramesH\x00R\x06frames\x122\n" +
 	"\acompare\x18\x04 \x01(\v2\x16.blockferry.v1.CompareH\x00R\acompare\x12/\n" +
 	"\x06commit\x18\x05 \x01(\v2\x15.blockferry.v1.CommitH\x00R\x06commit\x12,\n" +
-	"\x05abort\x18\x06 \x01(\v2\x14.blockferry.v1.AbortH\x00R\x05abortB\t\n" +
-	"\amessage\"\xc1\x03\n" +
+	"\x05abort\x18\x06 \x01(\v2\x14.blockferry.v1.AbortH\x00R\x05abort\x12<\n" +
+	"\vask_changes\x18\a \x01(\v2\x19.blockferry.v1.AskChangesH\x00R\n" +
+	"askChangesB\t\n" +
+	"\amessage\"\xf5\x03\n" +
 	"\vFromReplica\x122\n" +
 	"\awelcome\x18\x01 \x01(\v2\x16.blockferry.v1.WelcomeH\x00R\awelcome\x12,\n" +
 	"\x05begun\x18\x02 \x01(\v2\x14.blockferry.v1.BegunH\x00R\x05begun\x12>\n" +
@@ -2572,7 +2730,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\tcommitted\x18\x05 \x01(\v2\x18.blockferry.v1.CommittedH\x00R\tcommitted\x122\n" +
 	"\aapplied\x18\x06 \x01(\v2\x16.blockferry.v1.AppliedH\x00R\aapplied\x122\n" +
 	"\arefused\x18\a \x01(\v2\x16.blockferry.v1.RefusedH\x00R\arefused\x122\n" +
-	"\aaborted\x18\b \x01(\v2\x16.blockferry.v1.AbortedH\x00R\aabortedB\t\n" +
+	"\aaborted\x18\b \x01(\v2\x16.blockferry.v1.AbortedH\x00R\aaborted\x122\n" +
+	"\achanges\x18\t \x01(\v2\x16.blockferry.v1.ChangesH\x00R\achangesB\t\n" +
 	"\amessage\"\x9d\x02\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1f\n" +
@@ -2586,7 +2745,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x18\n" +
 	"\areplica\x18\a \x01(\tR\areplica\x12\x19\n" +
 	"\bhash_key\x18\b \x01(\fR\ahashKey\x120\n" +
-	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\x9a\x02\n" +
+	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xb4\x02\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x127\n" +
@@ -2596,7 +2755,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\fwindow_bytes\x18\x05 \x01(\x04R\vwindowBytes\x12,\n" +
 	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\x12\x1d\n" +
 	"\n" +
-	"needs_full\x18\a \x01(\bR\tneedsFull\"\xfd\x01\n" +
+	"needs_full\x18\a \x01(\bR\tneedsFull\x12\x18\n" +
+	"\astrayed\x18\b \x01(\tR\astrayed\"\xb0\x02\n" +
 	"\x05Begin\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12'\n" +
@@ -2604,7 +2764,15 @@ const file_blockferry_proto_rawDesc = "" +
 	"\alineage\x18\x04 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12$\n" +
 	"\x0ecut_unix_nanos\x18\x05 \x01(\x03R\fcutUnixNanos\x12\x12\n" +
 	"\x04full\x18\x06 \x01(\bR\x04full\x12/\n" +
-	"\x13overwrite_unrelated\x18\a \x01(\bR\x12overwriteUnrelated\"7\n" +
+	"\x13overwrite_unrelated\x18\a \x01(\bR\x12overwriteUnrelated\x121\n" +
+	"\adiscard\x18\b \x01(\v2\x17.blockferry.v1.PositionR\adiscard\";\n" +
+	"\n" +
+	"AskChanges\x12-\n" +
+	"\x05since\x18\x01 \x01(\v2\x17.blockferry.v1.PositionR\x05since\"S\n" +
+	"\aChanges\x12\x14\n" +
+	"\x05known\x18\x01 \x01(\bR\x05known\x12\x18\n" +
+	"\aoffsets\x18\x02 \x03(\x04R\aoffsets\x12\x18\n" +
+	"\alengths\x18\x03 \x03(\x04R\alengths\"7\n" +
 	"\x05Begun\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\"\x1c\n" +
@@ -2765,7 +2933,7 @@ func file_blockferry_proto_rawDescGZIP() []byte {
 }
 
 var file_blockferry_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_blockferry_proto_goTypes = []any{
 	(DiskState)(0),               // 0: blockferry.v1.DiskState
 	(Mode)(0),                    // 1: blockferry.v1.Mode
@@ -2777,91 +2945,97 @@ var file_blockferry_proto_goTypes = []any{
 	(*Hello)(nil),                // 7: blockferry.v1.Hello
 	(*Welcome)(nil),              // 8: blockferry.v1.Welcome
 	(*Begin)(nil),                // 9: blockferry.v1.Begin
-	(*Begun)(nil),                // 10: blockferry.v1.Begun
-	(*Frames)(nil),               // 11: blockferry.v1.Frames
-	(*Compare)(nil),              // 12: blockferry.v1.Compare
-	(*Differences)(nil),          // 13: blockferry.v1.Differences
-	(*Commit)(nil),               // 14: blockferry.v1.Commit
-	(*StreamSum)(nil),            // 15: blockferry.v1.StreamSum
-	(*Abort)(nil),                // 16: blockferry.v1.Abort
-	(*Aborted)(nil),              // 17: blockferry.v1.Aborted
-	(*Window)(nil),               // 18: blockferry.v1.Window
-	(*Committed)(nil),            // 19: blockferry.v1.Committed
-	(*Applied)(nil),              // 20: blockferry.v1.Applied
-	(*Refused)(nil),              // 21: blockferry.v1.Refused
-	(*RestoreRequest)(nil),       // 22: blockferry.v1.RestoreRequest
-	(*RestoreChunk)(nil),         // 23: blockferry.v1.RestoreChunk
-	(*RestoreHeader)(nil),        // 24: blockferry.v1.RestoreHeader
-	(*RestoreSums)(nil),          // 25: blockferry.v1.RestoreSums
-	(*RestoreEnd)(nil),           // 26: blockferry.v1.RestoreEnd
-	(*StatusRequest)(nil),        // 27: blockferry.v1.StatusRequest
-	(*StatusReply)(nil),          // 28: blockferry.v1.StatusReply
-	(*EventsRequest)(nil),        // 29: blockferry.v1.EventsRequest
-	(*Event)(nil),                // 30: blockferry.v1.Event
-	(*VolumeRequest)(nil),        // 31: blockferry.v1.VolumeRequest
-	(*Done)(nil),                 // 32: blockferry.v1.Done
-	(*SyncRequest)(nil),          // 33: blockferry.v1.SyncRequest
-	(*SyncReply)(nil),            // 34: blockferry.v1.SyncReply
-	(*RestoreVolumeRequest)(nil), // 35: blockferry.v1.RestoreVolumeRequest
-	(*Progress)(nil),             // 36: blockferry.v1.Progress
+	(*AskChanges)(nil),           // 10: blockferry.v1.AskChanges
+	(*Changes)(nil),              // 11: blockferry.v1.Changes
+	(*Begun)(nil),                // 12: blockferry.v1.Begun
+	(*Frames)(nil),               // 13: blockferry.v1.Frames
+	(*Compare)(nil),              // 14: blockferry.v1.Compare
+	(*Differences)(nil),          // 15: blockferry.v1.Differences
+	(*Commit)(nil),               // 16: blockferry.v1.Commit
+	(*StreamSum)(nil),            // 17: blockferry.v1.StreamSum
+	(*Abort)(nil),                // 18: blockferry.v1.Abort
+	(*Aborted)(nil),              // 19: blockferry.v1.Aborted
+	(*Window)(nil),               // 20: blockferry.v1.Window
+	(*Committed)(nil),            // 21: blockferry.v1.Committed
+	(*Applied)(nil),              // 22: blockferry.v1.Applied
+	(*Refused)(nil),              // 23: blockferry.v1.Refused
+	(*RestoreRequest)(nil),       // 24: blockferry.v1.RestoreRequest
+	(*RestoreChunk)(nil),         // 25: blockferry.v1.RestoreChunk
+	(*RestoreHeader)(nil),        // 26: blockferry.v1.RestoreHeader
+	(*RestoreSums)(nil),          // 27: blockferry.v1.RestoreSums
+	(*RestoreEnd)(nil),           // 28: blockferry.v1.RestoreEnd
+	(*StatusRequest)(nil),        // 29: blockferry.v1.StatusRequest
+	(*StatusReply)(nil),          // 30: blockferry.v1.StatusReply
+	(*EventsRequest)(nil),        // 31: blockferry.v1.EventsRequest
+	(*Event)(nil),                // 32: blockferry.v1.Event
+	(*VolumeRequest)(nil),        // 33: blockferry.v1.VolumeRequest
+	(*Done)(nil),                 // 34: blockferry.v1.Done
+	(*SyncRequest)(nil),          // 35: blockferry.v1.SyncRequest
+	(*SyncReply)(nil),            // 36: blockferry.v1.SyncReply
+	(*RestoreVolumeRequest)(nil), // 37: blockferry.v1.RestoreVolumeRequest
+	(*Progress)(nil),             // 38: blockferry.v1.Progress
 }
 var file_blockferry_proto_depIdxs = []int32{
 	3,  // 0: blockferry.v1.Lineage.points:type_name -> blockferry.v1.Position
 	7,  // 1: blockferry.v1.FromPrimary.hello:type_name -> blockferry.v1.Hello
 	9,  // 2: blockferry.v1.FromPrimary.begin:type_name -> blockferry.v1.Begin
-	11, // 3: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
-	12, // 4: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
-	14, // 5: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
-	16, // 6: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
-	8,  // 7: blockferry.v1.FromReplica.welcome:type_name -> blockferry.v1.Welcome
-	10, // 8: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
-	13, // 9: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
-	18, // 10: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
-	19, // 11: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
-	20, // 12: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
-	21, // 13: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
-	17, // 14: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
-	4,  // 15: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
-	0,  // 16: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
-	4,  // 17: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
-	1,  // 18: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
-	4,  // 19: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
-	15, // 20: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
-	4,  // 21: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
-	2,  // 22: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
-	3,  // 23: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
-	24, // 24: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
-	11, // 25: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
-	25, // 26: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
-	26, // 27: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
-	4,  // 28: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 29: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
-	22, // 30: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
-	27, // 31: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
-	29, // 32: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
-	31, // 33: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
-	31, // 34: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	33, // 35: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
-	31, // 36: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
-	31, // 37: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	31, // 38: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	35, // 39: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
-	6,  // 40: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	23, // 41: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	28, // 42: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	30, // 43: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	32, // 44: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	32, // 45: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	34, // 46: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	32, // 47: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	32, // 48: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	36, // 49: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	36, // 50: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	40, // [40:51] is the sub-list for method output_type
-	29, // [29:40] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	13, // 3: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
+	14, // 4: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
+	16, // 5: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
+	18, // 6: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
+	10, // 7: blockferry.v1.FromPrimary.ask_changes:type_name -> blockferry.v1.AskChanges
+	8,  // 8: blockferry.v1.FromReplica.welcome:type_name -> blockferry.v1.Welcome
+	12, // 9: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
+	15, // 10: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
+	20, // 11: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
+	21, // 12: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
+	22, // 13: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
+	23, // 14: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
+	19, // 15: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
+	11, // 16: blockferry.v1.FromReplica.changes:type_name -> blockferry.v1.Changes
+	4,  // 17: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
+	0,  // 18: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
+	4,  // 19: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
+	1,  // 20: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
+	4,  // 21: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
+	3,  // 22: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
+	3,  // 23: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
+	17, // 24: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
+	4,  // 25: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
+	2,  // 26: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
+	3,  // 27: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
+	26, // 28: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
+	13, // 29: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
+	27, // 30: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
+	28, // 31: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
+	4,  // 32: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 33: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
+	24, // 34: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
+	29, // 35: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
+	31, // 36: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
+	33, // 37: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
+	33, // 38: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
+	35, // 39: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	33, // 40: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
+	33, // 41: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
+	33, // 42: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
+	37, // 43: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	6,  // 44: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	25, // 45: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	30, // 46: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	32, // 47: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	34, // 48: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	34, // 49: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	36, // 50: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	34, // 51: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	34, // 52: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	38, // 53: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	38, // 54: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	44, // [44:55] is the sub-list for method output_type
+	33, // [33:44] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_blockferry_proto_init() }
@@ -2876,6 +3050,7 @@ func file_blockferry_proto_init() {
 		(*FromPrimary_Compare)(nil),
 		(*FromPrimary_Commit)(nil),
 		(*FromPrimary_Abort)(nil),
+		(*FromPrimary_AskChanges)(nil),
 	}
 	file_blockferry_proto_msgTypes[3].OneofWrappers = []any{
 		(*FromReplica_Welcome)(nil),
@@ -2886,8 +3061,9 @@ func file_blockferry_proto_init() {
 		(*FromReplica_Applied)(nil),
 		(*FromReplica_Refused)(nil),
 		(*FromReplica_Aborted)(nil),
+		(*FromReplica_Changes)(nil),
 	}
-	file_blockferry_proto_msgTypes[20].OneofWrappers = []any{
+	file_blockferry_proto_msgTypes[22].OneofWrappers = []any{
 		(*RestoreChunk_Header)(nil),
 		(*RestoreChunk_Frames)(nil),
 		(*RestoreChunk_Sums)(nil),
@@ -2899,7 +3075,7 @@ func file_blockferry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_blockferry_proto_rawDesc), len(file_blockferry_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

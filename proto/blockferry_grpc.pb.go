@@ -8,6 +8,8 @@
 //	                              <-       Welcome        (versions, features, position, lineage, window)
 //	Begin epoch n                 ->
 //	                              <-       Begun
+//	AskChanges since a position   ->                      (only when both went on from there, separately)
+//	                              <-       Changes        (what changed at the replica since)
 //	Compare (hashes of ranges)    ->
 //	                              <-       Differences    (which units differ, finer hashes of those)
 //	Frames ...                    ->

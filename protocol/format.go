@@ -69,6 +69,48 @@ type FormatOptions struct {
 	DataOffset   int64 // where the volume's data begins: 0 for a plain replica; a multiple of 1 MiB
 	JournalBytes int64 // rounded up to 1 MiB; at least MinJournalBytes
 	ReserveBytes int64 // kept free between data and tail; rounded up to 1 MiB
+
+	// Holds: the data is there already, and this is what it is. Nil: nothing is
+	// known of it, and the replica is blank.
+	Holds *Holding
+}
+
+// Holding is what the data area holds of a device that becomes a replica, an old
+// primary's for one. Nobody writes to it meanwhile.
+type Holding struct {
+	// Lineage is the history of the data; its tip is the cut that it holds, or,
+	// if it strayed, the epoch that was open.
+	Lineage Lineage
+	// Strayed says why the data may hold blocks that belong to no cut, those
+	// written by a primary after its last one; empty: it holds exactly the tip.
+	// At most MaxStrayedReason bytes.
+	Strayed string
+	// Since: Changed names all that may have changed after the cut with this
+	// number, which is in Lineage. 0: what changed when is not known.
+	Since   uint64
+	Changed []Range
+	// CutUnixNanos is the wall clock of the tip, for people only.
+	CutUnixNanos int64
+}
+
+func (h *Holding) check(sizeBytes int64) error {
+	if err := h.Lineage.Check(); err != nil {
+		return err
+	}
+	switch tip := h.Lineage.Tip(); {
+	case len(h.Lineage) == 0:
+		return errors.New("the data is there, yet nothing is known of its history")
+	case len(h.Strayed) > MaxStrayedReason:
+		return fmt.Errorf("a reason of %d bytes, at most %d are allowed", len(h.Strayed), MaxStrayedReason)
+	case h.Since > tip.Epoch || h.Since == 0 && len(h.Changed) > 0:
+		return fmt.Errorf("%d changed ranges since epoch %d of a copy at %v", len(h.Changed), h.Since, tip)
+	}
+	for _, r := range h.Changed {
+		if r.Offset < 0 || r.Length <= 0 || r.Offset > sizeBytes-r.Length {
+			return fmt.Errorf("a changed range of %d bytes at %d in a volume of %d", r.Length, r.Offset, sizeBytes)
+		}
+	}
+	return nil
 }
 
 // NeededBytes is how large a device must be for these options.
@@ -89,6 +131,9 @@ func (o FormatOptions) check() error {
 		return fmt.Errorf("journal of %d bytes: want %d to %d", o.JournalBytes, MinJournalBytes, int64(MaxJournalBytes))
 	case o.ReserveBytes < 0 || o.ReserveBytes > MaxVolumeBytes:
 		return fmt.Errorf("reserve of %d bytes: want 0 to %d", o.ReserveBytes, int64(MaxVolumeBytes))
+	}
+	if o.Holds != nil {
+		return o.Holds.check(o.SizeBytes)
 	}
 	return nil
 }
@@ -134,7 +179,7 @@ func (l layout) check(deviceBytes int64) error {
 }
 
 // FormatReplica writes an empty change map and two superblocks to the tail of
-// a device, which is then a blank replica. The data area is not touched. Whether the
+// a device, which is then a blank replica, or one of what it holds already. The data area is not touched. Whether the
 // device's present content may go is the caller's to decide. When the options
 // don't fit nothing is written; after any other error the device is not a
 // replica and FormatReplica is to be repeated.
@@ -160,10 +205,10 @@ func FormatReplica(store Store, o FormatOptions) error {
 	if err := store.Flush(); err != nil {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
-	if err := (changeMap{store, l, sb.tag()}).writeAll(0, nil); err != nil {
+	if err := sb.hold(store, o.Holds); err != nil {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
-	if err := store.Flush(); err != nil {
+	if err := store.Flush(); err != nil { // with it the data that is there
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
 	for range 2 {
@@ -173,4 +218,31 @@ func FormatReplica(store Store, o FormatOptions) error {
 		}
 	}
 	return nil
+}
+
+// hold writes the change map, and notes in the superblock what the data is.
+func (sb *superblock) hold(store Store, h *Holding) (err error) {
+	cmap := changeMap{store, sb.layout, sb.tag()}
+	if h == nil {
+		return cmap.writeAll(0, nil)
+	}
+	tip := h.Lineage.Tip()
+	sb.state, sb.lineage, sb.applied, sb.committed, sb.strayed, sb.cutNanos = DiskConsistent, h.Lineage.Clone(), tip, tip, h.Strayed, h.CutUnixNanos
+	sb.mapBase = tip.Epoch
+	if h.Since > 0 {
+		sb.mapBase = h.Since
+	}
+	// Any chunk may hold data.
+	if err := cmap.writeAll(sb.mapBase, nil); err != nil {
+		return err
+	}
+	changed := newTouched(sb.layout.size)
+	for _, r := range h.Changed {
+		changed.add(Frame{Kind: FrameData, Offset: r.Offset, Length: r.Length})
+	}
+	if _, err := cmap.update(changed, tip.Epoch); err != nil {
+		return err
+	}
+	sb.watched, err = watch(store, sb.layout, nil, newTouched(sb.layout.size))
+	return err
 }

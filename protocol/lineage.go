@@ -66,6 +66,20 @@ func (l Lineage) Extend(p Position) Lineage {
 	return append(append(out, keep...), p)
 }
 
+// Until is the lineage cut back to a position that it contains, which becomes
+// its tip: what the copy was when it held just that. It is nil when l does not
+// contain the position.
+func (l Lineage) Until(at Position) Lineage {
+	var before uint64
+	for i, p := range l {
+		if p.Generation == at.Generation && before < at.Epoch && at.Epoch <= p.Epoch {
+			return append(l[:i].Clone(), at)
+		}
+		before = p.Epoch
+	}
+	return nil
+}
+
 // Clone returns a copy that shares nothing with l.
 func (l Lineage) Clone() Lineage { return append(Lineage(nil), l...) }
 

@@ -179,3 +179,32 @@ func TestLineageForgetsItsOldest(t *testing.T) {
 		t.Fatalf("over the wire: %v, %v", err, back)
 	}
 }
+
+func TestLineageUntil(t *testing.T) {
+	l := line(1, 3, 2, 5, 3, 9)
+	for _, c := range []struct {
+		at   Lineage // its tip
+		want Lineage
+	}{
+		{line(1, 3), line(1, 3)},
+		{line(1, 1), line(1, 1)},
+		{line(2, 4), line(1, 3, 2, 4)},
+		{line(3, 9), l},
+		{line(2, 3), nil}, // the number is an epoch of generation 1
+		{line(2, 6), nil},
+		{line(3, 10), nil},
+		{line(4, 2), nil},
+		{nil, nil},
+	} {
+		got := l.Until(c.at.Tip())
+		if !got.Equal(c.want) {
+			t.Errorf("%v until %v is %v, want %v", l, c.at.Tip(), got, c.want)
+		}
+		if r := Compare(got, l); got != nil && (r.Kind == Diverged || r.Common != c.at.Tip()) {
+			t.Errorf("%v until %v is %v: %v", l, c.at.Tip(), got, r)
+		}
+	}
+	if !l.Equal(line(1, 3, 2, 5, 3, 9)) {
+		t.Errorf("l itself became %v", l)
+	}
+}

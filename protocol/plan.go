@@ -47,6 +47,15 @@ type PlanInput struct {
 	// catches up. JournalTooSmall: that was found out.
 	CatchUpInPlace  bool
 	JournalTooSmall bool
+	// Strayed: the replica holds blocks that belong to no cut (Link.Strayed);
+	// empty: it does not.
+	Strayed string
+	// Discard is the position of this replica that the operator gave up; zero:
+	// none. It counts for a replica that went its own way and is just there.
+	Discard Position
+	// SplitBrain decides otherwise, by what changed since the common position.
+	SplitBrain                     SplitBrain
+	PrimaryChanged, ReplicaChanged ChangedBytes
 }
 
 // Plan says how to bring a replica up to date, and why.
@@ -57,8 +66,11 @@ type Plan struct {
 	// Overwrite: the replica's history is unrelated and the operator allowed
 	// it to be overwritten; the replica must be told so.
 	Overwrite bool
-	Rule      string // the rule that decided, a few words
-	Evidence  string // what both sides said
+	// Discard is the replica's position, which gives way: what only it has is
+	// saved there. With Incremental what changed at the replica is compared, too.
+	Discard  Position
+	Rule     string // the rule that decided, a few words
+	Evidence string // what both sides said
 }
 
 // String is a line for logs: the action, the rule that decided, the evidence.
@@ -82,7 +94,8 @@ func (e *PlanRefusedError) Error() string {
 }
 
 // MakePlan decides. It is pure, total, and knows no clock. A replica that is
-// ahead or diverged is never overwritten.
+// ahead is never overwritten, one that diverged or strayed not without the
+// operator's word or policy.
 func MakePlan(in PlanInput) Plan {
 	rel := Compare(in.Replica, in.Primary)
 	p := Plan{Evidence: fmt.Sprintf("replica %s at %v, history [%v]; primary at %v, history [%v]; the replica is %v",
@@ -116,6 +129,9 @@ func MakePlan(in PlanInput) Plan {
 		p.Action, p.InPlace, p.Rule = CompareAll, true, "a first sync was begun and not finished"
 		return p
 	}
+	if rel.Kind == Diverged || in.Strayed != "" && (rel.Kind == Same || rel.Kind == Behind) {
+		return p.diverged(in, rel)
+	}
 	switch rel.Kind {
 	case Same:
 		if inconsistent {
@@ -144,9 +160,9 @@ func MakePlan(in PlanInput) Plan {
 	case Ahead:
 		return refuse("the replica is ahead of the primary: it may hold writes that the primary lost; " +
 			"restore the primary from it, or format the replica to give them up")
-	case Diverged:
-		return refuse("both went on separately from " + rel.Common.String() +
-			" (split brain): decide which one counts and format the other")
+	}
+	if in.Strayed != "" {
+		return refuse("the two have no history in common, and the replica strayed (" + in.Strayed + "): format it to give it up")
 	}
 	if !in.AllowUnrelated {
 		return refuse("the two have no history in common: this is another volume's copy, or a very old one; " +

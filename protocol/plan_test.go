@@ -31,6 +31,29 @@ func TestMakePlan(t *testing.T) {
 		{"ahead", PlanInput{Disk: DiskConsistent, Replica: line(1, 10, 2, 16), Tracked: true, AllowUnrelated: true}, Plan{Action: Refuse, Rule: "ahead"}},
 		{"diverged", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, AllowUnrelated: true}, Plan{Action: Refuse, Rule: "split brain"}},
 		{"diverged, inconsistent", PlanInput{Disk: DiskInconsistent, Replica: line(1, 11), Tracked: true, AllowUnrelated: true}, Plan{Action: Refuse, Rule: "split brain"}},
+		{"diverged, given up", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, Discard: line(1, 11).Tip(), ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: Incremental, Since: 10, Discard: line(1, 11).Tip(), Rule: "operator gave up"}},
+		{"diverged, given up, the journal is too small", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, Discard: line(1, 11).Tip(), CatchUpInPlace: true, JournalTooSmall: true},
+			Plan{Action: CompareAll, Discard: line(1, 11).Tip(), Rule: "operator gave up"}},
+		{"diverged, given up, its changes not known", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, Discard: line(1, 11).Tip()},
+			Plan{Action: CompareAll, Discard: line(1, 11).Tip(), Rule: "not known of both"}},
+		{"diverged, given up, ours not known", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Discard: line(1, 11).Tip(), ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: CompareAll, Discard: line(1, 11).Tip(), Rule: "not known of both"}},
+		{"diverged, given up where it was before", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, Discard: line(1, 12).Tip()}, Plan{Action: Refuse, Rule: "split brain"}},
+		{"diverged, given up, not whole", PlanInput{Disk: DiskInconsistent, Replica: line(1, 11), Discard: line(1, 11).Tip()}, Plan{Action: Refuse, Rule: "not whole"}},
+		{"diverged, given up, changed outside", PlanInput{Disk: DiskConsistent, NeedsFull: true, Replica: line(1, 11), Discard: line(1, 11).Tip()}, Plan{Action: Refuse, Rule: "not whole"}},
+		{"diverged, policy", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), Tracked: true, SplitBrain: SplitBrainOlder, ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: Incremental, Since: 10, Discard: line(1, 11).Tip(), Rule: "discard-older-primary"}},
+		{"diverged, the policy is against the primary", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), SplitBrain: SplitBrainLeast, PrimaryChanged: ChangedBytes{true, 4}, ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: Refuse, Rule: "the primary would have to give way"}},
+		{"diverged, the operator is against the policy", PlanInput{Disk: DiskConsistent, Replica: line(1, 11), SplitBrain: SplitBrainLeast, Discard: line(1, 11).Tip(), PrimaryChanged: ChangedBytes{true, 4}, ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: CompareAll, Discard: line(1, 11).Tip(), Rule: "operator gave up"}},
+		{"behind, yet strayed", PlanInput{Disk: DiskConsistent, Strayed: "written", Replica: line(1, 7), Tracked: true, ReplicaChanged: ChangedBytes{true, 0}}, Plan{Action: Refuse, Rule: "no policy"}},
+		{"same, yet strayed", PlanInput{Disk: DiskConsistent, Strayed: "written", Replica: primary, Tracked: true}, Plan{Action: Refuse, Rule: "no policy"}},
+		{"strayed, given up", PlanInput{Disk: DiskConsistent, Strayed: "written", Replica: line(1, 7), Tracked: true, Discard: line(1, 7).Tip(), ReplicaChanged: ChangedBytes{true, 5}},
+			Plan{Action: Incremental, Since: 7, Discard: line(1, 7).Tip(), Rule: "operator gave up"}},
+		{"strayed and unrelated, allowed", PlanInput{Disk: DiskConsistent, Strayed: "written", Replica: line(9, 11), AllowUnrelated: true, Discard: line(9, 11).Tip()}, Plan{Action: Refuse, Rule: "no history in common"}},
+		{"unrelated, given up", PlanInput{Disk: DiskConsistent, Replica: line(9, 11), Discard: line(9, 11).Tip()}, Plan{Action: Refuse, Rule: "no history in common"}},
 		{"unrelated", PlanInput{Disk: DiskConsistent, Replica: line(9, 11), Tracked: true}, Plan{Action: Refuse, Rule: "no history in common"}},
 		{"unrelated, allowed", PlanInput{Disk: DiskConsistent, Replica: line(9, 11), Tracked: true, AllowUnrelated: true}, Plan{Action: CompareAll, InPlace: true, Overwrite: true, Rule: "operator"}},
 		{"malformed", PlanInput{Disk: DiskConsistent, Replica: line(9, 11, 9, 12), AllowUnrelated: true}, Plan{Action: Refuse, Rule: "malformed"}},
@@ -39,7 +62,7 @@ func TestMakePlan(t *testing.T) {
 		c.in.Primary = primary
 		got := MakePlan(c.in)
 		if got.Action != c.want.Action || got.Since != c.want.Since || got.InPlace != c.want.InPlace ||
-			got.Overwrite != c.want.Overwrite || !strings.Contains(got.Rule, c.want.Rule) {
+			got.Overwrite != c.want.Overwrite || got.Discard != c.want.Discard || !strings.Contains(got.Rule, c.want.Rule) {
 			t.Errorf("%s: %v since %d in place %v overwrite %v\nwant %+v", c.name, got, got.Since, got.InPlace, got.Overwrite, c.want)
 		}
 		var refused *PlanRefusedError
@@ -62,8 +85,33 @@ func TestMakePlanNeverDestroys(t *testing.T) {
 		for range 2000 {
 			a, b := all[rng.IntN(len(all))], all[rng.IntN(len(all))]
 			in := PlanInput{Primary: a.line, Replica: b.line, Disk: DiskState(rng.IntN(5)), Tracked: rng.IntN(2) == 0, NeedsFull: rng.IntN(4) == 0,
-				AllowUnrelated: rng.IntN(2) == 0, CatchUpInPlace: rng.IntN(2) == 0, JournalTooSmall: rng.IntN(2) == 0}
+				AllowUnrelated: rng.IntN(2) == 0, CatchUpInPlace: rng.IntN(2) == 0, JournalTooSmall: rng.IntN(2) == 0,
+				SplitBrain:     []SplitBrain{SplitBrainNone, SplitBrainOlder, SplitBrainLeast, SplitBrainZero}[rng.IntN(4)],
+				PrimaryChanged: ChangedBytes{rng.IntN(2) == 0, rng.Int64N(3)}, ReplicaChanged: ChangedBytes{rng.IntN(2) == 0, rng.Int64N(3)}}
+			if rng.IntN(4) == 0 {
+				in.Strayed = "written"
+			}
+			if rng.IntN(4) == 0 {
+				in.Discard = all[rng.IntN(len(all))].pos
+			}
 			p := MakePlan(in)
+			if !p.Discard.IsZero() {
+				side, _ := Divergence{Policy: in.SplitBrain, Primary: in.Primary, Replica: in.Replica, Common: Compare(a.line, b.line).Common,
+					PrimaryChanged: in.PrimaryChanged, ReplicaChanged: in.ReplicaChanged}.Discards()
+				if p.Action != CompareAll && p.Action != Incremental || p.InPlace || p.Overwrite || p.Discard != b.pos || in.Disk != DiskConsistent || in.NeedsFull {
+					t.Fatalf("%+v: %v gives up %v", in, p, p.Discard)
+				}
+				if side != SideReplica && in.Discard != b.pos {
+					t.Fatalf("%+v: %v gives up %v without a word", in, p, p.Discard)
+				}
+				if p.Action == Incremental && (!in.Tracked || !in.ReplicaChanged.Known || p.Since != Compare(a.line, b.line).Common.Epoch) {
+					t.Fatalf("%+v: %v since %d", in, p, p.Since)
+				}
+				continue
+			}
+			if in.Strayed != "" && p.Action != Refuse && len(b.line) > 0 && in.Disk != DiskBlank {
+				t.Fatalf("%+v: %v writes to a strayed copy", in, p)
+			}
 			if p.Action != Refuse && !a.contains(b) {
 				t.Fatalf("%+v: %v, yet the replica holds a cut that the primary does not", in, p)
 			}

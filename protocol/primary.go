@@ -48,6 +48,9 @@ type ReplicaConfig struct {
 	// AllowUnrelated and CatchUpInPlace: see PlanInput.
 	AllowUnrelated bool
 	CatchUpInPlace bool
+	// SplitBrain decides when the replica went its own way; empty: the operator
+	// does, by Primary.Discard.
+	SplitBrain SplitBrain
 }
 
 // PrimaryConfig is a volume and its replicas. Zero values mean the defaults.

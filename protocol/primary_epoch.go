@@ -76,6 +76,9 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		stats: link.Stats(),
 	}
 	a.full = a.whole
+	if !a.full && !plan.Discard.IsZero() {
+		a.rest = w.itsRanges // what changed there differs, too
+	}
 	// What takes long is read live first: a frozen view can't be held that long.
 	// Unless the tracker can't tell what changes meanwhile.
 	a.liveNext = (a.whole || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
@@ -175,7 +178,7 @@ func (a *attempt) begin(ctx context.Context, h *cutHandle) error {
 	if a.begun {
 		return nil
 	}
-	s := EpochStart{Epoch: h.rec.epoch, Mode: ModeJournal, Full: a.full, Lineage: h.lineage, CutUnixNanos: h.unixNanos}
+	s := EpochStart{Epoch: h.rec.epoch, Mode: ModeJournal, Full: a.full, Lineage: h.lineage, Discard: a.plan.Discard, CutUnixNanos: h.unixNanos}
 	if a.plan.InPlace {
 		s.Mode = ModeInPlace
 	}

@@ -31,6 +31,7 @@ type replicaWorker struct {
 	committed   *cutRecord // the cut it holds, nil when it was taken before this start
 	reason      string     // why it is behind, for people; empty: it is not
 	refused     bool
+	discard     Position // what the operator gave up of it
 	paused      bool
 	retryNow    bool
 	stopSession func()
@@ -44,6 +45,12 @@ type replicaWorker struct {
 	untracked       bool
 	blind           bool // the tracker failed a comparison, too: it is done in one frozen view
 	liveFirst       bool // the last frozen view did not last: shrink the work first
+
+	// Of a replica that went its own way; for the present session.
+	strayed     string
+	mineChanged ChangedBytes // since the common position
+	itsChanged  ChangedBytes
+	itsRanges   []Range
 }
 
 const notConnectedYet = "not connected yet"
@@ -194,22 +201,27 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			ev(w.cfg.Name, err)
 		}
 	}()
+	if err := w.askWayward(ctx, link, Compare(lineage, primary)); err != nil {
+		return false, w.learn(err)
+	}
 	voids := 0 // in a row
 	for first := true; ; first = false {
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
+		discard := w.discard
 		w.p.mu.Unlock()
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
+			Strayed: w.strayed, Discard: discard, SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
 		})
 		w.update(func() {
 			w.plan = &plan
 			if plan.Action == Incremental || plan.Action == CompareAll && !plan.Overwrite && len(lineage) > 0 {
 				w.holds = lineage.Tip().Epoch
 			}
-			if disk != DiskConsistent {
-				w.holds = 0
+			if disk != DiskConsistent || !plan.Discard.IsZero() {
+				w.holds = 0 // no epoch of ours
 			}
 			if first && plan.Action != Refuse {
 				w.reason = w.afterConnect()
@@ -226,6 +238,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		switch {
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
+			w.strayed, w.itsRanges = "", nil
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):

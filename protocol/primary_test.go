@@ -77,7 +77,7 @@ func (n *node) client() proto.ReplicationClient { return proto.NewReplicationCli
 
 func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverConfig) *node {
 	t.Helper()
-	rep, err := OpenReplica(t.Context(), store, OpenOptions{})
+	rep, err := OpenReplica(t.Context(), store, OpenOptions{RescueDir: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}

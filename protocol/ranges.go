@@ -50,6 +50,9 @@ func subtractRanges(a, b []Range) []Range {
 	return out
 }
 
+// intersectRanges is what is in both; both ascending and disjoint.
+func intersectRanges(a, b []Range) []Range { return subtractRanges(a, subtractRanges(a, b)) }
+
 func totalBytes(ranges []Range) int64 {
 	var n int64
 	for _, r := range ranges {

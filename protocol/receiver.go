@@ -345,7 +345,7 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 	rep, name := rs.served.rep, rs.served.key.name
 	st := rep.Status()
 	rs.session = NewSession(SessionConfig{
-		Replica: name, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull,
+		Replica: name, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed,
 		Lineage: st.Lineage, WindowBytes: rs.r.cfg.WindowBytes, JournalFreeBytes: uint64(max(0, st.JournalFreeBytes)),
 	})
 	rs.compareSem = make(chan struct{}, rs.r.cfg.CompareWorkers)
@@ -404,7 +404,7 @@ func (rs *receiverSession) storage(err error) error {
 		return refuse(proto.Reason_REASON_JOURNAL_FULL, "replica %q: %v", rs.served.key.name, err)
 	case errors.Is(err, ErrNeedsFull):
 		return refuse(proto.Reason_REASON_NEEDS_FULL, "replica %q: %v", rs.served.key.name, err)
-	case errors.Is(err, ErrNotForward):
+	case errors.Is(err, ErrNotForward), errors.Is(err, ErrStrayed):
 		return refuse(proto.Reason_REASON_LINEAGE, "replica %q: %v", rs.served.key.name, err)
 	case errors.Is(err, ErrSums), errors.Is(err, ErrBadFrame):
 		return refuse(proto.Reason_REASON_PROTOCOL, "replica %q: %v", rs.served.key.name, err)
@@ -450,6 +450,15 @@ func (rs *receiverSession) perform(ctx context.Context, a SessionAction) error {
 		return nil
 	case ActCompare:
 		return rs.compare(ctx, a)
+	case ActChanges:
+		m, err := changesMessage(ctx, rep, a.Since)
+		if err != nil {
+			return rs.storage(err)
+		}
+		if m.Known {
+			rs.session.Told(a.Since)
+		}
+		return rs.send(&proto.FromReplica{Message: &proto.FromReplica_Changes{Changes: m}})
 	case ActCommit:
 		if err := rep.Commit(ctx, a.Commit); err != nil {
 			return rs.storage(err)

@@ -35,6 +35,14 @@ var ErrNotForward = errors.New("not ahead of the replica")
 // ErrSums says that what arrived is not what the sender says it sent.
 var ErrSums = errors.New("frames missing or changed on the way")
 
+// ErrStrayed says that a copy holds blocks that belong to no cut of the line it is
+// to follow: they are overwritten only on the operator's word, and saved first.
+var ErrStrayed = errors.New("strayed")
+
+// ErrTookOver says that a replica became a primary's device: what it holds now
+// is no cut.
+var ErrTookOver = errors.New("took over as primary")
+
 // ErrNotConsistent says that a replica holds no image to read.
 var ErrNotConsistent = errors.New("replica holds no consistent image")
 
@@ -71,6 +79,12 @@ type EpochStart struct {
 	// Lineage is the replica's once the epoch is committed, as far as it is
 	// known yet: its tip's epoch is at least Epoch, and Commit may replace it.
 	Lineage Lineage
+	// Discard is the position that the replica is at and that the operator
+	// allowed to be given up, though no copy of the epoch's lineage was ever there;
+	// blocks that only this copy has go to a rescue file before the commit.
+	// It is for ModeJournal. The frames describe all that differs from the replica's data,
+	// or changed at either side since the two were the same. Zero: nothing is given up.
+	Discard Position
 	// CutUnixNanos is the wall clock of the cut, for people only.
 	CutUnixNanos int64
 }
@@ -98,7 +112,9 @@ type ReplicaStatus struct {
 	State            DiskState
 	Reason           string // of an inconsistent state, in words
 	NeedsFull        bool
-	ChangedOutside   bool // inconsistent because somebody else wrote to it
+	ChangedOutside   bool     // inconsistent because somebody else wrote to it
+	Strayed          string   // why it holds blocks of no committed position; empty: it does not
+	TookOver         Position // what it began as primary; zero: it did not
 	Committed        Position
 	Applied          Position
 	Lineage          Lineage // up to Committed
@@ -108,6 +124,7 @@ type ReplicaStatus struct {
 	JournalFreeBytes int64  // room for frames right now
 	SpilledBytes     int64  // in the spill file: of the open epoch, or of the last committed one
 	SpillProblem     string // why the spill file can't be used, while an epoch that needs none can go on
+	Rescued          string // the last rescue file written since the replica was opened
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
 }
@@ -123,6 +140,12 @@ type OpenOptions struct {
 	// SpillLimitBytes is how much one epoch may spill; 0: nothing new is put
 	// there, and the file is only read, if what is committed lies in it.
 	SpillLimitBytes int64
+	// RescueDir is a folder for rescue files. Empty: a copy that went its own
+	// way is never overwritten.
+	RescueDir string
+	// TookOver opens a replica that has taken over all the same, for TakeOver to
+	// be finished: see there.
+	TookOver bool
 }
 
 // Replica is a copy of a volume on a Store: it holds the image of the last
@@ -147,6 +170,7 @@ type Replica struct {
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 
+	rescueDir  string
 	spillFile  SpillFile
 	spillLimit int64
 	spill      SpillStore // nil: not open. Used by the open epoch, or by an apply, never by both
@@ -169,6 +193,7 @@ type Replica struct {
 	usedEnd  uint64 // how far the open epoch has got in the journal
 	spilled  int64  // bytes in the spill file
 	noSpill  string // why it can't be used
+	rescued  string // path of the last rescue file
 	warnings []string
 	fail     error
 	closed   bool
@@ -179,7 +204,7 @@ type holdWaiter struct{ target uint64 }
 
 // OpenReplica opens a formatted device, applies what was committed and drops
 // what was not. Errors: ErrNoSuperblock, ErrJournalDamaged (a *JournalDamage)
-// and ErrChangedOutside, for which see OpenOptions, ErrUnreadable where another
+// and ErrChangedOutside, and ErrTookOver, for which see OpenOptions, ErrUnreadable where another
 // try may do, with ErrSpill if what is
 // missing lies in the spill file; in these cases nothing
 // was written. ctx bounds only the opening.
@@ -188,11 +213,14 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	if err != nil {
 		return nil, fmt.Errorf("open replica %w", err)
 	}
+	if p := sb.tookOver; !p.IsZero() && !o.TookOver {
+		return nil, fmt.Errorf("open replica %s: %w as %v: start it as that; if it stood down, format it around its data", store.Name(), ErrTookOver, p)
+	}
 	dec, err := NewDecompressor(applyWorkers)
 	if err != nil {
 		return nil, err
 	}
-	r := &Replica{store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), wake: make(chan struct{}), warnings: warnings}
+	r := &Replica{rescueDir: o.RescueDir, store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), wake: make(chan struct{}), warnings: warnings}
 	r.ring = ring{store: store, area: sb.layout.journal, tag: sb.tag(), spilled: r.openSpilled}
 	r.spillFile, r.spillLimit = o.Spill, o.SpillLimitBytes
 	r.cmap = changeMap{store, sb.layout, sb.tag()}
@@ -347,6 +375,15 @@ func (r *Replica) needsFull() bool {
 	return r.sb.needFull || r.sb.state == DiskBlank
 }
 
+// strayed is why what is committed is no position of any line but its own,
+// empty if it is one; mu is held.
+func (r *Replica) strayed() string {
+	if len(r.pending) > 0 {
+		return ""
+	}
+	return r.sb.strayed
+}
+
 // Status never waits for the device.
 func (r *Replica) Status() ReplicaStatus {
 	r.mu.Lock()
@@ -355,7 +392,7 @@ func (r *Replica) Status() ReplicaStatus {
 	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, State: sb.state, NeedsFull: r.needsFull(),
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
 		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
-		Warnings: slices.Clone(r.warnings), Err: r.fail}
+		Strayed: r.strayed(), TookOver: sb.tookOver, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
 	if n := len(r.pending); n > 0 {
 		s.CutUnixNanos = r.pending[n-1].commit.cutNanos
 		s.State = DiskConsistent // with the journal laid over

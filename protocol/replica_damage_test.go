@@ -34,7 +34,7 @@ func open(t *testing.T, dev Store) *Replica {
 	return r
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -14,7 +14,8 @@ type openEpoch struct {
 	frames  uint64
 	touched *touched
 	rounds  roundSet
-	broken  error // why it can't be committed any more
+	broken  error    // why it can't be committed any more
+	blocks  blockSet // what it describes, if that may be the only copy
 
 	writer *segmentWriter // of a journal epoch
 	first  cursor
@@ -60,14 +61,17 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
 
 // mayBegin checks an epoch's announcement; mu is held.
 func (r *Replica) mayBegin(s EpochStart) error {
-	if s.Mode != ModeJournal && s.Mode != ModeInPlace || s.Epoch == 0 {
-		return fmt.Errorf("%s: epoch %d in mode %d: want an epoch above 0 and mode journal or in-place", r.store.Name(), s.Epoch, s.Mode)
+	if s.Mode != ModeJournal && (s.Mode != ModeInPlace || !s.Discard.IsZero()) || s.Epoch == 0 {
+		return fmt.Errorf("%s: epoch %d in mode %d, giving up %v: want an epoch above 0 and mode journal, or in-place and nothing given up",
+			r.store.Name(), s.Epoch, s.Mode, s.Discard)
 	}
-	return r.mayFollow(s.Epoch, s.Lineage, s.Full)
+	return r.mayFollow(s.Epoch, s.Lineage, s)
 }
 
-// mayFollow says whether an epoch can be laid over what is committed; mu is held.
-func (r *Replica) mayFollow(epoch uint64, l Lineage, full bool) error {
+// mayFollow says whether an epoch that was begun so can be laid over what is
+// committed; mu is held.
+func (r *Replica) mayFollow(epoch uint64, l Lineage, begun EpochStart) error {
+	full := begun.Full
 	if err := l.Check(); err != nil {
 		return fmt.Errorf("%s: epoch %d: %w", r.store.Name(), epoch, err)
 	}
@@ -76,6 +80,12 @@ func (r *Replica) mayFollow(epoch uint64, l Lineage, full bool) error {
 	}
 	have := r.lineage()
 	relation := Compare(l, have)
+	if !r.sb.tookOver.IsZero() {
+		return fmt.Errorf("%s: %w as %v", r.store.Name(), ErrTookOver, r.sb.tookOver)
+	}
+	if r.strayed() != "" || !begun.Discard.IsZero() {
+		return r.mayDiscard(begun.Discard, l, relation)
+	}
 	forward := relation.Kind == Ahead && epoch > have.Tip().Epoch
 	if full {
 		if relation.Kind == Same && len(have) > 0 || relation.Kind == Behind || relation.Kind == Ahead && !forward {
@@ -263,6 +273,9 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 	}
 	for _, f := range frames {
 		o.digests[stream].Add(f.Header)
+		if !o.start.Discard.IsZero() {
+			o.blocks.add(f.Range())
+		}
 	}
 	if o.pipe != nil {
 		return r.appendInPlace(o, b)
@@ -389,7 +402,7 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 	}
 	// Room among the pending is waited for before anything is decided.
 	err := r.wait(ctx, func() (bool, error) {
-		if err := r.mayFollow(c.Epoch, record.lineage, record.full); err != nil {
+		if err := r.mayFollow(c.Epoch, record.lineage, o.start); err != nil {
 			return false, err
 		}
 		return len(r.pending) < maxPendingEpochs, nil
@@ -399,6 +412,10 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 		err = r.makeRoom(ctx, o.first.logical+commitMaxBytes)
 	}
 	if err != nil {
+		return err
+	}
+	if err := r.rescue(ctx, o, record.lineage); err != nil {
+		o.broken = err
 		return err
 	}
 	if o.pipe != nil {
@@ -499,6 +516,7 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 		copies = 2 // the spill file is emptied next: no copy may still count on it
 	}
 	return r.writeSuper(copies, func(sb *superblock) {
+		before := sb.lineage
 		sb.applied, sb.lineage, sb.cutNanos, sb.watched = c.lineage.Tip(), c.lineage, c.cutNanos, watched
 		sb.applying = 0
 		if p != nil {
@@ -506,9 +524,13 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 		} else {
 			sb.committed = sb.applied
 		}
-		if c.full {
-			sb.needFull, sb.mapBase = false, sb.applied.Epoch
+		// Of another line's numbers the map knows nothing.
+		switched := Compare(sb.lineage, before).Kind != Ahead
+		if c.full || switched {
+			sb.mapBase = sb.applied.Epoch
 		}
+		sb.strayed = ""
+		sb.needFull = sb.needFull && !c.full
 		if !sb.needFull {
 			sb.state, sb.why, sb.inPlace = DiskConsistent, whyNone, Position{}
 		}

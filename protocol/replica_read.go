@@ -90,6 +90,9 @@ func (r *Replica) Hold(ctx context.Context) (*Image, error) {
 	r.mu.Unlock()
 	i := &Image{r: r}
 	err := r.wait(ctx, func() (bool, error) {
+		if !r.sb.tookOver.IsZero() {
+			return false, fmt.Errorf("%s: %w: it took over as %v", r.store.Name(), ErrNotConsistent, r.sb.tookOver)
+		}
 		if r.inPlace || r.sb.state != DiskConsistent && len(r.pending) == 0 && !r.applying {
 			return false, fmt.Errorf("%s: %w: %s", r.store.Name(), ErrNotConsistent, r.sb.state)
 		}

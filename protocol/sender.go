@@ -108,7 +108,7 @@ type Link struct {
 	deadErr error         // why; set before dead is closed
 	deadOne sync.Once
 
-	answers chan *proto.FromReplica // Begun, Committed, Aborted
+	answers chan *proto.FromReplica // Begun, Committed, Aborted, Changes
 	heard   atomic.Int64            // messages received: the sign of life
 	silence silence
 
@@ -322,7 +322,7 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.applied, l.freeRoom = m.GetApplied().Epoch, m.GetApplied().JournalFreeBytes
-	case m.GetBegun() != nil, m.GetCommitted() != nil, m.GetAborted() != nil:
+	case m.GetBegun() != nil, m.GetCommitted() != nil, m.GetAborted() != nil, m.GetChanges() != nil:
 		if c := m.GetCommitted(); c != nil {
 			l.mu.Lock()
 			l.freeRoom = c.JournalFreeBytes
@@ -443,10 +443,14 @@ func (l *Link) Begin(ctx context.Context, s EpochStart, overwriteUnrelated bool)
 	l.sent = blockSet{}
 	l.mu.Unlock()
 	l.start, l.digest = s, NewStreamDigest()
-	err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Begin{Begin: &proto.Begin{
+	begin := &proto.Begin{
 		Epoch: s.Epoch, Attempt: s.Attempt, Mode: mode, Lineage: s.Lineage.Proto(), CutUnixNanos: s.CutUnixNanos,
 		Full: s.Full, OverwriteUnrelated: overwriteUnrelated,
-	}}})
+	}
+	if !s.Discard.IsZero() {
+		begin.Discard = s.Discard.proto()
+	}
+	err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Begin{Begin: begin}})
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"fmt"
+	"slices"
 
 	"blockferry/proto"
 )
@@ -15,6 +16,8 @@ const (
 	FeatureCompare = "compare"
 	FeatureS2      = "s2"
 	FeatureZstd    = "zstd"
+	// FeatureStrayed: knows of copies that hold blocks of no committed position.
+	FeatureStrayed = "strayed"
 )
 
 // Limits of a session. MaxMessageBytes is what both ends must allow gRPC to
@@ -25,7 +28,7 @@ const (
 )
 
 // Features lists what this program knows, in order of preference.
-func Features() []string { return []string{FeatureCompare, FeatureS2, FeatureZstd} }
+func Features() []string { return []string{FeatureCompare, FeatureS2, FeatureZstd, FeatureStrayed} }
 
 // RefusedError is a refusal: what the replica said, or will say before it
 // ends the stream.
@@ -51,6 +54,7 @@ type SessionConfig struct {
 	SizeBytes        int64
 	State            DiskState
 	NeedsFull        bool
+	Strayed          string // ReplicaStatus.Strayed
 	Lineage          Lineage
 	WindowBytes      uint64
 	JournalFreeBytes uint64
@@ -68,6 +72,7 @@ const (
 	ActCompare                       // answer from the committed image: Compare, Ranges
 	ActCommit                        // Replica.Commit(Commit), then Committed and send Committed, later Applied
 	ActAbort                         // Replica.Abort, then send Aborted
+	ActChanges                       // send Changes since Since; Told if they are known
 )
 
 // SessionAction is the one thing a message leads to.
@@ -81,7 +86,8 @@ type SessionAction struct {
 	Compare *proto.Compare
 	Ranges  []Range
 	Commit  EpochCommit
-	Reason  string // ActAbort: why, in words
+	Reason  string   // ActAbort: why, in words
+	Since   Position // ActChanges
 }
 
 type sessionState int
@@ -105,6 +111,7 @@ type Session struct {
 	state  sessionState
 	window uint64 // bytes the primary may still send
 
+	told    Position   // the primary knows what changed here since; zero: it does not
 	attempt uint32     // the last one begun
 	start   EpochStart // while open
 	round   uint32     // highest in this attempt
@@ -152,6 +159,8 @@ func (s *Session) step(m *proto.FromPrimary) (SessionAction, error) {
 		return s.commit(m.GetCommit())
 	case m.GetAbort() != nil:
 		return s.abort(m.GetAbort())
+	case m.GetAskChanges() != nil:
+		return s.changes(m.GetAskChanges())
 	}
 	return SessionAction{}, outOfOrder("an empty or unknown message; the primary may be newer than this replica: upgrade it")
 }
@@ -186,10 +195,15 @@ func (s *Session) hello(h *proto.Hello) (SessionAction, error) {
 	if err != nil {
 		return SessionAction{}, refuse(proto.Reason_REASON_LINEAGE, "the primary's history: %v", err)
 	}
+	if s.cfg.Strayed != "" && !slices.Contains(h.Features, FeatureStrayed) {
+		return SessionAction{}, refuse(proto.Reason_REASON_VERSION,
+			"replica %q at %v strayed (%s), and the primary does not know of such: upgrade it", s.cfg.Replica, s.cfg.Lineage.Tip(), s.cfg.Strayed)
+	}
 	s.state = sessionIdle
 	w := &proto.Welcome{
 		Version: version, DiskState: proto.DiskState(s.cfg.State), Lineage: s.cfg.Lineage.Proto(),
 		WindowBytes: s.cfg.WindowBytes, JournalFreeBytes: s.cfg.JournalFreeBytes, NeedsFull: s.cfg.NeedsFull,
+		Strayed: s.cfg.Strayed,
 	}
 	for _, mine := range s.cfg.Features {
 		for _, theirs := range h.Features {
@@ -220,11 +234,21 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 	if !inPlace && b.Mode != proto.Mode_MODE_JOURNAL {
 		return SessionAction{}, outOfOrder("epoch %d has unknown mode %d", b.Epoch, b.Mode)
 	}
+	var discard Position
+	if b.Discard != nil {
+		if discard, err = positionFromProto(b.Discard); err != nil {
+			return SessionAction{}, refuse(proto.Reason_REASON_LINEAGE, "what epoch %d gives up: %v", b.Epoch, err)
+		}
+	}
 	// The replica guards itself: whatever the primary planned, an image that
-	// holds more than the epoch's history accounts for is not written.
+	// holds more than the epoch's history accounts for is not written, unless that
+	// very position was given up.
 	if len(s.cfg.Lineage) > 0 {
 		rel := Compare(s.cfg.Lineage, l)
-		allowed := rel.Kind == Behind || (rel.Kind == Unrelated && b.OverwriteUnrelated && b.Full && inPlace)
+		allowed := rel.Kind == Behind && s.cfg.Strayed == "" && discard.IsZero() ||
+			rel.Kind == Unrelated && b.OverwriteUnrelated && b.Full && inPlace ||
+			(rel.Kind == Diverged || rel.Kind == Behind && s.cfg.Strayed != "") && !inPlace && discard == s.cfg.Lineage.Tip() &&
+				(b.Full || s.told == rel.Common)
 		if !allowed {
 			return SessionAction{}, refuse(proto.Reason_REASON_LINEAGE,
 				"replica %q at %v, history [%v], is %v when compared with the epoch offered, %v, history [%v]: nothing was written",
@@ -240,7 +264,7 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 		}
 	}
 	s.state, s.attempt, s.round, s.digest = sessionOpen, b.Attempt, 0, NewStreamDigest()
-	s.start = EpochStart{Epoch: b.Epoch, Attempt: b.Attempt, Mode: ModeJournal, Full: b.Full, Lineage: l, CutUnixNanos: b.CutUnixNanos}
+	s.start = EpochStart{Epoch: b.Epoch, Attempt: b.Attempt, Mode: ModeJournal, Full: b.Full, Lineage: l, Discard: discard, CutUnixNanos: b.CutUnixNanos}
 	if inPlace {
 		s.start.Mode = ModeInPlace
 		// From here on the image is torn, and only what this epoch was to
@@ -250,6 +274,23 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 	}
 	return SessionAction{Kind: ActBegin, Start: s.start}, nil
 }
+
+func (s *Session) changes(a *proto.AskChanges) (SessionAction, error) {
+	since, err := positionFromProto(a.Since)
+	switch {
+	case err != nil:
+		return SessionAction{}, outOfOrder("changes since: %v", err)
+	case s.state != sessionIdle || s.cfg.State != DiskConsistent:
+		return SessionAction{}, outOfOrder("changes are asked for while an epoch is open, or of a replica that is %s", diskWord(s.cfg.State))
+	case s.cfg.Lineage.Until(since) == nil:
+		return SessionAction{}, refuse(proto.Reason_REASON_LINEAGE, "changes since %v are asked for: replica %q was never there, its history is [%v]",
+			since, s.cfg.Replica, s.cfg.Lineage)
+	}
+	return SessionAction{Kind: ActChanges, Since: since}, nil
+}
+
+// Told says that the primary was told what changed at the replica since a position.
+func (s *Session) Told(since Position) { s.told = since }
 
 func (s *Session) frames(m *proto.FromPrimary) (SessionAction, error) {
 	if s.state != sessionOpen {
@@ -372,6 +413,7 @@ func (s *Session) Granted(bytes int) { s.window += uint64(bytes) }
 func (s *Session) Committed(c EpochCommit) {
 	s.state = sessionIdle
 	s.cfg.State, s.cfg.NeedsFull, s.cfg.Lineage = DiskConsistent, false, c.Lineage.Clone()
+	s.cfg.Strayed, s.told = "", Position{}
 }
 
 // clipBytes has room for two long paths and the cause at the end.

@@ -120,13 +120,16 @@ func (r *sessionScript) do(line string) string {
 	case "replica":
 		state := map[string]DiskState{"blank": DiskBlank, "inconsistent": DiskInconsistent, "consistent": DiskConsistent}[text("state", "consistent")]
 		r.s = NewSession(SessionConfig{Replica: "ebs", VolumeUUID: scriptUUID, SizeBytes: int64(num("size", 1<<20)), State: state,
-			NeedsFull: args["needs-full"] != "", Lineage: lineage("lineage"), WindowBytes: num("window", 1<<20), JournalFreeBytes: num("journal", 1<<30)})
+			NeedsFull: args["needs-full"] != "", Strayed: args["strayed"], Lineage: lineage("lineage"), WindowBytes: num("window", 1<<20), JournalFreeBytes: num("journal", 1<<30)})
 		return "ok"
 	case "granted":
 		r.s.Granted(int(num("bytes", 0)))
 		return "ok"
 	case "committed":
 		r.s.Committed(r.commit)
+		return "ok"
+	case "told":
+		r.s.Told(lineage("since").Tip())
 		return "ok"
 	}
 	m := &proto.FromPrimary{}
@@ -141,8 +144,12 @@ func (r *sessionScript) do(line string) string {
 		m.Message = &proto.FromPrimary_Hello{Hello: h}
 	case "begin":
 		mode := map[string]proto.Mode{"journal": proto.Mode_MODE_JOURNAL, "in-place": proto.Mode_MODE_IN_PLACE}[text("mode", "journal")]
-		m.Message = &proto.FromPrimary_Begin{Begin: &proto.Begin{Epoch: num("epoch", 11), Attempt: uint32(num("attempt", 1)), Mode: mode,
-			Lineage: lineage("lineage").Proto(), Full: args["full"] != "", OverwriteUnrelated: args["overwrite"] != ""}}
+		begin := &proto.Begin{Epoch: num("epoch", 11), Attempt: uint32(num("attempt", 1)), Mode: mode,
+			Lineage: lineage("lineage").Proto(), Full: args["full"] != "", OverwriteUnrelated: args["overwrite"] != ""}
+		if args["discard"] != "" {
+			begin.Discard = lineage("discard").Tip().proto()
+		}
+		m.Message = &proto.FromPrimary_Begin{Begin: begin}
 		r.digest = NewStreamDigest()
 	case "frames":
 		data := make([]byte, num("len", BlockSize))
@@ -178,6 +185,8 @@ func (r *sessionScript) do(line string) string {
 		m.Message = &proto.FromPrimary_Commit{Commit: c}
 	case "abort":
 		m.Message = &proto.FromPrimary_Abort{Abort: &proto.Abort{Epoch: num("epoch", 11), Attempt: uint32(num("attempt", 1)), Reason: "script"}}
+	case "ask":
+		m.Message = &proto.FromPrimary_AskChanges{AskChanges: &proto.AskChanges{Since: lineage("since").Tip().proto()}}
 	case "empty":
 	default:
 		r.t.Fatalf("unknown command %q", fields[0])
@@ -203,6 +212,8 @@ func (r *sessionScript) do(line string) string {
 		return fmt.Sprintf("compare %v", a.Ranges)
 	case ActCommit:
 		return fmt.Sprintf("commit epoch=%d frames=%d as %v", a.Commit.Epoch, a.Commit.Streams[0].Frames, a.Commit.Lineage)
+	case ActChanges:
+		return fmt.Sprintf("changes since %v", a.Since)
 	case ActAbort:
 		return fmt.Sprintf("abort epoch=%d: %s", a.Start.Epoch, a.Reason)
 	}

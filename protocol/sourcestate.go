@@ -18,7 +18,7 @@ import (
 //
 // Numbers are little-endian. A lineage is a u16 count and (generation[16],
 // epoch u64) each; a name is a u16 length and its bytes. Flags: 1 clean,
-// 2 restore, 4 verifying. The label has the checksum.
+// 2 restore, 4 verifying, 8 secondary. The label has the checksum.
 type SourceState struct {
 	// Lineage holds every cut whose frames may have left this node; its tip
 	// is the last one.
@@ -31,9 +31,15 @@ type SourceState struct {
 	OpenEpoch uint64
 	// Clean: the device holds exactly the tip and could not be written since.
 	Clean bool
+	// Secondary: the device stood down and follows another node's. It does not
+	// start as primary before it has taken over; the rest says what it held then.
+	Secondary bool
 	// Restore is set while the device is being filled from a replica.
 	Restore *RestoreState
 }
+
+// ErrSecondary says that a device stood down, and does not start as primary.
+var ErrSecondary = errors.New("this node is secondary")
 
 // RestoreState is how far a restore has come.
 type RestoreState struct {
@@ -49,6 +55,8 @@ const (
 	sourceFlagClean    = 1
 	sourceFlagRestore  = 2
 	sourceFlagVerify   = 4
+	sourceFlagSecond   = 8
+	sourceFlagsKnown   = sourceFlagClean | sourceFlagRestore | sourceFlagVerify | sourceFlagSecond
 )
 
 // Effective is the lineage that the device's content stands for: with the
@@ -99,6 +107,9 @@ func (s SourceState) Encode() ([]byte, error) {
 	if s.Clean {
 		flags |= sourceFlagClean
 	}
+	if s.Secondary {
+		flags |= sourceFlagSecond
+	}
 	if s.Restore != nil {
 		flags |= sourceFlagRestore
 		if s.Restore.Verifying {
@@ -135,11 +146,11 @@ func DecodeSourceState(b []byte) (SourceState, error) {
 		return SourceState{}, fmt.Errorf("source state: version %d, this program reads %d; upgrade it", v, sourceStateVersion)
 	}
 	flags := d.u16()
-	if d.err == nil && (flags&^(sourceFlagClean|sourceFlagRestore|sourceFlagVerify) != 0 || flags&(sourceFlagRestore|sourceFlagVerify) == sourceFlagVerify) {
+	if d.err == nil && (flags&^sourceFlagsKnown != 0 || flags&(sourceFlagRestore|sourceFlagVerify) == sourceFlagVerify) {
 		return SourceState{}, fmt.Errorf("source state: unknown flags %#x", flags)
 	}
 	var s SourceState
-	s.Clean = flags&sourceFlagClean != 0
+	s.Clean, s.Secondary = flags&sourceFlagClean != 0, flags&sourceFlagSecond != 0
 	copy(s.Generation[:], d.bytes(16))
 	s.OpenEpoch = d.u64()
 	s.Lineage = d.lineage()
@@ -178,6 +189,9 @@ func StartPrimary(old SourceState, fresh Generation) (SourceState, string, error
 		return SourceState{}, "", fmt.Errorf("a restore of %v from replica %q is not finished (%d bytes are there): finish it, or start it anew",
 			r.Lineage.Tip(), r.Replica, r.OffsetBytes)
 	}
+	if old.Secondary {
+		return SourceState{}, "", fmt.Errorf("%w: it stood down at %v, and another node's copy may be newer: let it take over first", ErrSecondary, old.Effective().Tip())
+	}
 	s := SourceState{Lineage: old.Lineage.Clone(), Generation: fresh}
 	switch {
 	case old.Clean:
@@ -196,7 +210,7 @@ func StartPrimary(old SourceState, fresh Generation) (SourceState, string, error
 // UseEpoch is the state that must be durable before the first frame of the
 // open epoch's cut leaves: that epoch becomes the tip, the next one is open.
 func (s SourceState) UseEpoch() (SourceState, error) {
-	if s.Clean || s.OpenEpoch == 0 {
+	if s.Clean || s.OpenEpoch == 0 || s.Secondary {
 		return SourceState{}, errors.New("no epoch is open: the node is not primary")
 	}
 	return SourceState{
@@ -218,13 +232,13 @@ func BeginRestore(replica string, l Lineage) SourceState {
 }
 
 // FinishRestore is the state after a restore whose comparison found nothing:
-// the device holds exactly the restored position.
+// the device holds exactly the restored position. A secondary stays one.
 func FinishRestore(s SourceState) (SourceState, error) {
 	if s.Restore == nil || len(s.Restore.Lineage) == 0 {
 		return SourceState{}, errors.New("no restore is under way")
 	}
 	l := s.Restore.Lineage.Clone()
-	return SourceState{Lineage: l, Generation: l.Tip().Generation, Clean: true}, nil
+	return SourceState{Lineage: l, Generation: l.Tip().Generation, Clean: true, Secondary: s.Secondary}, nil
 }
 
 func appendLineage(b []byte, l Lineage) []byte {

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"bytes"
+	"errors"
 	"strings"
 	"testing"
 )
@@ -23,6 +24,9 @@ func sampleStates() []SourceState {
 		{Lineage: line(1, 10, 2, 15), Generation: gen(3), OpenEpoch: 17},
 		{Lineage: line(1, 10), Generation: gen(1), Clean: true},
 		{Restore: &RestoreState{Replica: "ebs", Lineage: line(1, 10), OffsetBytes: 1 << 40, Verifying: true}},
+		{Secondary: true},
+		{Lineage: line(1, 10), Generation: gen(1), Clean: true, Secondary: true},
+		{Lineage: line(1, 10), Generation: gen(1), OpenEpoch: 11, Secondary: true},
 	}
 }
 
@@ -33,7 +37,7 @@ func TestSourceStateRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%+v: %v", s, err)
 		}
-		if !bytes.Equal(mustEncode(t, got), b) || !got.Lineage.Equal(s.Lineage) || got.Clean != s.Clean || got.OpenEpoch != s.OpenEpoch {
+		if !bytes.Equal(mustEncode(t, got), b) || !got.Lineage.Equal(s.Lineage) || got.Clean != s.Clean || got.Secondary != s.Secondary || got.OpenEpoch != s.OpenEpoch {
 			t.Fatalf("%+v came back as %+v", s, got)
 		}
 		for n := 1; n < len(b); n++ {
@@ -160,5 +164,32 @@ func TestStartPrimary(t *testing.T) {
 	}
 	if _, err := clean.UseEpoch(); err == nil {
 		t.Fatal("a clean state hands out an epoch")
+	}
+}
+
+// A device that stood down is not written by a start, however it ended, and
+// not by one after a restore either.
+func TestSecondaryDoesNotStart(t *testing.T) {
+	for _, s := range sampleStates() {
+		if !s.Secondary {
+			continue
+		}
+		if got, _, err := StartPrimary(s, gen(9)); !errors.Is(err, ErrSecondary) {
+			t.Errorf("%+v starts as %+v, %v", s, got, err)
+		}
+		if got, err := s.UseEpoch(); err == nil {
+			t.Errorf("%+v takes a cut: %+v", s, got)
+		}
+	}
+	s := BeginRestore("ebs", line(1, 10))
+	s.Secondary = true
+	s, err := FinishRestore(s)
+	must(t, err)
+	if _, _, err := StartPrimary(s, gen(9)); !errors.Is(err, ErrSecondary) {
+		t.Errorf("after a restore it starts: %v", err)
+	}
+	store := &memState{b: mustEncode(t, s)}
+	if _, _, err := BeginPrimary(store); !errors.Is(err, ErrSecondary) || store.saves > 0 {
+		t.Errorf("BeginPrimary: %v, %d writes of the label", err, store.saves)
 	}
 }

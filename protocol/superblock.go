@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,7 +17,7 @@ import (
 //	  80  reserve offset, length   96  map offset, length  112  journal offset, length
 //	 128  state u8: 1 blank, 2 inconsistent, 3 consistent
 //	 129  why inconsistent u8: 0 not, 1 in-place write, 2 changed outside, 3 journal damaged
-//	 130  flags u16: 1 only a full epoch may follow
+//	 130  flags u16: 1 only a full epoch may follow, 2 strayed, 4 took over
 //	 132  number of lineage points u16     134  number of watched places u16
 //	 136  applied position (generation [16], epoch u64)
 //	 160  committed position: decided, the part beyond 'applied' is in the journal
@@ -29,22 +30,30 @@ import (
 //	 280  spill file: UUID [16], zero when none was ever named; 296 length u16 and 298 text of its path
 //	 512  lineage of the applied position: up to 128 points (generation [16], last epoch u64)
 //	3584  watched places, up to 8: offset in the volume u64, length u32, 0 u32, SHA-256 [32]
-//	3968  zero to 4095
+//	3968  why strayed: length u16, 3970 text; zero to 4055
+//	4056  took over: first half of the SHA-256 of the label's state before [16], 4072 as position (generation [16], epoch u64)
 //
 // The version is 1 until a spill file is named, 2 from then on: a program that
-// knows of none must not take what the journal holds for all there is.
+// knows of none must not take what the journal holds for all there is. It is 3
+// while the copy is strayed or has taken over: to others that is no image to use.
 const (
 	superBytes      = 4096
 	superMagic      = 0x3152455055534642 // "BFSUPER1" read as a little-endian u64
-	superVersion    = 2
+	superVersion    = 3
 	superSpillAt    = 280
 	superLineageAt  = 512
 	superWatchAt    = superLineageAt + 24*MaxGenerations
 	superWatchBytes = 48
+	superStrayedAt  = superWatchAt + superWatchBytes*maxWatched
+	superTookOverAt = superBytes - 40
 
 	maxWatched = 8
+	// MaxStrayedReason is the longest Holding.Strayed, in bytes.
+	MaxStrayedReason = superTookOverAt - superStrayedAt - 2
 
 	superFlagNeedFull = 1
+	superFlagStrayed  = 2
+	superFlagTookOver = 4
 )
 
 // ErrNoSuperblock says that a device is not a replica, or not one any more.
@@ -116,6 +125,16 @@ type superblock struct {
 	watched   []watchedPlace
 	spill     [16]byte // zero: none was ever named
 	spillName string
+	strayed   string   // why the data is no committed position of any line but its own; empty: it is
+	tookOver  Position // as what it began as primary; zero: it did not
+	label     [16]byte // with tookOver: labelDigest of the state before it
+}
+
+// labelDigest tells a label's states apart.
+func labelDigest(state []byte) (half [16]byte) {
+	sum := sha256.Sum256(state)
+	copy(half[:], sum[:])
+	return half
 }
 
 // tag marks this replica's map pages and journal segments, so that those of
@@ -150,6 +169,9 @@ func (s *superblock) encode() []byte {
 	b = le.AppendUint64(b, superMagic)
 	version := uint32(1)
 	if s.spill != [16]byte{} {
+		version = 2
+	}
+	if s.strayed != "" || !s.tookOver.IsZero() {
 		version = superVersion
 	}
 	b = le.AppendUint32(b, version)
@@ -165,6 +187,12 @@ func (s *superblock) encode() []byte {
 	var flags uint16
 	if s.needFull {
 		flags |= superFlagNeedFull
+	}
+	if s.strayed != "" {
+		flags |= superFlagStrayed
+	}
+	if !s.tookOver.IsZero() {
+		flags |= superFlagTookOver
 	}
 	b = append(b, byte(s.state), s.why)
 	b = le.AppendUint16(b, flags)
@@ -192,7 +220,10 @@ func (s *superblock) encode() []byte {
 		b = le.AppendUint32(b, 0)
 		b = append(b, w.digest[:]...)
 	}
-	b = b[:superBytes]
+	b = b[:superStrayedAt]
+	b = le.AppendUint16(b, uint16(len(s.strayed)))
+	b = append(b, s.strayed...)
+	b = appendPosition(append(b[:superTookOverAt], s.label[:]...), s.tookOver)
 	le.PutUint32(b[12:], crc32c(b))
 	return b
 }
@@ -236,16 +267,25 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	s.tail, s.head = readCursor(b[232:]), readCursor(b[256:])
 	copy(s.spill[:], b[superSpillAt:])
 	spillName := int(le.Uint16(b[superSpillAt+16:]))
-	if named := s.spill != [16]byte{}; named != (version > 1) || spillName > MaxSpillName || !named && spillName > 0 {
+	if named := s.spill != [16]byte{}; version < 3 && named != (version > 1) || spillName > MaxSpillName || !named && spillName > 0 {
 		return nil, fmt.Errorf("spill file %x with a path of %d bytes in version %d", s.spill, spillName, version)
 	}
 	s.spillName = string(b[superSpillAt+18:][:spillName])
+	copy(s.label[:], b[superTookOverAt:])
+	s.tookOver = readPosition(b[superTookOverAt+16:])
+	if n := int(le.Uint16(b[superStrayedAt:])); n <= MaxStrayedReason {
+		s.strayed = string(b[superStrayedAt+2:][:n])
+	}
+	if role := flags &^ superFlagNeedFull; (role != 0) != (version == 3) || (role&superFlagStrayed != 0) != (s.strayed != "") ||
+		(role&superFlagTookOver != 0) != !s.tookOver.IsZero() {
+		return nil, fmt.Errorf("flags %#x in version %d, strayed for %q, took over as %s", flags, version, s.strayed, s.tookOver)
+	}
 	if err := s.layout.check(s.layout.deviceBytes); err != nil {
 		return nil, err
 	}
 	used := s.head.logical - s.tail.logical
 	switch {
-	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > superFlagNeedFull:
+	case s.state < DiskBlank || s.state > DiskConsistent || s.why > whyJournalDamaged || flags > superFlagNeedFull|superFlagStrayed|superFlagTookOver:
 		return nil, fmt.Errorf("state %d, reason %d, flags %#x: unknown", s.state, s.why, flags)
 	case points > MaxGenerations || watched > maxWatched:
 		return nil, fmt.Errorf("%d lineage points and %d watched places, at most %d and %d", points, watched, MaxGenerations, maxWatched)

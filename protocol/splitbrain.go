@@ -1,0 +1,212 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// SplitBrain says what gives way when two copies were both written after what
+// they last had in common. The names and what they do are DRBD's.
+type SplitBrain string
+
+// The policies; the empty one is SplitBrainNone. Whatever they say, a copy that
+// is written as primary never gives way by itself.
+const (
+	// SplitBrainNone: neither, until the operator has decided.
+	SplitBrainNone SplitBrain = "none"
+	// SplitBrainOlder: the side that was primary first, which went on in the
+	// generation of the common position while the other took over.
+	SplitBrainOlder SplitBrain = "discard-older-primary"
+	// SplitBrainLeast: the side that changed less since then.
+	SplitBrainLeast SplitBrain = "discard-least-changes"
+	// SplitBrainZero: the side that changed nothing since then.
+	SplitBrainZero SplitBrain = "discard-zero-changes"
+)
+
+// ParseSplitBrain reads a policy's name.
+func ParseSplitBrain(s string) (SplitBrain, error) {
+	switch p := SplitBrain(s); p {
+	case "":
+		return SplitBrainNone, nil
+	case SplitBrainNone, SplitBrainOlder, SplitBrainLeast, SplitBrainZero:
+		return p, nil
+	}
+	return "", fmt.Errorf("split-brain policy %q: want %s, %s, %s or %s", s, SplitBrainNone, SplitBrainOlder, SplitBrainLeast, SplitBrainZero)
+}
+
+// needsChanges says that the policy wants to know how much either side changed.
+func (p SplitBrain) needsChanges() bool { return p == SplitBrainLeast || p == SplitBrainZero }
+
+// ChangedBytes is how much of a copy may have changed since the common position.
+type ChangedBytes struct {
+	Known bool
+	Bytes int64
+}
+
+func (c ChangedBytes) String() string {
+	if !c.Known {
+		return "an unknown amount"
+	}
+	return fmt.Sprintf("%d bytes", c.Bytes)
+}
+
+// Side is one of two copies.
+type Side int
+
+// The sides of a decision.
+const (
+	SideNone    Side = iota // it is the operator's
+	SidePrimary             // the one that is written now
+	SideReplica             // the one that would follow
+)
+
+func (s Side) String() string { return [...]string{"neither side", "the primary", "the replica"}[s] }
+
+// Divergence is all that a decision about two copies that went on separately is
+// made from.
+type Divergence struct {
+	Policy           SplitBrain
+	Primary, Replica Lineage
+	Common           Position
+	PrimaryChanged   ChangedBytes
+	ReplicaChanged   ChangedBytes
+}
+
+// Discards says which side gives way, and the rule in words. It is pure, total,
+// and knows no clock.
+func (d Divergence) Discards() (Side, string) {
+	switch d.Policy {
+	case SplitBrainNone, "":
+		return SideNone, "split brain: no policy, so the operator decides"
+	case SplitBrainOlder:
+		primary, replica := wentOn(d.Primary, d.Common), wentOn(d.Replica, d.Common)
+		switch {
+		case primary == replica:
+			return SideNone, fmt.Sprintf("split brain: %s can't tell, as %s went on in the generation of %v", d.Policy, bothOrNeither(primary), d.Common)
+		case primary:
+			return SidePrimary, "split brain: " + string(d.Policy) + ": the replica's line took over later"
+		}
+		return SideReplica, "split brain: " + string(d.Policy) + ": the primary's line took over later"
+	case SplitBrainLeast, SplitBrainZero:
+	default:
+		return SideNone, fmt.Sprintf("split brain: unknown policy %q", d.Policy)
+	}
+	p, r := d.PrimaryChanged, d.ReplicaChanged
+	changed := fmt.Sprintf("the primary changed %v, the replica %v", p, r)
+	if d.Policy == SplitBrainZero {
+		switch {
+		case r.Known && r.Bytes == 0:
+			return SideReplica, "split brain: " + string(d.Policy) + ": " + changed
+		case p.Known && p.Bytes == 0:
+			return SidePrimary, "split brain: " + string(d.Policy) + ": " + changed
+		}
+		return SideNone, "split brain: " + string(d.Policy) + " finds no side without changes: " + changed
+	}
+	switch {
+	case !p.Known || !r.Known || p.Bytes == r.Bytes:
+		return SideNone, "split brain: " + string(d.Policy) + " can't tell: " + changed
+	case p.Bytes < r.Bytes:
+		return SidePrimary, "split brain: " + string(d.Policy) + ": " + changed
+	}
+	return SideReplica, "split brain: " + string(d.Policy) + ": " + changed
+}
+
+// wentOn says whether a line went on from a common position in that one's own
+// generation, whose primary thus was primary already.
+func wentOn(l Lineage, common Position) bool {
+	for _, p := range l {
+		if p.Generation == common.Generation {
+			return p.Epoch > common.Epoch
+		}
+	}
+	return false
+}
+
+func bothOrNeither(both bool) string {
+	if both {
+		return "both"
+	}
+	return "neither"
+}
+
+// diverged plans for a replica that went its own way. p has the evidence.
+func (p Plan) diverged(in PlanInput, rel Relation) Plan {
+	d := Divergence{Policy: in.SplitBrain, Primary: in.Primary, Replica: in.Replica, Common: rel.Common,
+		PrimaryChanged: in.PrimaryChanged, ReplicaChanged: in.ReplicaChanged}
+	if in.Strayed != "" {
+		p.Evidence += "; the replica strayed: " + in.Strayed
+	}
+	if in.SplitBrain.needsChanges() {
+		p.Evidence += fmt.Sprintf("; since %v the primary changed %v, the replica %v", rel.Common, in.PrimaryChanged, in.ReplicaChanged)
+	}
+	side, rule := d.Discards()
+	if in.Discard == in.Replica.Tip() && !in.Discard.IsZero() {
+		side, rule = SideReplica, fmt.Sprintf("the operator gave up what the replica has at %v", in.Discard)
+	}
+	switch side {
+	case SidePrimary:
+		p.Action, p.Rule = Refuse, rule+"; the primary would have to give way, and it is in use: let it stand down, or give up the replica"
+		return p
+	case SideNone:
+		p.Action, p.Rule = Refuse, "both went on separately from "+rel.Common.String()+" ("+rule+"): decide which one counts: let the other stand down, "+
+			"give up what it has at "+in.Replica.Tip().String()+", or format it"
+		return p
+	}
+	if in.Disk != DiskConsistent || in.NeedsFull {
+		p.Action, p.Rule = Refuse, rule+"; yet the replica's image is not whole, so nothing of it can be saved: format it to give it up"
+		return p
+	}
+	// The old image stays until the new one is whole: never in place.
+	p.Discard = in.Replica.Tip()
+	if in.Tracked && in.ReplicaChanged.Known {
+		p.Action, p.Since, p.Rule = Incremental, rel.Common.Epoch, rule+"; what changed at either side since "+rel.Common.String()+" is known"
+		return p
+	}
+	p.Action, p.Rule = CompareAll, rule+"; what changed since "+rel.Common.String()+" is not known of both sides"
+	return p
+}
+
+// Discard gives up what a replica that went its own way has at a position: where
+// it is just there it is overwritten, and what only it had is saved at the replica
+// first. The word holds until it is used, another is given, or the primary stops.
+func (p *Primary) Discard(replica string, at Position) error {
+	w, err := p.worker(replica)
+	if err != nil {
+		return err
+	}
+	if at.IsZero() {
+		return fmt.Errorf("volume %q: give up what of replica %q? name the position that it is at", p.cfg.Volume, replica)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	w.discard, w.retryNow = at, true
+	p.notify()
+	return nil
+}
+
+// askWayward finds out what a plan for a replica needs that went its own way:
+// what changed at either side since the common position.
+func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation) (err error) {
+	w.strayed, w.mineChanged, w.itsChanged, w.itsRanges = link.Strayed(), ChangedBytes{}, ChangedBytes{}, nil
+	disk, _ := link.Disk()
+	if rel.Kind != Diverged && w.strayed == "" || rel.Common.IsZero() || disk != DiskConsistent {
+		return nil
+	}
+	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)
+	w.itsChanged.Bytes = totalBytes(w.itsRanges)
+	if err != nil || !w.cfg.SplitBrain.needsChanges() {
+		return err
+	}
+	h, err := w.await(ctx, wishBarrier, rel.Common.Epoch, 0, true, 0)
+	if err != nil {
+		return err
+	}
+	defer h.done()
+	changed, err := h.changed(rel.Common.Epoch, w.p.size)
+	if errors.Is(err, ErrTrackingLost) {
+		return nil
+	}
+	w.mineChanged = ChangedBytes{Known: err == nil, Bytes: totalBytes(changed)}
+	return err
+}
