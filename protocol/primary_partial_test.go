@@ -96,7 +96,7 @@ func TestVerifyPartialViews(t *testing.T) {
 	n := newNode(t, "ebs", testVolumeSize, 32<<20)
 	r := startRig(t, src, &memState{}, []*node{n}, nil)
 	r.sync()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	const busy = 1500 // blocks that are written to
 	stop := src.busyWithin(t, 11, time.Millisecond, busy)
