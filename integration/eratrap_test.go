@@ -267,15 +267,15 @@ func TestEraTrapNoUpperBound(t *testing.T) {
 		for n := uint64(2); n <= 12; n++ {
 			mustWriteBlock(t, v.Path(), 3*eraGrain, byte(n)) // in every era
 			if n == 2 {
-				mustWriteBlock(t, v.Path(), 4*eraGrain, 1) // only in the first
+				mustWriteBlock(t, v.Path(), 8*eraGrain, 1) // only in the first
 			}
 			if n <= 8 {
-				mustWriteBlock(t, v.Path(), 6*eraGrain, byte(n)) // until the kernel has digested it
+				mustWriteBlock(t, v.Path(), 11*eraGrain, byte(n)) // until the kernel has digested it
 			}
 			c := mustCut(t, v, n, false)
 			mustWriteBlock(t, v.Path(), 3*eraGrain, byte(n)+100) // and before it is asked
 			for since := uint64(1); since < n; since++ {
-				if list := mustChanged(t, c, since); !names(list, 3*eraGrain) || names(list, 4*eraGrain) != (since == 1) || names(list, 6*eraGrain) != (since < 8) {
+				if list := mustChanged(t, c, since); !names(list, 3*eraGrain) || names(list, 8*eraGrain) != (since == 1) || names(list, 11*eraGrain) != (since < 8) {
 					t.Errorf("changed from %d to %d: %v", since, n, list)
 				}
 			}
