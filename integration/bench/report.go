@@ -241,9 +241,11 @@ var reasons = []struct{ prefix, why string }{
 	{"lag-vs-lsyncd/", "The writer, the agent and the replica share the guest's one emulated CPU, and each epoch takes most of a second of it. With two real ones (lag-natively) an epoch of the same load is committed some 30 ms after its cut, " +
 		"and what is left is the interval and the freeze."},
 	{"lag-natively/", "An epoch is committed some 30 ms after its cut; a longer lag is that of one in which not all writes had been seen by the kernel's programs, so that more was read, or all compared: on this machine's kernel none of them is run, " +
-		"nor counted as missed, for completions that interrupt one certain process of the machine's (all 16 that were followed), once or twice a minute at thousands of writes a second."},
-	{"attach-cut-stall/", "Nine tenths of a cut's own stop is FIFREEZE itself, which waits for several of RCU's grace periods, of 8.3 ms each here; so the ratio moves in steps of a fourth. " +
+		"nor counted as missed, for 1 to 4 ms after its first process ran on that CPU, once or twice a minute at thousands of writes a second."},
+	{"attach-cut-stall/", "Nine tenths of a cut's own stop is FIFREEZE itself, in steps of 8.3 ms (most likely RCU's grace periods, several of which it waits for); so the ratio moves in steps of a fourth. " +
 		"Reading what is left takes 1 to 3 ms, each of the dead-man's answers 0.2 to 0.5 ms, all else less than 0.1 ms."},
+	{"tracked-vs-drbd-a/", "Each machine is one emulated CPU. DRBD sends a write from the kernel, as it comes; here the writer shares that CPU with an agent that cuts each second, and without fine tracking nearly every write at random " +
+		"is the first to its block since the cut and waits for a commit of the era's marks. Fine tracking spares that: tracked-vs-drbd-a-debian."},
 	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
 }
 
