@@ -145,9 +145,7 @@ func TestPeer(t *testing.T) {
 	back := time.Now()
 	p.a.await(t, "up to date again", time.Minute, upToDate)
 	t.Logf("up to date %v after the link was back", time.Since(back).Round(10*time.Millisecond))
-	if after := p.a.logText(t)[before:]; !strings.Contains(after, `plan="incremental`) || strings.Contains(after, "compare") {
-		t.Errorf("after the cut it was not incremental:\n%s", after)
-	}
+	onlyWhatChanged(t, p.a.logText(t)[before:])
 
 	// The peer's agent dies and comes back.
 	before = len(p.a.logText(t))
@@ -156,10 +154,19 @@ func TestPeer(t *testing.T) {
 	p.a.await(t, "aware that the peer is gone", time.Minute, func(v status.Volume) bool { return replicaNamed(t, v, "zone-b").Connection != "Connected" })
 	p.b.start(t)
 	p.a.await(t, "up to date once more", time.Minute, upToDate)
-	if after := p.a.logText(t)[before:]; !strings.Contains(after, `plan="incremental`) {
-		t.Errorf("after the peer's death it was not incremental:\n%s", after)
-	}
+	onlyWhatChanged(t, p.a.logText(t)[before:])
 	p.end(t)
+}
+
+// onlyWhatChanged checks that a replica that came back was sent no more.
+func onlyWhatChanged(t *testing.T, log string) {
+	t.Helper()
+	switch {
+	case strings.Contains(log, "what changed since that cut is not known"):
+		t.Log("events were lost, and it was said: everything is compared") // as they are, on some kernels
+	case !strings.Contains(log, `plan="incremental`), strings.Contains(log, `plan="compare`):
+		t.Errorf("it was not incremental:\n%s", log)
+	}
 }
 
 // A peer at a tenth of the write rate delays nobody: the near replica stays
