@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,7 +48,25 @@ func onThisKernel(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = unix.Unmount(pinsFolder, unix.MNT_DETACH) })
+		return
 	}
+	before := pinned(t)
+	t.Cleanup(func() { // what agents leave behind goes on tracking
+		for _, pin := range pinned(t) {
+			if !slices.Contains(before, pin) {
+				_ = os.RemoveAll(pin)
+			}
+		}
+	})
+}
+
+func pinned(t *testing.T) []string {
+	t.Helper()
+	pins, err := filepath.Glob(pinsFolder + "/blockferry/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pins
 }
 
 // writeNoise replaces a file, durably.

@@ -114,3 +114,33 @@ func TestAcceptChangesSurvivesPowerCuts(t *testing.T) {
 		t.Error("the changes were never accepted")
 	}
 }
+
+// A superblock whose flush failed is read as the newest, but may be in the disk's
+// cache alone for good. The other copy is the one that survives then, so it is not
+// overwritten before the newest is durable.
+func TestTwoFailedFlushesLeaveASuperblock(t *testing.T) {
+	broken := errors.New("broken on purpose")
+	dev := testDevice(testVolume)
+	must(t, FormatReplica(dev, testOptions(testVolume)))
+	for n := range 2 {
+		r, err := OpenReplica(context.Background(), dev, OpenOptions{})
+		must(t, err)
+		dev.FailAt(blocktest.OpFlush, n^1, broken) // the copy's own, not that of the one before
+		change := func(sb *superblock) {           // in sectors far from each other
+			sb.cutNanos++
+			sb.watched = []watchedPlace{{length: BlockSize, digest: [32]byte{byte(n + 1)}}}
+		}
+		if err := r.writeSuper(1, change, nil); !errors.Is(err, broken) {
+			t.Fatalf("the superblock's flush did not fail: %v", err)
+		}
+		must(t, r.Close())
+	}
+	for seed := range uint64(300) {
+		after := dev.Clone().PowerCut(rand.New(rand.NewPCG(seed, 1)))
+		r, err := OpenReplica(context.Background(), after, OpenOptions{})
+		if err != nil {
+			t.Fatalf("power cut %d: %v", seed, err)
+		}
+		must(t, r.Close())
+	}
+}

@@ -178,7 +178,8 @@ type Replica struct {
 	epochMu sync.Mutex // held by Begin, Append, Commit, Abort: guards open
 	open    *openEpoch
 
-	superMu sync.Mutex // held while a superblock is written
+	superMu   sync.Mutex // held while a superblock is written: guards superKept
+	superKept bool       // the copy that was read at the open is durable
 
 	mu       sync.Mutex
 	wake     chan struct{} // closed and replaced when anything below changes
@@ -338,6 +339,15 @@ func (r *Replica) writeSuper(copies int, change func(*superblock), then func()) 
 	}
 	if err := checkOwn(r.store, sb); err != nil {
 		return r.failed(err)
+	}
+	if !r.superKept {
+		// The copy that this one was opened with may be in the disk's cache alone: a
+		// flush that failed does not come again. Once the other one is
+		// overwritten, too, a power cut could tear both.
+		if err := writeSuperblock(r.store, sb); err != nil {
+			return r.failed(err)
+		}
+		r.superKept = true
 	}
 	change(&sb)
 	for range copies {

@@ -282,6 +282,9 @@ func StandDown(label StateStore, device Store, o StandDownOptions) (*Holding, er
 // take over, and its label does not know, so it was not written.
 func (sb *superblock) stayReplica(label StateStore, device Store, s SourceState, undo bool) (*Holding, error) {
 	if undo {
+		if err := writeSuperblock(device, *sb); err != nil { // it may be in the cache alone (Replica.writeSuper)
+			return nil, err
+		}
 		sb.tookOver, sb.label = Position{}, [16]byte{}
 		for range 2 {
 			sb.sequence++
