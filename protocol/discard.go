@@ -91,8 +91,9 @@ func (r *Replica) ChangedSince(ctx context.Context, since Position) ([]Range, er
 	return image.ChangedSince(since.Epoch)
 }
 
-// maxChangedRanges bounds what one Changes message names: 2 to 3 MiB.
-const maxChangedRanges = 1 << 18
+// maxChangedRanges bounds what one Changes message names: below 2 MiB, which is
+// what nodes take of each other.
+const maxChangedRanges = 1 << 17
 
 // changesMessage tells what changed at a replica since a position; of many
 // small ranges neighbours are joined.

@@ -258,8 +258,8 @@ func (r *Receiver) enter(rs *receiverSession) error {
 	case s.removed:
 		return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q was just detached", s.key.name)
 	case s.session != nil:
-		return refuse(proto.Reason_REASON_BUSY, "replica %q is fed by %s since %s; it takes one primary at a time",
-			s.key.name, s.session.From, s.session.Since.Format(time.RFC3339))
+		return refuse(proto.Reason_REASON_BUSY, "replica %q is fed by %s; it takes one primary at a time",
+			s.key.name, s.session.From) // the same words each time: they are logged once
 	}
 	s.session = &ReceiverSession{From: rs.from, Since: time.Now()}
 	return nil

@@ -2,6 +2,7 @@ package certs
 
 import (
 	"bytes"
+	"crypto/x509"
 	"errors"
 	"os"
 	"path/filepath"
@@ -235,5 +236,18 @@ func TestShow(t *testing.T) {
 	}
 	if _, err := Show(filepath.Join(ca, CAKeyFile)); err == nil {
 		t.Error("a key was shown")
+	}
+}
+
+// A certificate that any authority may have signed names a node as nodes are
+// named, or none: an empty name would let its holder choose.
+func TestNodeNameOfACertificate(t *testing.T) {
+	for _, names := range [][]string{nil, {""}, {"Node"}, {"node.b"}, {"*"}, {"node-a", "node-b"}} {
+		if name, err := NodeName(&x509.Certificate{DNSNames: names}); err == nil {
+			t.Errorf("%q: taken for node '%s'", names, name)
+		}
+	}
+	if name, err := NodeName(&x509.Certificate{DNSNames: []string{"node-a"}}); err != nil || name != "node-a" {
+		t.Errorf("'%s', %v", name, err)
 	}
 }

@@ -66,6 +66,9 @@ func (i Info) String() string {
 func NodeName(c *x509.Certificate) (string, error) {
 	switch len(c.DNSNames) {
 	case 1:
+		if err := CheckNodeName(c.DNSNames[0]); err != nil {
+			return "", err
+		}
 		return c.DNSNames[0], nil
 	case 0:
 		return "", errors.New("it names no node: a node's certificate holds its name as a DNS name")
