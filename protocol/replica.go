@@ -226,7 +226,11 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	r.spillFile, r.spillLimit = o.Spill, o.SpillLimitBytes
 	r.cmap = changeMap{store, sb.layout, sb.tag()}
 	r.pool.New = func() any { b := make([]byte, MaxDataFrameBytes); return &b }
-	if err := r.recover(ctx, o); err != nil {
+	err = r.recover(ctx, o)
+	if err == nil {
+		err = r.keepSuper(r.sb)
+	}
+	if err != nil {
 		r.closeSpill()
 		return nil, fmt.Errorf("open replica: %w", err)
 	}
@@ -340,14 +344,8 @@ func (r *Replica) writeSuper(copies int, change func(*superblock), then func()) 
 	if err := checkOwn(r.store, sb); err != nil {
 		return r.failed(err)
 	}
-	if !r.superKept {
-		// The copy that this one was opened with may be in the disk's cache alone: a
-		// flush that failed does not come again. Once the other one is
-		// overwritten, too, a power cut could tear both.
-		if err := writeSuperblock(r.store, sb); err != nil {
-			return r.failed(err)
-		}
-		r.superKept = true
+	if err := r.keepSuper(sb); err != nil {
+		return r.failed(err)
 	}
 	change(&sb)
 	for range copies {
@@ -363,6 +361,21 @@ func (r *Replica) writeSuper(copies int, change func(*superblock), then func()) 
 		then()
 	}
 	r.notify()
+	return nil
+}
+
+// keepSuper makes the copy durable that the replica was opened with, once: it may be
+// in the disk's cache alone, as a flush that failed does not come again. Before
+// that nothing is said to be held that only it says, and the other copy is not
+// overwritten: a power cut could tear both. superMu is held, or nobody else has r.
+func (r *Replica) keepSuper(sb superblock) error {
+	if r.superKept {
+		return nil
+	}
+	if err := writeSuperblock(r.store, sb); err != nil {
+		return err
+	}
+	r.superKept = true
 	return nil
 }
 
