@@ -128,7 +128,8 @@ func TestTrackingAfterRestore(t *testing.T) {
 		writeAt(t, v.Path(), 20<<20, 1)
 		c := mustCut(t, v, 42, false)
 		changed := mustChanged(t, c, 41)
-		if want := []blockdev.Extent{{Offset: 2 << 20, Length: 64 << 10}, {Offset: 20 << 20, Length: 64 << 10}}; len(changed) != 2 || changed[0] != want[0] || changed[1] != want[1] {
+		// This disk takes discards, so the block behind a marked one counts, too.
+		if want := []blockdev.Extent{{Offset: 2 << 20, Length: 128 << 10}, {Offset: 20 << 20, Length: 128 << 10}}; len(changed) != 2 || changed[0] != want[0] || changed[1] != want[1] {
 			t.Errorf("changed since the restore: %v, want %v", changed, want)
 		}
 		if _, err := c.Changed(40); !errors.Is(err, volume.ErrTrackingLost) {

@@ -136,11 +136,16 @@ func (c *Cut) take() error {
 // afterWindow finishes what the window began.
 func (c *Cut) afterWindow() error {
 	v := c.volume
-	if err := v.keepDiscardLimits(); err != nil {
+	lost, err := v.keepDiscardLimits()
+	if err != nil {
 		return err
 	}
 	c.cuts = v.labelNow().Cuts
-	if c.rolled {
+	if lost {
+		// Nor does this era know all: a discard may have come before the limits
+		// were set again. The next cut begins another.
+		v.RollNext()
+	} else if c.rolled {
 		if err := c.recordEra(); err != nil {
 			return err
 		}

@@ -70,7 +70,7 @@ func discardsOff(name, queue, most string, block int64) string {
 // volume takes discards. The label says so before the first can come.
 func (v *Volume) decideDiscards() error {
 	if v.devices[roleTop].HasActive {
-		if err := v.keepDiscardLimits(); err != nil {
+		if _, err := v.keepDiscardLimits(); err != nil {
 			return err
 		}
 	}
@@ -131,11 +131,11 @@ func limitDiscards(info dm.Info, most int64) error {
 }
 
 // keepDiscardLimits sets limits again that somebody else raised. Either is
-// enough; while neither held discards may have gone unmarked, so that no
+// enough; while neither held discards may have gone unmarked (lost), so that no
 // question about an earlier cut has an answer.
-func (v *Volume) keepDiscardLimits() error {
+func (v *Volume) keepDiscardLimits() (lost bool, err error) {
 	label, most := v.labelNow(), int64(0)
-	if label.Discards {
+	if label.Discards && v.noDiscards == "" {
 		most = label.EraBlockBytes
 	}
 	raised := 0
@@ -143,7 +143,7 @@ func (v *Volume) keepDiscardLimits() error {
 		info := v.devices[role]
 		now, err := queueNumber(queueDir(info), discardMax)
 		if err != nil {
-			return fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
+			return false, fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
 		}
 		if now <= most {
 			continue
@@ -151,14 +151,14 @@ func (v *Volume) keepDiscardLimits() error {
 		raised++
 		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", most)
 		if err := limitDiscards(info, most); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if raised < 2 {
-		return nil
+		return false, nil
 	}
 	v.log.Warn("the era's marks begin anew: longer discards than it can mark were let through, of which some may be missing")
-	return v.changeLabel(func(l *Label) { l.Cuts = nil })
+	return true, v.changeLabel(func(l *Label) { l.Cuts = nil })
 }
 
 // marked is what the era's marks say on a volume with this label: from marks,

@@ -58,7 +58,7 @@ func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) 
 	}
 	v.log.Debug("read into memory", "cut", c.number, "rounds", image.Rounds(), "bytes", image.RoundBytes(), "inside-bytes", image.InsideBytes())
 	v.newest = c.number
-	if err := v.keepDiscardLimits(); err != nil {
+	if _, err := v.keepDiscardLimits(); err != nil {
 		return false, errors.Join(err, image.Release())
 	}
 	c.image, c.fine, c.cuts = image, true, v.labelNow().Cuts
