@@ -411,6 +411,21 @@ func TestDeadManRestarted(t *testing.T) {
 			d.awaitLog(fmt.Sprint("the dead-man's service looks after suspends\" volume=data socket=", d.socket, " pid=", d.service.Process.Pid), 1)
 			d.awaitCut()
 		}
+		// The next service may find a window under way that the agent's own
+		// dead-man looks after.
+		if err := d.service.Process.Signal(unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		_ = d.service.Wait()
+		d.slow(150)
+		d.awaitCut()
+		awaitSuspended(t, d.ctl, "data", true, 20*time.Second)
+		d.startService()
+		if info, err := d.ctl.Info("data"); err != nil || !info.Suspended {
+			t.Logf("the window ended while the service began: %v", err)
+		}
+		d.slow(0)
+		d.awaitCut()
 		if n := d.count(voidCut) - void; n != 0 {
 			t.Errorf("%d cuts are void", n)
 		}

@@ -164,6 +164,7 @@ type deadman struct {
 	stopping <-chan struct{} // closed: end as soon as nothing is armed; may be nil
 	notes    string          // folder
 
+	holds    holds         // of devices
 	devices  []string      // inner to outer; of the last ARM
 	mounts   []mount       // of the last ARM-MOUNTS
 	note     *note         // of mounts
@@ -173,6 +174,8 @@ type deadman struct {
 }
 
 func (d *deadman) run(in io.Reader) error {
+	d.holds, _ = openHolds(d.notes)
+	defer d.holds.close()
 	lines := make(chan string)
 	ended := make(chan error, 1)
 	done := make(chan struct{})
@@ -288,6 +291,7 @@ func (d *deadman) arm(fields []string) error {
 	if err := d.resumer.ready(); err != nil {
 		return err
 	}
+	d.holds.share(fields[1:])
 	d.begin(limit, fields[1:], nil)
 	return nil
 }
@@ -332,6 +336,7 @@ func (d *deadman) resumeAll() (gone string, err error) {
 
 func (d *deadman) disarm() {
 	d.armed = false
+	d.holds.drop()
 	for _, m := range d.mounts {
 		m.file.Close()
 	}

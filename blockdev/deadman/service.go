@@ -14,8 +14,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"blockferry/blockdev/dm"
 )
 
 const (
@@ -35,9 +33,10 @@ const (
 // as nothing is stopped. It is the only thing its process should do, which is
 // locked in memory and ignores the signals that end others. Only processes of
 // its own user, root, are answered. Devices that were left suspended and whose
-// device-mapper UUID is ours are resumed first; then ready is called, and it is
-// about to accept. What killed dead-men froze, of whom notes stand beside the
-// socket, is thawed. The listener is closed.
+// device-mapper UUID is ours are resumed first, unless another dead-man looks
+// after them; then ready is called, and it is about to accept. What killed
+// dead-men froze, of whom notes stand beside the socket, is thawed. The listener
+// is closed.
 func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
@@ -46,39 +45,26 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 	if err := becomeDeadMan(); err != nil {
 		return err
 	}
+	notes := filepath.Dir(l.Addr().String())
 	var mapper dmResumer
 	defer mapper.close()
 	if err := mapper.ready(); err != nil {
 		log.Info("no device-mapper yet; it is looked for when a volume needs it", "error", err)
 	} else {
-		resumeOrphans(mapper.control, ours, log)
+		h, err := openHolds(notes)
+		if err != nil {
+			log.Warn("whether a suspend is under way can't be told: one may be ended, and its cut void", "error", err)
+		}
+		o := &orphans{mapper.control, ours, h, log, bootTime}
+		held := o.resume()
+		var looks sync.WaitGroup
+		defer looks.Wait() // before the mapper is closed
+		looks.Go(func() { o.await(ctx, held) })
 	}
 	ready()
-	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: filepath.Dir(l.Addr().String())}
+	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: notes}
 	s.serve(l, ctx.Done())
 	return nil
-}
-
-// resumeOrphans resumes the volumes that were left suspended: the dead-man
-// before this one may have been killed, and its agent stopped. Were a window
-// under way with another dead-man, its RESUME would find the device resumed.
-func resumeOrphans(control *dm.Control, ours func(uuid string) bool, log *slog.Logger) {
-	names, err := control.List()
-	if err != nil {
-		log.Warn("devices that were left suspended are not looked for", "error", err)
-		return
-	}
-	for _, name := range names {
-		info, err := control.Info(name)
-		if err == nil && ours(info.UUID) && info.Suspended && info.HasActive {
-			err = control.Resume(name)
-			log.Warn("a volume was left suspended; it is resumed", "volume", name, "error", err)
-			continue
-		}
-		if err != nil {
-			log.Warn("was it left suspended?", "device", name, "error", err)
-		}
-	}
 }
 
 type service struct {

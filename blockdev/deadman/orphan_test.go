@@ -1,0 +1,97 @@
+package deadman
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"blockferry/blockdev/dm"
+)
+
+// mapperOf shows fake devices as a mapper does.
+type mapperOf struct{ *fakeDevices }
+
+func (m mapperOf) List() (names []string, err error) {
+	m.set(func() { names = slices.Sorted(maps.Keys(m.suspended)) })
+	return names, nil
+}
+
+func (m mapperOf) Info(name string) (info dm.Info, err error) {
+	m.set(func() { info = dm.Info{UUID: "uuid-" + name, Suspended: m.suspended[name], HasActive: true} })
+	return info, nil
+}
+
+func (m mapperOf) Resume(name string) error {
+	held, err := m.resume(name)
+	if err == nil && !held {
+		err = errors.New("resumed though it was not suspended")
+	}
+	return err
+}
+
+func orphansOf(t *testing.T, a *agent) *orphans {
+	t.Helper()
+	h, err := openHolds(a.notes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.close)
+	ours := func(uuid string) bool { return !strings.HasSuffix(uuid, "foreign") }
+	return &orphans{mapperOf{a.devices}, ours, h, slog.New(slog.DiscardHandler), bootTime}
+}
+
+// A service that starts in the middle of a window of another dead-man leaves it.
+func TestOrphansOfTheLivingAreLeft(t *testing.T) {
+	a := newAgent(t)
+	a.say("ARM 50000 inner held", "ARMED")
+	a.devices.suspend("inner", "held", "left", "foreign")
+	o := orphansOf(t, a)
+	if held := o.resume(); !slices.Equal(held, []string{"held", "inner"}) {
+		t.Fatalf("held are %v", held)
+	}
+	if got := a.devices.resumed; !slices.Equal(got, []string{"left"}) {
+		t.Fatalf("resumed %v, want the one that was left", got)
+	}
+	a.say("RESUME", "IN-TIME")
+
+	// Nobody's any more: the agent suspended it when it had given up.
+	a.devices.suspend("held")
+	if held := o.resume(); len(held) != 0 || a.devices.resumed[len(a.devices.resumed)-1] != "held" {
+		t.Fatalf("held are %v, resumed %v", held, a.devices.resumed)
+	}
+}
+
+// A dead-man that was killed holds nothing, and one that is stopped not for ever.
+func TestOrphansOfTheStoppedAreResumed(t *testing.T) {
+	a := newAgent(t)
+	a.say("ARM 50000 stopped", "ARMED")
+	a.devices.suspend("stopped")
+	o := orphansOf(t, a)
+	held := o.resume()
+	times := []time.Duration{0, MaxLimit, MaxLimit + 1} // it begins; a look in time; one that is late
+	o.now = func() time.Duration {
+		now := times[0]
+		times = times[min(1, len(times)-1):]
+		return now
+	}
+	o.await(context.Background(), held)
+	if !slices.Equal(a.devices.resumed, []string{"stopped"}) {
+		t.Fatalf("resumed %v", a.devices.resumed)
+	}
+}
+
+// An arm waits for a look that is under way, but not for long.
+func TestArmWaitsForALook(t *testing.T) {
+	a := newAgent(t)
+	o := orphansOf(t, a)
+	if !o.holds.alone("vol", func() { a.say("ARM 50000 vol", "ARMED") }) {
+		t.Fatal("nobody held it")
+	}
+	a.devices.suspend("vol")
+	a.say("RESUME", "IN-TIME")
+}
