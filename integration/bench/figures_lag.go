@@ -24,9 +24,8 @@ const (
 // others copy. Of the stand's disks the first is replicated to the second, others copy
 // from the third to the second, and dd from the third to the fourth.
 type lagLoad struct {
-	prefix string // of its rows
-	mixed  bool
-	dir    string // where the replicated file system is mounted
+	mixed bool
+	dir   string // where the replicated file system is mounted
 	// end ends the replication and unmounts it.
 	end func(ctx context.Context) error
 }
@@ -48,18 +47,14 @@ func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 	}})
 }
 
-// lagNatively puts both loads on an attached device.
-func lagNatively(ctx context.Context, s *stand, m *measured) error {
-	for _, l := range []lagLoad{{prefix: "4k/"}, {prefix: "mixed/", mixed: true}} {
+// lagNatively puts the load on an attached device.
+func lagNatively(mixed bool) func(context.Context, *stand, *measured) error {
+	return func(ctx context.Context, s *stand, m *measured) error {
 		if err := s.attach(ctx, "ext4", 0, time.Second, false); err != nil {
 			return err
 		}
-		l.dir, l.end = attachedFolder, s.detach
-		if err := s.lags(ctx, m, l); err != nil {
-			return err
-		}
+		return s.lags(ctx, m, lagLoad{mixed: mixed, dir: attachedFolder, end: s.detach})
 	}
-	return nil
 }
 
 // lags puts the same load on each, and follows how old the oldest
@@ -76,9 +71,6 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 	rate /= 2
 	lasting := m.lasting(5*time.Minute, 30*time.Second)
 	series := map[string][]float64{}
-	if all, more := m.Extra[lagSeries].(map[string][]float64); more {
-		series = all
-	}
 
 	// blockferry: what a replica has is what its last commit's cut had.
 	if err := s.settle(ctx); err != nil {
@@ -104,11 +96,11 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		return err
 	}
 	ours := lagByCuts(n.records, commits, began, ended)
-	series[l.prefix+"blockferry"] = ours.perSecond()
+	series["blockferry"] = ours.perSecond()
 	count := m.runs(5, 2)
 	stretch := (lasting / time.Duration(count)).Round(100 * time.Millisecond)
 	whole, voided := ours.apart(count, void)
-	p99 := row{Name: l.prefix + "blockferry", Unit: "s", Goal: atMost(2),
+	p99 := row{Name: "blockferry", Unit: "s", Goal: atMost(2),
 		What: fmt.Sprintf("lag p99 at interval 1s, of each %v of %v", stretch, lasting), Ours: whole}
 	if len(whole) > 0 {
 		m.add(p99)
@@ -117,10 +109,10 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		// Reported apart, with why.
 		p99.Name, p99.What, p99.Ours = p99.Name+"-with-void-epochs", fmt.Sprintf("%s, of those in which an epoch was void (%d in all)", p99.What, len(void)), voided
 		m.add(p99)
-		m.note(l.prefix+"void-epochs", void)
+		m.note("void-epochs", void)
 	}
-	m.addLag(l.prefix+"blockferry", "blockferry", lasting, ours, atMost(2))
-	m.addLoad(l.prefix+"blockferry", float64(n.bytes)/ended.Sub(began).Seconds(), rate)
+	m.addLag("blockferry", "blockferry", lasting, ours, atMost(2))
+	m.addLoad("blockferry", float64(n.bytes)/ended.Sub(began).Seconds(), rate)
 
 	// All of it must be on the replica's disk, for the lag to mean anything.
 	if err := l.end(ctx); err != nil {
@@ -135,11 +127,11 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", peer.name, err)
 		}
-		series[l.prefix+peer.name] = theirs.perSecond()
-		m.add(row{Name: l.prefix + peer.name, Unit: "s", What: fmt.Sprintf("lag p99 of %s, of each %v of %v, over blockferry's", peer.what, stretch, lasting),
+		series[peer.name] = theirs.perSecond()
+		m.add(row{Name: peer.name, Unit: "s", What: fmt.Sprintf("lag p99 of %s, of each %v of %v, over blockferry's", peer.what, stretch, lasting),
 			Ours: theirs.windows(count), Theirs: ours.windows(count)})
-		m.addLag(l.prefix+peer.name, peer.name, lasting, theirs, nil)
-		m.addLoad(l.prefix+peer.name, wrote, rate)
+		m.addLag(peer.name, peer.name, lasting, theirs, nil)
+		m.addLoad(peer.name, wrote, rate)
 	}
 	m.note(lagSeries, series)
 	return nil
@@ -175,7 +167,7 @@ func (m *measured) addLoad(prefix string, wrote, wanted float64) {
 // in bytes per second, beside dd.
 func (s *stand) sustained(ctx context.Context, m *measured, l lagLoad) (float64, error) {
 	lasting := m.lasting(10*time.Second, 5*time.Second)
-	r := row{Name: l.prefix + "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed while the load runs as fast as it goes for %v, until all of it is committed, over dd between two of these disks", lasting)}
+	r := row{Name: "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed while the load runs as fast as it goes for %v, until all of it is committed, over dd between two of these disks", lasting)}
 	if err := fill(s.disks[2], lagBytes, 1); err != nil {
 		return 0, err
 	}
@@ -274,8 +266,8 @@ func arrivedAll(device string, n *numbered) (err error) {
 	return err
 }
 
-// lagPicture shows the lag of all of them over time, a panel for each load.
-func lagPicture(figure string, loads ...string) *picture {
+// lagPicture shows the lag of all of them over time.
+func lagPicture(figure string) *picture {
 	return &picture{file: figure + ".png", script: func(r report) string {
 		f := r.find(figure)
 		if f == nil {
@@ -288,20 +280,14 @@ func lagPicture(figure string, loads ...string) *picture {
 			return ""
 		}
 		var data, plots strings.Builder
-		for panel, load := range loads {
-			what, _, _ := strings.Cut(load, "/")
-			fmt.Fprintf(&plots, "set title %s\nplot ", quoted(strings.TrimSuffix("Age of the oldest write that is not on the copy, "+what, ", ")))
-			for i, name := range []string{"blockferry", "lsyncd", "lsyncd-tuned", "rsync-loop"} {
-				fmt.Fprintf(&data, "$lag%d_%d << END\n", panel, i)
-				for second, lag := range series[load+name] {
-					fmt.Fprintf(&data, "%d %g\n", second, max(lag, 0.01))
-				}
-				data.WriteString("END\n")
-				fmt.Fprintf(&plots, "$lag%d_%d using 1:2 with lines lw 2 title %s, ", panel, i, quoted(name))
+		for i, name := range []string{"blockferry", "lsyncd", "lsyncd-tuned", "rsync-loop"} {
+			fmt.Fprintf(&data, "$lag%d << END\n", i)
+			for second, lag := range series[name] {
+				fmt.Fprintf(&data, "%d %g\n", second, max(lag, 0.01))
 			}
-			plots.WriteString("\n")
+			data.WriteString("END\n")
+			fmt.Fprintf(&plots, "$lag%d using 1:2 with lines lw 2 title %s, ", i, quoted(name))
 		}
-		return data.String() + "set logscale y\nset xlabel 'seconds'\nset ylabel 'lag, seconds'\nset key outside right\n" +
-			fmt.Sprintf("set multiplot layout %d,1\n", len(loads)) + plots.String() + "unset multiplot\n"
+		return data.String() + "set logscale y\nset title 'Age of the oldest write that is not on the copy'\nset xlabel 'seconds'\nset ylabel 'lag, seconds'\nset key outside right\nplot " + plots.String() + "\n"
 	}}
 }

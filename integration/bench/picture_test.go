@@ -25,21 +25,21 @@ func TestPictures(t *testing.T) {
 			row{Name: "0.01%/metadata", Ours: []float64{1}}, row{Name: "1%/metadata", Ours: []float64{3}},
 			row{Name: "0.01%/memory", Ours: []float64{1}}, row{Name: "1%/memory", Ours: []float64{3}}),
 		some("lag-vs-lsyncd", row{Name: "blockferry", Ours: []float64{1}}),
-		some("lag-natively", row{Name: "4k/blockferry", Ours: []float64{1}}),
+		some("lag-natively-4k", row{Name: "blockferry", Ours: []float64{1}}),
 	}}
-	inGuest, natively := figures[figureIndex("lag-vs-lsyncd")].picture, figures[figureIndex("lag-natively")].picture
+	inGuest, natively := figures[figureIndex("lag-vs-lsyncd")].picture, figures[figureIndex("lag-natively-4k")].picture
 	lag := full.find("lag-vs-lsyncd")
 	if inGuest.script(full) != "" || natively.script(full) != "" {
 		t.Error("a lag that is not there is drawn")
 	}
 	lag.Extra = map[string]any{"lag-per-second": map[string][]float64{"blockferry": {1, 2}, "lsyncd": {3, 4}, "lsyncd-tuned": {1, 1}, "rsync-loop": {2, 2}}}
-	full.find("lag-natively").Extra = map[string]any{"lag-per-second": map[string][]float64{"4k/blockferry": {5, 6}, "mixed/rsync-loop": {7, 8}}}
+	full.find("lag-natively-4k").Extra = map[string]any{"lag-per-second": map[string][]float64{"blockferry": {5, 6}, "rsync-loop": {7, 8}}}
 	for _, want := range []struct{ picture, data string }{
 		{"first-sync-vs-rsync.png", `-1 0.75 0.5 1 "rsync-files"`},
 		{"plan.png", "1 1.5 1 2\n"},
 		{"lag-vs-lsyncd.png", "0 3\n1 4\n"},
-		{"lag-natively.png", "$lag0_0 << END\n0 5\n1 6\nEND\n"},
-		{"lag-natively.png", "$lag1_3 << END\n0 7\n1 8\nEND\n"},
+		{"lag-natively-4k.png", "$lag0 << END\n0 5\n1 6\nEND\n"},
+		{"lag-natively-4k.png", "$lag3 << END\n0 7\n1 8\nEND\n"},
 	} {
 		page, drawn := full.page(), ""
 		for _, f := range figures {

@@ -240,7 +240,7 @@ var reasons = []struct{ prefix, why string }{
 	{"tracked-vs-raw/", "Four mappings, dm-era's look at its bitmap among them, stand between the volume and the disk where the bare disk has one: some microseconds of CPU for each write, which show because a write to these disks takes no longer than some tens."},
 	{"lag-vs-lsyncd/", "The writer, the agent and the replica share the guest's one emulated CPU, and each epoch takes most of a second of it. With two real ones (lag-natively) an epoch of the same load is committed some 30 ms after its cut, " +
 		"and what is left is the interval and the freeze."},
-	{"lag-natively/", "An epoch is committed some 30 ms after its cut; a longer lag is that of one in which not all writes had been seen by the kernel's programs, so that more was read, or all compared: on this machine's kernel none of them is run, " +
+	{"lag-natively", "An epoch is committed some 30 ms after its cut; a longer lag is that of one in which not all writes had been seen by the kernel's programs, so that more was read, or all compared: on this machine's kernel none of them is run, " +
 		"nor counted as missed, for 1 to 4 ms after its first process ran on that CPU, once or twice a minute at thousands of writes a second."},
 	{"attach-cut-stall/", "Nine tenths of a cut's own stop is FIFREEZE itself, in steps of 8.3 ms (most likely RCU's grace periods, several of which it waits for); so the ratio moves in steps of a fourth. " +
 		"Reading what is left takes 1 to 3 ms, each of the dead-man's answers 0.2 to 0.5 ms, all else less than 0.1 ms."},
