@@ -174,8 +174,7 @@ type deadman struct {
 }
 
 func (d *deadman) run(in io.Reader) error {
-	d.holds, _ = openHolds(d.notes)
-	defer d.holds.close()
+	defer func() { d.holds.close() }()
 	lines := make(chan string)
 	ended := make(chan error, 1)
 	done := make(chan struct{})
@@ -290,6 +289,9 @@ func (d *deadman) arm(fields []string) error {
 	}
 	if err := d.resumer.ready(); err != nil {
 		return err
+	}
+	if d.holds.file == nil {
+		d.holds, _ = openHolds(d.notes)
 	}
 	d.holds.share(fields[1:])
 	d.begin(limit, fields[1:], nil)
