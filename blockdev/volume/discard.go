@@ -83,10 +83,8 @@ func (v *Volume) decideDiscards() error {
 		v.log.Info("discards stay off", "reason", v.noDiscards)
 		return nil
 	}
-	if v.label.Discards && v.devices[roleTop].HasActive {
-		return nil
-	}
-	// In both slots: either may be the one that is left.
+	// In both slots: either may be the one that is left. Each time, as a process that
+	// was killed may have left it in one, below a volume that is up.
 	for range 2 {
 		if err := v.changeLabel(func(l *Label) { l.Discards = true }); err != nil {
 			return err
