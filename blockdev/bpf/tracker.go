@@ -74,8 +74,8 @@ type reckoning struct {
 }
 
 // Open goes on with the tracking that is pinned, if it is of this boot, this
-// disk and this range, and nothing was lost; otherwise it begins anew. It
-// needs root, Linux 5.17 and the kernel's BTF.
+// disk and this range, and nothing was lost; otherwise it begins anew, and has the
+// kernel keep the disk's statistics. It needs root, Linux 5.17 and the kernel's BTF.
 func Open(target Target) (_ *Tracker, err error) {
 	w, err := find(target)
 	if err != nil {
@@ -101,6 +101,12 @@ func Open(target Target) (_ *Tracker, err error) {
 	}
 	if err := t.release(); err != nil {
 		return nil, err
+	}
+	// Not before: what was pinned is worth nothing if they were off.
+	if switched, err := blockdev.KeepStatistics(target.Device); err != nil {
+		return nil, err
+	} else if switched {
+		t.fresh += "; the kernel did not keep statistics of the disk, with which what is tracked is compared: they were switched on"
 	}
 	if err := t.beginAnew(s); err != nil {
 		return nil, err
