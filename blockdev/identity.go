@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -81,15 +82,20 @@ func (k kernel) node(major, minor uint32) (sysNode, error) {
 	return n, nil
 }
 
-// number reads a file that holds one number.
-func number(path string) (int64, error) {
+// ReadNumber reads a file of sysfs that holds one number. One beyond an int64 is
+// math.MaxInt64.
+func ReadNumber(path string) (int64, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return 0, err
 	}
-	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	word := strings.TrimSpace(string(text))
+	n, err := strconv.ParseInt(word, 10, 64)
+	if errors.Is(err, strconv.ErrRange) && word[0] != '-' {
+		n, err = math.MaxInt64, nil // it may be as large as a u64
+	}
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w", path, err)
+		return 0, fmt.Errorf("%s holds '%s', want a number", path, word)
 	}
 	return n, nil
 }
@@ -126,7 +132,7 @@ func (k kernel) identify(path string) (Identity, error) {
 	if err != nil {
 		return fail(err)
 	}
-	sectors, err := number(filepath.Join(n.dir, "size"))
+	sectors, err := ReadNumber(filepath.Join(n.dir, "size"))
 	if err != nil {
 		return fail(err)
 	}
@@ -144,7 +150,7 @@ func (k kernel) identify(path string) (Identity, error) {
 		}
 	}
 	if n.dir != n.disk {
-		number, err := number(filepath.Join(n.dir, "partition"))
+		number, err := ReadNumber(filepath.Join(n.dir, "partition"))
 		if err != nil {
 			return fail(err)
 		}
@@ -197,11 +203,11 @@ func (k kernel) sameDisk(a, b string) (bool, error) {
 			ranges[i] = Extent{0, 1<<63 - 1}
 			continue
 		}
-		start, err := number(filepath.Join(n.dir, "start"))
+		start, err := ReadNumber(filepath.Join(n.dir, "start"))
 		if err != nil {
 			return false, fmt.Errorf("compare devices: %w", err)
 		}
-		size, err := number(filepath.Join(n.dir, "size"))
+		size, err := ReadNumber(filepath.Join(n.dir, "size"))
 		if err != nil {
 			return false, fmt.Errorf("compare devices: %w", err)
 		}

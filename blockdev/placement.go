@@ -45,13 +45,13 @@ func (k kernel) placement(path string) (Placement, error) {
 		return fail(fmt.Errorf("number of its disk, %q: %w", text, err))
 	}
 	if n.dir != n.disk {
-		start, err := number(filepath.Join(n.dir, "start"))
+		start, err := ReadNumber(filepath.Join(n.dir, "start"))
 		if err != nil {
 			return fail(err)
 		}
 		p.StartBytes = start * SectorSize
 	}
-	switch sequence, err := number(filepath.Join(n.disk, "diskseq")); {
+	switch sequence, err := ReadNumber(filepath.Join(n.disk, "diskseq")); {
 	case err == nil:
 		p.Sequence = uint64(sequence)
 	case !errors.Is(err, fs.ErrNotExist):

@@ -30,13 +30,13 @@ func (k kernel) keepStatistics(path string) (switched bool, err error) {
 		return false, fmt.Errorf("statistics of %s: %w", path, err)
 	}
 	file := filepath.Join(n.disk, "queue/iostats")
-	if on, err := number(file); err != nil || on != 0 {
+	if on, err := ReadNumber(file); err != nil || on != 0 {
 		return false, err
 	}
 	if err := os.WriteFile(file, []byte("1"), 0); err != nil {
 		return false, fmt.Errorf("statistics of %s are switched off, and can't be switched on: %w", path, err)
 	}
-	if on, err := number(file); err != nil || on == 0 {
+	if on, err := ReadNumber(file); err != nil || on == 0 {
 		return false, fmt.Errorf("statistics of %s are switched off: after writing 1 to %s it holds %d (%v)", path, file, on, err)
 	}
 	return true, nil
@@ -55,7 +55,7 @@ func (k kernel) traffic(path string) (Traffic, error) {
 	if err != nil {
 		return fail(err)
 	}
-	switch on, err := number(filepath.Join(n.disk, "queue/iostats")); {
+	switch on, err := ReadNumber(filepath.Join(n.disk, "queue/iostats")); {
 	case err != nil:
 		return fail(err)
 	case on == 0:

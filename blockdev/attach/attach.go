@@ -191,14 +191,6 @@ func (a *Attached) open() (err error) {
 	if a.lock, err = blockdev.Lock(o.Device); err != nil {
 		return err
 	}
-	if switched, err := blockdev.KeepStatistics(o.Device); err != nil {
-		return err
-	} else if switched {
-		a.log.Info("the kernel did not keep statistics of the disk; what is tracked is compared with them, so they were switched on", "device", o.Device)
-	}
-	if _, err := blockdev.ReadTraffic(o.Device); err != nil {
-		return err
-	}
 	if a.disk, err = blockdev.OpenFile(o.Device, blockdev.OpenOptions{}); err != nil {
 		return err
 	}
@@ -212,6 +204,12 @@ func (a *Attached) open() (err error) {
 	}
 	if a.tracker, err = o.openTracker(target); err != nil {
 		return err
+	}
+	if _, err := blockdev.ReadTraffic(o.Device); err != nil {
+		return err
+	}
+	if fresh := a.tracker.Fresh(); fresh != "" {
+		a.log.Info("fine tracking begins", "reason", fresh)
 	}
 	if a.lost == "" {
 		a.lost = a.tracker.Fresh()

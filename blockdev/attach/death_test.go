@@ -270,6 +270,12 @@ func TestRawWriteVoidsTheCut(t *testing.T) {
 	if !errors.Is(err, ErrWritten) || !strings.Contains(err.Error(), r.device) {
 		t.Errorf("the statistics name it: %v", err)
 	}
+	_, err = f.Stop(t.Context(), 10*time.Second, func() error {
+		return errors.Join(rawWrite(t, r.device, a.Size()), errors.New("what was read is of no use"))
+	})
+	if !errors.Is(err, ErrWritten) {
+		t.Errorf("what inside says counts for more: %v", err) // it would for a stop that held
+	}
 	_, err = f.Stop(t.Context(), 10*time.Second, func() error { return discard(r.device, a.Size()-1<<20, 64<<10) })
 	if !errors.Is(err, ErrWritten) {
 		t.Errorf("a discard: %v", err)

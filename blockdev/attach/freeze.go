@@ -155,9 +155,7 @@ func (f *freezer) watched(inside func() error) error {
 	if f.frozen, err = f.counters(); err != nil {
 		return err
 	}
-	if err := inside(); err != nil {
-		return err
-	}
+	because := inside()
 	n, err := f.writesInFlight()
 	if err != nil {
 		return err
@@ -169,7 +167,7 @@ func (f *freezer) watched(inside func() error) error {
 		return fmt.Errorf("%w: %s: %d bytes in about %d writes, and %d writes in flight; find out who writes to it past the file system",
 			ErrWritten, f.attached.options.Device, f.atEnd.bytes()-f.frozen.bytes(), f.atEnd.writes-f.frozen.writes+f.atEnd.discards-f.frozen.discards, n)
 	}
-	return nil
+	return because
 }
 
 func (f *freezer) closeFiles() {

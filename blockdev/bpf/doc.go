@@ -40,7 +40,7 @@
 //   - A cut may be sealed after an Exchange while writes go on, if Settled: of disks
 //     without requests (device-mapper, md, zram, brd) it never is. A write in flight then
 //     changed after that cut.
-//   - The kernel must keep the disk's statistics: blockdev.KeepStatistics.
+//   - The kernel must keep the disk's statistics; Open switches them on.
 //
 // The maps and links are pinned in a folder of a bpffs: tracking goes on
 // without this process. Only one Tracker may have a folder open.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -70,4 +71,26 @@ func TestUnpinStale(t *testing.T) {
 	if ended, err := UnpinStale(filepath.Join(root, "none"), "/etc/mine", wanted); err != nil || ended != nil {
 		t.Errorf("nothing there: %q, %v", ended, err)
 	}
+}
+
+// What was pinned while the kernel kept no statistics is not gone on with: they tell
+// nothing of that time. They are on from then on.
+func TestStatisticsWereOff(t *testing.T) {
+	d := newFastLoop(t, 64<<20)
+	target := d.target(newPin(t))
+	tracker := open(t, target)
+	cut := covered(t, tracker, 1)
+	if err := tracker.Close(); err != nil {
+		t.Fatal(err)
+	}
+	iostats := "/sys/block/" + d.name() + "/queue/iostats"
+	put(t, iostats, "0")
+	tracker = open(t, target)
+	if _, _, ok := tracker.Adopted(); ok || !strings.Contains(tracker.Fresh(), "switched off") || !strings.Contains(tracker.Fresh(), "were switched on") {
+		t.Errorf("adopted %v, '%s'", ok, tracker.Fresh())
+	}
+	if text, err := os.ReadFile(iostats); err != nil || string(text) != "1\n" {
+		t.Errorf("statistics: '%s', %v", text, err)
+	}
+	covered(t, tracker, cut+1)
 }

@@ -39,6 +39,9 @@ const (
 	// beginLook is how long both are watched before they are compared from there.
 	beginLook   = 2 * time.Millisecond
 	fewestLooks = 8
+	// stopPatience is how long, with writers stopped, other users of the disk may keep
+	// the looks from telling anything.
+	stopPatience = time.Millisecond
 )
 
 // ledger compares the sectors that the programs counted with the disk's own
@@ -58,11 +61,12 @@ type ledger struct {
 	inflight *os.File
 	buffer   [512]byte
 	filled   int
-	look     func() // of tests: before each look at both
+	patience time.Duration // stopPatience
+	look     func()        // of tests: before each look at both
 }
 
 func openLedger(dir string, counts []uint64, requests bool) (*ledger, error) {
-	l := &ledger{counts: counts, requests: requests}
+	l := &ledger{counts: counts, requests: requests, patience: stopPatience}
 	for path, file := range map[string]**os.File{"stat": &l.stat, "queue/iostats": &l.iostats, "inflight": &l.inflight} {
 		f, err := os.Open(filepath.Join(dir, path))
 		if err != nil {
@@ -134,13 +138,15 @@ func (l *ledger) leads() (now leads, still [sides]bool, err error) {
 }
 
 // leadsStopped is leads with writers stopped. Others may use the disk: it looks
-// again until nothing is in between, at most fewestLooks times. agrees says of each
+// again until nothing is in between, at most fewestLooks times, or for patience until as
+// many have told something of what has ended. agrees says of each
 // side whether its lead was as given, and never further ahead by what can't be in
 // between. A lead that never stood still is not known. It allocates nothing unless
 // it fails.
 func (l *ledger) leadsStopped(given leads) (now leads, known, agrees [sides]bool, err error) {
 	var beyond [sides]bool
-	for range fewestLooks {
+	start, told := time.Now(), 0
+	for looks := 0; looks < fewestLooks || told < fewestLooks && time.Since(start) < l.patience; looks++ {
 		lead, still, err := l.leads()
 		if err != nil {
 			return now, known, agrees, err
@@ -148,6 +154,9 @@ func (l *ledger) leadsStopped(given leads) (now leads, known, agrees [sides]bool
 		// What another user has in flight would hide a loss as long as it is.
 		if writes, err := l.writesInFlight(); err != nil || writes != 0 {
 			still = [sides]bool{ended: still[ended] && l.requests}
+		}
+		if still[ended] {
+			told++
 		}
 		for s := range lead {
 			if !still[s] {

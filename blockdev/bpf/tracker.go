@@ -47,13 +47,19 @@ type Tracker struct {
 	loses               bool // events were lost before Open
 
 	// mu guards what compares with the statistics.
-	mu      sync.Mutex
-	base    reckoning
-	rest    bool        // the last exchange was with writers stopped
-	settled bool        // it was not, and yet nothing was lost up to it
-	sound   [sides]bool // at each stop since the last seal that side had seen all
-	gap     string      // at one of them neither had: why
-	lost    string      // why the next Seal must fail
+	mu sync.Mutex
+	verdict
+	before  verdict // the last exchange with writers stopped
+	rest    bool    // the last exchange was with writers stopped
+	settled bool    // it was not, and yet nothing was lost up to it
+	lost    string  // why the next Seal must fail
+}
+
+// verdict is what comparisons with the statistics have shown.
+type verdict struct {
+	base  reckoning
+	sound [sides]bool // at each stop since the last seal that side had seen all
+	gap   string      // at one of them neither had: why
 }
 
 // reckoning is what counts, statistics and misses are compared with: as they were
@@ -68,8 +74,8 @@ type reckoning struct {
 }
 
 // Open goes on with the tracking that is pinned, if it is of this boot, this
-// disk and this range, and nothing was lost; otherwise it begins anew. It
-// needs root, Linux 5.17 and the kernel's BTF.
+// disk and this range, and nothing was lost; otherwise it begins anew, and has the
+// kernel keep the disk's statistics. It needs root, Linux 5.17 and the kernel's BTF.
 func Open(target Target) (_ *Tracker, err error) {
 	w, err := find(target)
 	if err != nil {
@@ -95,6 +101,12 @@ func Open(target Target) (_ *Tracker, err error) {
 	}
 	if err := t.release(); err != nil {
 		return nil, err
+	}
+	// Not before: what was pinned is worth nothing if they were off.
+	if switched, err := blockdev.KeepStatistics(target.Device); err != nil {
+		return nil, err
+	} else if switched {
+		t.fresh += "; the kernel did not keep statistics of the disk, with which what is tracked is compared: they were switched on"
 	}
 	if err := t.beginAnew(s); err != nil {
 		return nil, err
@@ -224,16 +236,29 @@ func (t *Tracker) ExchangeStopped() (whole bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.rest, t.settled = true, false
+	t.before = t.verdict
 	return t.compareStopped()
 }
 
+// Unheld says that writers had not stopped for the last exchange, which was
+// ExchangeStopped: what is in flight can look like what was lost, and hide it, so
+// that its comparison is undone. What it took stays taken.
+func (t *Tracker) Unheld() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.rest {
+		t.rest, t.verdict = false, t.before
+	}
+}
+
 // Settled says whether Seal can tell that nothing was lost up to the last
-// Exchange, with writes going on. If not, ExchangeStopped may know more.
-func (t *Tracker) Settled() bool {
+// Exchange, with writes going on. If not, ExchangeStopped may know more. possible:
+// it can be told of this disk, which has requests.
+func (t *Tracker) Settled() (settled, possible bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.settled = t.settled || t.compare() == ""
-	return t.settled
+	return t.settled, t.where.place.Requests
 }
 
 // Taken is what the last Exchange took, ascending and disjoint.

@@ -20,11 +20,12 @@ import (
 // middle of it. It stands, while file systems are armed, in a folder that
 // outlives the process:
 //
-//	blockferry freeze 1 <boot id> <process> <milliseconds of this boot at FREEZE>
+//	blockferry freeze 2 <boot id> <process> <milliseconds of this boot at FREEZE>
 //	<state> <major:minor> <disk's sequence> <sectors written> "<mount point>"
 //	...a line of each file system
 //
-// Each write replaces all of it by as many bytes. The states are those below.
+// Version 1 had other fields. Each write replaces all of it by as many bytes. The
+// states are those below.
 // 'freezing' is written just before the kernel is asked. It and 'frozen' say how
 // many sectors were ever written to the device then: nothing writes to what is
 // frozen, and every freeze writes to it, so while that number is the same as at
@@ -40,7 +41,7 @@ const (
 	noteFrozen   = "frozen"
 	noteThawed   = "thawed"
 
-	noteVersion = 1
+	noteVersion = 2
 	notePrefix  = "freeze-"
 	// freezingAge is for how long 'freezing' counts for a freeze that is found:
 	// later it may have been thawed by hand, and be another.

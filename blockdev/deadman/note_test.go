@@ -317,7 +317,7 @@ func TestNotesThatProveNothing(t *testing.T) {
 	for name, text := range map[string]string{
 		"empty":           "",
 		"no note":         "junk\n",
-		"another version": with("freeze 1 ", "freeze 2 "),
+		"another version": with("freeze 2 ", "freeze 1 "),
 		"another boot":    with(n.boot, strings.Repeat("0", len(n.boot))),
 		"another disk":    with(fmt.Sprintf(" %s %d ", e.number, e.sequence), fmt.Sprintf(" %s %d ", e.number, e.sequence+1)),
 		"torn":            text[:len(text)-3],

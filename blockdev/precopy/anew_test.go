@@ -1,6 +1,7 @@
 package precopy
 
 import (
+	"context"
 	"errors"
 	"testing"
 )
@@ -29,7 +30,8 @@ func TestRoundsBeginAnew(t *testing.T) {
 		}
 		c, err := e.Cut(t.Context(), Request{Number: 2, Since: 1, Force: true}, g)
 		if lost > maxAnew {
-			if !errors.Is(err, errAnew) || g.stops != maxAnew+1 {
+			much := &TooMuchError{}
+			if !errors.As(err, &much) || much.Reason != ReasonUnseen || !errors.Is(err, ErrTooMuch) || g.stops != maxAnew+1 {
 				t.Errorf("completions were lost each time: %v after %d stops", err, g.stops)
 			}
 			m.unseen = 0
@@ -60,11 +62,105 @@ func TestMarkStopsIfNeeded(t *testing.T) {
 	if list, err := m.Changed(1, 2); err != nil || len(list) != 1 || list[0].Offset != 3*block {
 		t.Errorf("what was written until then: %v, %v", list, err)
 	}
-	g.fail = errors.New("not today")
-	if _, err := e.Mark(t.Context(), 3, g); !errors.Is(err, g.fail) {
-		t.Errorf("a stop that failed: %v", err)
+	if m.unheld != 0 {
+		t.Error("a stop that held was taken back")
 	}
-	if _, last, _ := m.Covered(); last != 2 {
-		t.Errorf("sealed to %d", last)
+}
+
+// Where a stop does not hold, what it concluded is taken back. A coverage is kept
+// for the next; it ends when none holds, as long as the tracker then can begin
+// another with writes going on.
+func TestMarkWithoutAStop(t *testing.T) {
+	fail := errors.New("not today")
+	for _, c := range []struct {
+		name           string
+		covered, blind bool
+		late           bool
+		tries          int // until it is sealed, 0: never
+	}{
+		{"nothing to keep", false, false, false, 1},
+		{"nothing to keep, late", false, false, true, 1},
+		{"covered", true, false, false, maxStops},
+		{"covered, late", true, false, true, maxStops},
+		{"told by stops only", true, true, false, 0},
+		{"nothing to keep, told by stops only", false, true, true, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e, _, m, g := prepared(t, Options{}, 8<<20)
+			number := uint64(2)
+			mark := func() error {
+				number++
+				_, err := e.Mark(t.Context(), number, g)
+				return err
+			}
+			ready := func() {
+				g.fail, g.late, m.unsettled, m.blind, m.unheld = fail, nil, true, c.blind, 0
+				if c.late {
+					g.fail, g.late = nil, fail
+				}
+				if !c.covered {
+					m.first = 0
+				}
+			}
+			for range 2 {
+				ready()
+				first, gone := m.newest, c.tries-1
+				if c.tries == 0 {
+					gone = 2 * maxStops
+				}
+				for try := range gone {
+					if err := mark(); !errors.Is(err, fail) || m.newest != first {
+						t.Fatalf("try %d: %v, sealed to %d", try, err, m.newest)
+					}
+				}
+				want := gone
+				if c.tries > 0 {
+					want++
+					m.lost = errUncovered // as it is when nothing else tells
+					if err := mark(); !errors.Is(err, errUncovered) || m.newest != number {
+						t.Fatalf("the last try: %v, sealed to %d", err, m.newest)
+					}
+				}
+				if !c.late {
+					want = 0
+				}
+				if m.unheld != want {
+					t.Errorf("%d stops were taken back, want %d", m.unheld, want)
+				}
+				m.unsettled, m.blind, g.fail, g.late = false, false, nil, nil
+				if err := mark(); err != nil || m.newest != number {
+					t.Fatalf("afterwards: %v", err)
+				}
+			}
+			// Who gave up did not ask for that.
+			ready()
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			newest := m.newest
+			for range maxStops {
+				number++
+				if _, err := e.Mark(ctx, number, g); !errors.Is(err, fail) || m.newest != newest {
+					t.Fatalf("given up: %v, sealed to %d", err, m.newest)
+				}
+			}
+		})
+	}
+}
+
+// A stop of a cut that did not hold is taken back too; one after which the rounds
+// begin anew is not: what it concluded is what they go on from.
+func TestStopsTakenBack(t *testing.T) {
+	e, _, m, g := prepared(t, Options{}, 8<<20)
+	g.late = errors.New("not today")
+	if _, err := e.Cut(t.Context(), Request{Number: 3, Since: 1}, g); !errors.Is(err, g.late) || m.unheld != 1 {
+		t.Fatalf("%v, %d stops were taken back", err, m.unheld)
+	}
+	g.late, m.unseen = nil, 1
+	c, err := e.Cut(t.Context(), Request{Number: 4, Since: 1}, g)
+	if err != nil || m.unheld != 1 {
+		t.Fatalf("%v, %d stops were taken back", err, m.unheld)
+	}
+	if err := c.Release(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -60,17 +60,23 @@ const (
 	ReasonRounds Reason = "writes are as fast as reads: what is left does not become little enough"
 	// ReasonStall: what was left once writers stood still was more than was foretold.
 	ReasonStall Reason = "more was left once writers stood still than can be read in time"
+	// ReasonUnseen: of no stop the tracker could say that it had seen each write
+	// complete, so that what the rounds had read might be old.
+	ReasonUnseen Reason = "writes completed unseen in each attempt to read what changed"
 )
 
 // TooMuchError is ErrTooMuch in numbers.
 type TooMuchError struct {
 	Reason Reason
 	Bytes  int64 // that would have to fit: into memory, or into the stall
-	Limit  int64 // what would have fitted, in bytes
+	Limit  int64 // what would have fitted, in bytes; 0 with ReasonUnseen: any would
 	Rounds int   // that were read
 }
 
 func (e *TooMuchError) Error() string {
+	if e.Reason == ReasonUnseen {
+		return fmt.Sprintf("%s: %d bytes were left after %d rounds", e.Reason, e.Bytes, e.Rounds)
+	}
 	return fmt.Sprintf("%s: %d bytes after %d rounds, %d would do", e.Reason, e.Bytes, e.Rounds, e.Limit)
 }
 
@@ -88,9 +94,12 @@ type Tracker interface {
 	// false: writes may have completed unseen since the last one; what was read
 	// of them is to be read again, and Seal decides whether that is all.
 	ExchangeStopped() (whole bool)
+	// Unheld says that writers did not stand still for the last ExchangeStopped: what
+	// it concluded does not count, what it took does.
+	Unheld()
 	// Settled says whether Seal can tell that nothing was lost up to the last
-	// Exchange, made while writes go on.
-	Settled() bool
+	// Exchange, made while writes go on; possible: of this disk it can ever be.
+	Settled() (settled, possible bool)
 	// Taken is what the last Exchange took, ascending and disjoint.
 	Taken() []blockdev.Extent
 	// AppendTaken is Taken within the list's capacity, without allocating.
@@ -150,6 +159,7 @@ type Engine struct {
 	open  []blockdev.Extent
 	speed speed
 	extra float64 // bytes that came on top of what was marked, in the last stops
+	vain  int     // stops of Mark in a row that did not hold
 	pool  pool
 	cut   *Cut // not yet released
 	w     window
@@ -174,7 +184,7 @@ type window struct {
 var errAgain = errors.New("more is left than was foretold")
 
 // errAnew: what the rounds have read may be old, they begin anew.
-var errAnew = errors.New("writes completed unseen in each attempt to read what changed")
+var errAnew = errors.New("writes completed unseen")
 
 // New makes an engine. Close ends it.
 func New(o Options) (*Engine, error) {
@@ -223,27 +233,41 @@ func (e *Engine) Close() error {
 	return e.pool.free()
 }
 
-// Mark seals a cut without an image. Every write that completes after it began is
+// Mark seals a cut without an image. Every write that completes after it returned is
 // named by Changed since it, so that what is read of the device later, and that,
 // together are whole. Writes go on, unless the tracker can't tell then what it saw:
 // it does not of every disk. Then writers are stopped for it, for stalled.
+//
+// A stop that does not hold is an error, and the next Mark tries again: with one that
+// holds the tracker may yet know all. Where it could tell without one,
+// Mark seals all the same once there is nothing to keep, or maxStops in a row did not hold:
+// Seal then ends the coverage, and the next Mark begins another.
 func (e *Engine) Mark(ctx context.Context, number uint64, stop Stopper) (stalled time.Duration, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.exchange()
-	if !e.o.Tracker.Settled() {
+	if settled, possible := e.o.Tracker.Settled(); !settled {
 		if err := stop.Prepare(ctx); err != nil {
 			return 0, err
 		}
+		called := false
 		stalled, err = stop.Stop(ctx, e.o.StallLimit, func() error {
+			called = true
 			e.o.Tracker.ExchangeStopped() // Seal decides
 			return nil
 		})
 		e.keep(e.o.Tracker.Taken())
 		if err != nil {
-			return stalled, err
+			if called {
+				e.o.Tracker.Unheld()
+			}
+			e.vain++
+			if _, _, covered := e.o.Tracker.Covered(); !possible || ctx.Err() != nil || covered && e.vain < maxStops {
+				return stalled, err
+			}
 		}
 	}
+	e.vain = 0
 	return stalled, e.seal(number)
 }
 
@@ -343,7 +367,10 @@ func (e *Engine) take(ctx context.Context, r Request, stop Stopper, c *Cut) erro
 			if err == nil {
 				return nil
 			}
-			if errors.Is(err, errAnew) && anew < maxAnew {
+			if errors.Is(err, errAnew) {
+				if anew == maxAnew {
+					return &TooMuchError{ReasonUnseen, e.w.left, 0, c.rounds}
+				}
 				if pending, err = e.sinceBase(r.Since); err != nil {
 					return err
 				}
@@ -431,6 +458,9 @@ func (e *Engine) stop(ctx context.Context, left int64, limit time.Duration, stop
 		return errors.Join(err, ctx.Err())
 	}
 	e.keep(e.o.Tracker.Taken())
+	if err != nil && !errors.Is(err, errAnew) { // without it the next stop concludes the same anew
+		e.o.Tracker.Unheld()
+	}
 	e.extra = max(0, e.extra+(float64(w.left)-float64(left))*extraWeight)
 	if err == nil {
 		e.speed.add(w.reads, w.left, w.took)

@@ -74,8 +74,9 @@ type marks struct {
 	newest uint64
 	lost   error // the next Seal says so
 	unseen int   // so many stops say that completions were lost
-	// unsettled: nothing is known while writes go on.
-	unsettled bool
+	unheld int   // stops taken back
+	// unsettled: nothing is known while writes go on, or, if blind, ever is.
+	unsettled, blind bool
 }
 
 func newMarks(size int64) *marks {
@@ -105,7 +106,9 @@ func (m *marks) ExchangeStopped() (whole bool) {
 	return whole
 }
 
-func (m *marks) Settled() bool { return !m.unsettled }
+func (m *marks) Unheld() { m.unheld++ }
+
+func (m *marks) Settled() (settled, possible bool) { return !m.unsettled && !m.blind, !m.blind }
 
 func (m *marks) Exchange() {
 	m.mu.Lock()
@@ -192,6 +195,7 @@ type gate struct {
 	draining func()
 	after    func() // inside has returned, writers are still out
 	fail     error
+	late     error  // the same, when inside has run
 	image    []byte // of the disk at the last stop
 	stops    int
 	limit    time.Duration
@@ -222,6 +226,9 @@ func (g *gate) Stop(_ context.Context, limit time.Duration, inside func() error)
 		g.after()
 	}
 	g.image = slices.Clone(g.disk.content)
+	if g.late != nil {
+		return stalled, g.late
+	}
 	return stalled, err
 }
 

@@ -125,6 +125,9 @@ func (c *Cut) take() error {
 		return err
 	}
 	if err := w.run(); err != nil {
+		if v.fine != nil {
+			v.fine.tracker.Unheld()
+		}
 		return err
 	}
 	c.at, c.stalled, c.written = w.at, w.stalled, w.written

@@ -1,12 +1,10 @@
 package volume
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
@@ -47,17 +45,17 @@ func DiscardsOff(device string, eraBlockBytes int64) string {
 // discardsOff says why a queue can't be limited to discards of at most one era
 // block; "": it can. most is the limit that can't be exceeded.
 func discardsOff(name, queue, most string, block int64) string {
-	limit, err := queueNumber(queue, most)
+	limit, err := blockdev.ReadNumber(filepath.Join(queue, most))
 	if err != nil {
 		return err.Error()
 	}
-	grain, err := queueNumber(queue, discardGrain)
+	grain, err := blockdev.ReadNumber(filepath.Join(queue, discardGrain))
 	switch {
 	case err != nil:
 		return err.Error()
 	case limit == 0 || grain == 0:
 		return name + " takes none"
-	case grain > block || block%grain != 0:
+	case block%grain != 0:
 		// The kernel would not split them, or not where it was told.
 		return fmt.Sprintf("%s takes them in pieces of %d bytes, and an era block (%d bytes) is no multiple of that", name, grain, block)
 	case limit < grain:
@@ -83,10 +81,8 @@ func (v *Volume) decideDiscards() error {
 		v.log.Info("discards stay off", "reason", v.noDiscards)
 		return nil
 	}
-	if v.label.Discards && v.devices[roleTop].HasActive {
-		return nil
-	}
-	// In both slots: either may be the one that is left.
+	// In both slots: either may be the one that is left. Each time, as a process that
+	// was killed may have left it in one, below a volume that is up.
 	for range 2 {
 		if err := v.changeLabel(func(l *Label) { l.Discards = true }); err != nil {
 			return err
@@ -115,12 +111,12 @@ func limitDiscards(info dm.Info, most int64) error {
 	if err := os.WriteFile(filepath.Join(queue, discardMax), []byte(strconv.FormatInt(most, 10)), 0); err != nil {
 		return fail(err)
 	}
-	now, err := queueNumber(queue, discardMax)
+	now, err := blockdev.ReadNumber(filepath.Join(queue, discardMax))
 	if err != nil {
 		return fail(err)
 	}
 	// Below its grain the kernel does not split at all.
-	grain, err := queueNumber(queue, discardGrain)
+	grain, err := blockdev.ReadNumber(filepath.Join(queue, discardGrain))
 	if err != nil {
 		return fail(err)
 	}
@@ -141,7 +137,7 @@ func (v *Volume) keepDiscardLimits() (lost bool, err error) {
 	raised := 0
 	for _, role := range []string{roleEra, roleTop} {
 		info := v.devices[role]
-		now, err := queueNumber(queueDir(info), discardMax)
+		now, err := blockdev.ReadNumber(filepath.Join(queueDir(info), discardMax))
 		if err != nil {
 			return false, fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
 		}
@@ -178,22 +174,6 @@ func (l *Label) marked(marks []blockdev.Extent) []blockdev.Extent {
 		out = append(out, e)
 	}
 	return out
-}
-
-func queueNumber(queue, name string) (int64, error) {
-	path := filepath.Join(queue, name)
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return 0, err
-	}
-	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	if errors.Is(err, strconv.ErrRange) {
-		n, err = 1<<63-1, nil // it may be as large as a u64
-	}
-	if err != nil {
-		return 0, fmt.Errorf("%s holds '%s'", path, strings.TrimSpace(string(text)))
-	}
-	return n, nil
 }
 
 func queueDir(info dm.Info) string { return queueOf(info.Dev()) }

@@ -35,12 +35,6 @@ func (v *Volume) openFine() {
 	if err := bpf.UnpinOthers(root, name, keep); err != nil {
 		v.log.Warn("pins of earlier tracking are left", "error", err)
 	}
-	if switched, err := blockdev.KeepStatistics(v.options.Device); err != nil {
-		v.log.Warn("no fine tracking; what the era marks is compared before it is sent", "error", err)
-		return
-	} else if switched {
-		v.log.Info("the kernel did not keep statistics of the disk; what is tracked is compared with them, so they were switched on", "device", v.options.Device)
-	}
 	t, err := bpf.Open(bpf.Target{
 		Device: v.options.Device, Offset: v.label.Areas.Data.Offset, Length: v.label.Areas.Data.Length, Pin: filepath.Join(root, keep),
 		Owner: v.options.FineOwner, Volume: v.options.Name,

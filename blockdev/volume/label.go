@@ -364,6 +364,28 @@ func writeLabel(d blockdev.Device, l *Label) error {
 	return nil
 }
 
+// keepLabel makes the label durable that ReadLabel has found: its write may be in the
+// disk's cache alone, as a flush that failed does not come again. Before that nothing is
+// done by what only it says, and the other slot is not overwritten: a power cut
+// could leave neither. What is written is what stands there.
+func keepLabel(d blockdev.Device, l *Label) error {
+	at := int64(l.Sequence%2) * slotStride
+	b := blockdev.AlignedBuffer(slotBytes)
+	if _, err := d.ReadAt(b, at); err != nil {
+		return fmt.Errorf("%s: read its label again: %w", d.Name(), err)
+	}
+	if again, err := decodeLabel(b); err != nil || again.Sequence != l.Sequence {
+		return fmt.Errorf("%s: %w: slot %d held number %d when it was read first, and does not any more (%v)", d.Name(), ErrBadLabel, l.Sequence%2, l.Sequence, err)
+	}
+	if _, err := d.WriteAt(b[:le.Uint32(b[12:])], at); err != nil {
+		return fmt.Errorf("%s: write its label again: %w", d.Name(), err)
+	}
+	if err := d.Flush(); err != nil {
+		return fmt.Errorf("%s: flush its label: %w", d.Name(), err)
+	}
+	return nil
+}
+
 // CutEra says in which era a cut begins: all that is written after the cut is
 // marked with that era or a later one.
 type CutEra struct {

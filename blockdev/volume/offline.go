@@ -15,8 +15,8 @@ type Offline struct {
 	label Label
 }
 
-// OpenOffline takes a disk that holds a label. It refuses one that is in use,
-// by the volume's own stack too.
+// OpenOffline takes a disk that holds a label, which is durable then. It refuses one
+// that is in use, by the volume's own stack too.
 func OpenOffline(device string) (*Offline, error) {
 	lock, err := blockdev.Lock(device)
 	if err != nil {
@@ -29,6 +29,9 @@ func OpenOffline(device string) (*Offline, error) {
 	label, err := ReadLabel(disk)
 	if err == nil && label.endBytes() > disk.Size() {
 		err = fmt.Errorf("%s: %w: it needs %d bytes, the disk has %d", device, ErrBadLabel, label.endBytes(), disk.Size())
+	}
+	if err == nil {
+		err = keepLabel(disk, label)
 	}
 	if err != nil {
 		return nil, errors.Join(err, disk.Close(), lock.Close())

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"blockferry/blockdev"
@@ -58,4 +60,86 @@ func TestFreshMetadataSurvivesPowerCuts(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A label whose flush failed is read as the newest, but may be in the disk's cache
+// alone for good. The other slot is the one that survives then: whoever opens the
+// disk makes the newest durable before it overwrites that, or goes by it.
+func TestTwoFailedFlushesLeaveALabel(t *testing.T) {
+	broken := errors.New("broken on purpose")
+	d := blocktest.NewMemory(4 << 20)
+	l := sampleLabel(t)
+	for range 2 {
+		if err := writeLabel(d, l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	durable := l.Sequence
+	change := func(l *Label) error {
+		l.State = bytes.Repeat([]byte{byte(l.Sequence)}, 20000)
+		d.FailAt(blocktest.OpFlush, 0, broken)
+		return writeLabel(d, l)
+	}
+	if err := change(l); !errors.Is(err, broken) {
+		t.Fatal(err)
+	}
+	l, err := ReadLabel(d)
+	if err != nil || l.Sequence != durable+1 {
+		t.Fatalf("number %d, %v: this test checks nothing", l.Sequence, err)
+	}
+	d.FailAt(blocktest.OpFlush, 0, broken)
+	if err := keepLabel(d, l); !errors.Is(err, broken) {
+		t.Fatalf("it can't be kept: %v", err)
+	}
+	if err := keepLabel(d, l); err != nil {
+		t.Fatal(err)
+	}
+	kept := l.Sequence
+	if err := change(l); !errors.Is(err, broken) {
+		t.Fatal(err)
+	}
+	for seed := range uint64(300) {
+		after, err := ReadLabel(d.Clone().PowerCut(rand.New(rand.NewPCG(seed, 1))))
+		if err != nil {
+			t.Fatalf("power cut %d: %v", seed, err)
+		}
+		if after.Sequence < kept {
+			t.Fatalf("power cut %d: what was gone by, number %d, is lost; number %d is left", seed, kept, after.Sequence)
+		}
+	}
+	// What is there no longer is not written over.
+	if err := keepLabel(d, &Label{Sequence: 99}); !errors.Is(err, ErrBadLabel) {
+		t.Errorf("another label: %v", err)
+	}
+}
+
+// Opening a disk makes its label durable.
+func TestOpeningKeepsTheLabel(t *testing.T) {
+	device := blocktest.Loop(t, 64<<20)
+	label, err := Format(FormatOptions{Device: device, Overwrite: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := flushesOf(t, device)
+	o, err := OpenOffline(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Close()
+	if o.Label().Sequence != label.Sequence || flushesOf(t, device) == before {
+		t.Errorf("number %d, want %d; %d flushes before and after", o.Label().Sequence, label.Sequence, before)
+	}
+}
+
+func flushesOf(t *testing.T, device string) uint64 {
+	t.Helper()
+	text, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, ok := blockdev.StatField(text, 16)
+	if !ok {
+		t.Fatalf("'%s' has no count of flushes", text)
+	}
+	return n
 }

@@ -91,6 +91,9 @@ func (v *Volume) up() error {
 	if err := v.look(); err != nil {
 		return err
 	}
+	if err := keepLabel(v.disk, &v.label); err != nil {
+		return err
+	}
 	if err := v.checkTracking(); err != nil {
 		return err
 	}
