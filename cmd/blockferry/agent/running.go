@@ -43,6 +43,9 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 			return nil, err
 		}
 		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace}
+		if p.Rate != nil {
+			one.Link.Pace = protocol.NewPace(func() int64 { return p.Rate.At(time.Now()) }, nil)
+		}
 		if p.Address != "" {
 			// There it is known by the node it is at.
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer

@@ -101,6 +101,8 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
 				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
 				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
+			} else if strings.Contains(r.Reason, protocol.ReasonLimit) {
+				s.Advice = adviseLimit(l.config.Name)
 			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
@@ -131,6 +133,11 @@ func (m *managed) transfer(s *status.Replica, r *protocol.ReplicaReport) {
 		s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 	}
 	s.JournalFreeBytes = r.JournalFree
+	s.Limited = r.Limited
+	if r.LimitBytes > 0 {
+		limit := uint64(r.LimitBytes)
+		s.LimitBytes = &limit
+	}
 	if r.Sync != nil {
 		done, total := uint64(max(0, r.Sync.DoneBytes)), uint64(max(0, r.Sync.TotalBytes))
 		s.DoneBytes, s.TotalBytes, s.EtaSeconds = &done, &total, r.Sync.ETASeconds

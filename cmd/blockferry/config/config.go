@@ -114,6 +114,8 @@ type Replica struct {
 	Address     string
 	Peer        string
 	Compression string // none, s2 or zstd
+	// Rate limits what is sent to it, packed.
+	Rate *Rate
 	// JournalBytes is the room for epochs that are not complete yet; 0 means
 	// chosen by the volume's size.
 	JournalBytes int64

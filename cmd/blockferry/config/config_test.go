@@ -120,6 +120,10 @@ func TestPeersSamplesAreReadWhole(t *testing.T) {
 		t.Errorf("%+v", c.Node)
 	}
 	v, _ := c.Volume("data")
+	if got := v.Replicas[1].Rate.String(); got != "08:00 20MiB, 20:00 unlimited" {
+		t.Errorf("rate: %s", got)
+	}
+	v.Replicas[1].Rate = nil
 	if local := v.Local(); v.Secondary() || len(v.Replicas) != 2 || len(local) != 1 || local[0].Name != "ebs" ||
 		*v.Replicas[1] != (Replica{Name: "zone-b", Address: "node-b.example:7070", Peer: "node-b", Compression: "zstd"}) || len(v.DiskUses()) != 2 {
 		t.Errorf("%+v", v)

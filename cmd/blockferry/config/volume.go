@@ -127,6 +127,7 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 		r.address("address", &p.Address),
 		r.peer("peer", &p.Peer),
 		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
+		r.rate("rate", &p.Rate, what),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.disk("spill", &p.Spill, what),
 		r.size("spill-limit", &p.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
