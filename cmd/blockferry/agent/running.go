@@ -253,6 +253,7 @@ func (m *managed) events() protocol.PrimaryEvents {
 		Connected: func(replica string, plan protocol.Plan) {
 			m.log.Info("replica connected", "replica", replica, "plan", plan.String())
 			say(replica, "replica-connected", "%s", plan)
+			m.tellSplit(replica, plan)
 		},
 		Disconnected: func(replica string, err error) {
 			if errors.Is(err, context.Canceled) {

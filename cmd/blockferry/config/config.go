@@ -102,7 +102,9 @@ type Volume struct {
 	MetadataDevice string
 	// AutoRestore lets the agent restore a blank Device by itself.
 	AutoRestore bool
-	Replicas    []*Replica
+	// Hooks are never nil.
+	Hooks    *Hooks
+	Replicas []*Replica
 }
 
 // Replica is one copy of a volume: on Device, or at another node, at Address.

@@ -25,12 +25,14 @@ type Node struct {
 	Listen string
 	// Plaintext allows that over a network without certificates.
 	Plaintext bool
+	// Hooks of all volumes; nil: none.
+	Hooks *Hooks
 }
 
 // secondaryKeys are for 'role: secondary' only, secondaryAll all that it knows.
 var (
 	secondaryKeys = []string{"peers", "journal", "spill", "spill-limit"}
-	secondaryAll  = append([]string{"role", "device"}, secondaryKeys...)
+	secondaryAll  = append([]string{"role", "device"}, append([]string{"hooks"}, secondaryKeys...)...)
 )
 
 // afar is a word of the file that is about another node.
@@ -64,6 +66,7 @@ func (r *reader) node(key, value ast.Node) {
 			return nil
 		}),
 		keepNode(r.address("listen", &n.Listen), &listenAt),
+		r.hooks(&n.Hooks, "'node'"),
 		r.choice("insecure", func(string) { n.Plaintext = true }, "plaintext"),
 	})
 	if present["name"] == nil {

@@ -21,6 +21,13 @@ func (r *reader) root(n ast.Node) {
 		r.fail(n, "the file needs 'volumes:'")
 	}
 	r.node(present["node"], node)
+	for _, v := range r.config.Volumes {
+		var all *Hooks
+		if r.config.Node != nil {
+			all = r.config.Node.Hooks
+		}
+		v.Hooks = v.Hooks.inherit(all)
+	}
 }
 
 func (r *reader) volumes(n ast.Node) {
@@ -62,6 +69,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("cow-device", &v.CowDevice, what),
 		r.disk("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
+		r.hooks(&v.Hooks, what),
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
 		{"peers", func(n ast.Node) { r.peers(n, v) }},
 		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
