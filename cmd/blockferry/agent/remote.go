@@ -57,17 +57,10 @@ func (m *managed) adviseRemote(c *config.Replica, reason string, connected bool)
 		return "see whether node '" + c.Peer + "' is up, its agent runs and listens there, and nothing between stands in the way" + again
 	case strings.Contains(reason, "is not among"):
 		return "name this node there in 'peers' of volume '" + m.config.Name + "'" + again
-	case strings.Contains(reason, protocol.ReasonLimit):
-		return adviseLimit(c.Name)
 	case connected:
 		return "if this goes on, see 'blockferry status' and the agent's log at node '" + c.Peer + "', and the way to it; writes go on and are marked"
 	}
 	return "see 'blockferry status' and the agent's log at node '" + c.Peer + "'" + again
-}
-
-// adviseLimit says what to do about a replica that its limit holds back.
-func adviseLimit(replica string) string {
-	return "if it has to be quicker: raise 'rate' of replica '" + replica + "' in the configuration and restart the agent; writes go on and are marked"
 }
 
 // askRemotes refuses to restore from the best replica here while one at another

@@ -43,14 +43,14 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 			return nil, err
 		}
 		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace}
-		if p.Rate != nil {
-			one.Link.Pace = protocol.NewPace(func() int64 { return p.Rate.At(time.Now()) }, nil)
-		}
 		if p.Address != "" {
 			// There it is known by the node it is at.
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
 		} else {
 			one.Client, one.Link.BatchBytes = protocol.LocalClient(m.agent.receiver), protocol.LocalBatchBytes
+		}
+		if p.Rate != nil {
+			one.Link.Pace = protocol.NewPace(func() int64 { return p.Rate.At(time.Now()) }, nil)
 		}
 		c.Replicas = append(c.Replicas, one)
 	}
@@ -251,9 +251,9 @@ func (m *managed) events() protocol.PrimaryEvents {
 	}
 	return protocol.PrimaryEvents{
 		Connected: func(replica string, plan protocol.Plan) {
+			m.tellSplit(replica, plan)
 			m.log.Info("replica connected", "replica", replica, "plan", plan.String())
 			say(replica, "replica-connected", "%s", plan)
-			m.tellSplit(replica, plan)
 		},
 		Disconnected: func(replica string, err error) {
 			if errors.Is(err, context.Canceled) {

@@ -101,8 +101,6 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
 				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
 				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
-			} else if strings.Contains(r.Reason, protocol.ReasonLimit) {
-				s.Advice = adviseLimit(l.config.Name)
 			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
@@ -133,7 +131,9 @@ func (m *managed) transfer(s *status.Replica, r *protocol.ReplicaReport) {
 		s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 	}
 	s.JournalFreeBytes = r.JournalFree
-	s.Limited = r.Limited
+	if s.Limited = r.Limited; strings.Contains(r.Reason, protocol.ReasonLimit) {
+		s.Advice = "if it has to be quicker: raise 'rate' of replica '" + r.Name + "' in the configuration and restart the agent; writes go on and are marked"
+	}
 	if r.LimitBytes > 0 {
 		limit := uint64(r.LimitBytes)
 		s.LimitBytes = &limit

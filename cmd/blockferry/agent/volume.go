@@ -57,6 +57,7 @@ type managed struct {
 	op sync.Mutex
 
 	mu       sync.Mutex
+	split    map[string]bool // replicas that went their own way, as far as hooks were told
 	stage    stage
 	reason   string
 	advice   string
@@ -64,9 +65,8 @@ type managed struct {
 	size     int64
 	paused   bool
 	progress *restoreProgress
-	stack    raised          // while up
-	running  *running        // replication, while up
-	split    map[string]bool // replicas that went their own way, as far as hooks were told
+	stack    raised   // while up
+	running  *running // replication, while up
 }
 
 func newManaged(a *Agent, v *config.Volume) *managed {

@@ -64,6 +64,8 @@ type Volume struct {
 	// are no Replicas then.
 	Copy  *Replica
 	Peers []string
+	// Hooks are never nil.
+	Hooks *Hooks
 	// Device is the disk that holds the volume.
 	Device string
 	// Attach replicates Device as it is, mounted and in use, without a device
@@ -102,9 +104,7 @@ type Volume struct {
 	MetadataDevice string
 	// AutoRestore lets the agent restore a blank Device by itself.
 	AutoRestore bool
-	// Hooks are never nil.
-	Hooks    *Hooks
-	Replicas []*Replica
+	Replicas    []*Replica
 }
 
 // Replica is one copy of a volume: on Device, or at another node, at Address.

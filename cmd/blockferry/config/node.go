@@ -57,6 +57,7 @@ func (r *reader) node(key, value ast.Node) {
 	r.config.Node = n
 	var nameAt, listenAt ast.Node
 	present := r.fields(value, "'node'", []field{
+		r.hooks(&n.Hooks, "'node'"),
 		keepNode(r.text("name", func(s string) error { n.Name = s; return certs.CheckNodeName(s) }), &nameAt),
 		r.text("certs", func(s string) error {
 			if !filepath.IsAbs(s) {
@@ -66,7 +67,6 @@ func (r *reader) node(key, value ast.Node) {
 			return nil
 		}),
 		keepNode(r.address("listen", &n.Listen), &listenAt),
-		r.hooks(&n.Hooks, "'node'"),
 		r.choice("insecure", func(string) { n.Plaintext = true }, "plaintext"),
 	})
 	if present["name"] == nil {

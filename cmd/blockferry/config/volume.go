@@ -52,6 +52,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	what := "volume '" + v.Name + "'"
 	secondary, of := false, &Replica{}
 	present := r.fields(pair.Value, what, []field{
+		r.hooks(&v.Hooks, what),
 		r.choice("role", func(s string) { secondary = s == "secondary" }, "primary", "secondary"),
 		r.disk("device", &v.Device, what),
 		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
@@ -69,7 +70,6 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("cow-device", &v.CowDevice, what),
 		r.disk("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
-		r.hooks(&v.Hooks, what),
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
 		{"peers", func(n ast.Node) { r.peers(n, v) }},
 		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
