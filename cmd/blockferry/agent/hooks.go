@@ -88,6 +88,16 @@ func (l *lagWatch) changed(all []protocol.ReplicaReport) (found []protocol.Repli
 	return found
 }
 
+// withHooks runs the hooks beside what the events do already.
+func (m *managed) withHooks(e protocol.PrimaryEvents) protocol.PrimaryEvents {
+	connected := e.Connected
+	e.Connected = func(replica string, plan protocol.Plan) {
+		connected(replica, plan)
+		m.tellSplit(replica, plan)
+	}
+	return e
+}
+
 // tellSplit runs 'split-brain' when a replica is found to have gone its own way;
 // once, until one of its sessions begins otherwise.
 func (m *managed) tellSplit(replica string, plan protocol.Plan) {

@@ -35,7 +35,7 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 	r := &running{source: &source{raised: stack, take: take}, state: &labelState{StateStore: keptState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
-		Interval: m.config.Interval, Events: m.events(),
+		Interval: m.config.Interval, Events: m.withHooks(m.events()),
 	}
 	for _, p := range m.config.Replicas {
 		codec, err := protocol.ParseCodec(p.Compression)
@@ -251,7 +251,6 @@ func (m *managed) events() protocol.PrimaryEvents {
 	}
 	return protocol.PrimaryEvents{
 		Connected: func(replica string, plan protocol.Plan) {
-			m.tellSplit(replica, plan)
 			m.log.Info("replica connected", "replica", replica, "plan", plan.String())
 			say(replica, "replica-connected", "%s", plan)
 		},
