@@ -153,7 +153,7 @@ func TestHooksSampleIsReadWhole(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 	c, err = Parse("x", []byte("node: {name: a, listen: \"unix:/x\", hooks: {behind: /node}}\nvolumes:\n  one: {device: /a, replicas: {r: {device: /b}}, hooks: {behind: /own}}\n"+
-		"  two: {device: /c, role: secondary, peers: [b], hooks: {before-promote: /own}}\n"))
+		"  two: {device: /c, replicas: {r: {device: /d}}, hooks: {before-promote: /own}}\n"))
 	if err != nil {
 		t.Fatal(err)
 	}

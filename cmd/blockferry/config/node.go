@@ -32,7 +32,7 @@ type Node struct {
 // secondaryKeys are for 'role: secondary' only, secondaryAll all that it knows.
 var (
 	secondaryKeys = []string{"peers", "journal", "spill", "spill-limit"}
-	secondaryAll  = append([]string{"role", "device"}, append([]string{"hooks"}, secondaryKeys...)...)
+	secondaryAll  = append([]string{"role", "device"}, secondaryKeys...)
 )
 
 // afar is a word of the file that is about another node.
