@@ -68,7 +68,9 @@ type Plan struct {
 	Overwrite bool
 	// Discard is the replica's position, which gives way: what only it has is
 	// saved there. With Incremental what changed at the replica is compared, too.
-	Discard  Position
+	Discard Position
+	// Diverged: the replica went its own way, whatever is done about it.
+	Diverged bool
 	Rule     string // the rule that decided, a few words
 	Evidence string // what both sides said
 }
@@ -130,6 +132,7 @@ func MakePlan(in PlanInput) Plan {
 		return p
 	}
 	if rel.Kind == Diverged || in.Strayed != "" && (rel.Kind == Same || rel.Kind == Behind) {
+		p.Diverged = true
 		return p.diverged(in, rel)
 	}
 	switch rel.Kind {

@@ -271,7 +271,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		a.whole, a.base, a.rest = false, h.rec.epoch, rest
 		a.liveNext, a.live, a.withdrawn = true, 0, true
 		w.update(func() {
-			w.reason = fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
+			w.reason = w.limited() + fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
 				totalBytes(rest)>>20, h.rec.epoch)
 		})
 		return nil, nil

@@ -91,13 +91,13 @@ func (w *replicaWorker) whyBehind() string {
 	case !w.connected:
 		return "not connected"
 	case w.sync != nil:
-		return "being synced"
+		return w.limited() + "being synced"
 	case w.p.stateErr != nil:
 		return "no cut can be taken: " + w.p.stateErr.Error()
 	case w.p.cutErr != nil:
 		return "no cut can be taken: " + w.p.cutErr.Error()
 	}
-	return "under way"
+	return w.limited() + "under way"
 }
 
 func (w *replicaWorker) run(ctx context.Context) {

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -33,8 +34,10 @@ type ReplicaReport struct {
 	LagSeconds   float64     `json:"lag-seconds"`
 	LagBytes     uint64      `json:"lag-bytes"`
 	LagIsMinimum bool        `json:"lag-is-minimum,omitempty"`
-	Reason       string      `json:"reason,omitempty"` // why it is behind, in words
-	Plan         string      `json:"plan,omitempty"`   // the last decision about it, with its evidence
+	Reason       string      `json:"reason,omitempty"`                 // why it is behind, in words
+	LimitBytes   int64       `json:"limit-bytes-per-second,omitempty"` // of what is sent, that in force now; 0: none
+	Limited      bool        `json:"limited,omitempty"`                // that limit holds it back just now
+	Plan         string      `json:"plan,omitempty"`                   // the last decision about it, with its evidence
 	JournalFree  *uint64     `json:"journal-free-bytes,omitempty"`
 	Sync         *SyncReport `json:"sync,omitempty"`
 	LastEpoch    *EpochStats `json:"last-epoch,omitempty"`
@@ -78,7 +81,8 @@ func (p *Primary) Status() PrimaryStatus {
 // report is the replica's part; mu is held.
 func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 	p := w.p
-	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, LastEpoch: w.last}
+	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, LastEpoch: w.last,
+		LimitBytes: w.cfg.Link.Pace.Rate()}
 	for _, point := range p.state.Lineage {
 		if w.holds > 0 && point.Epoch >= w.holds {
 			r.Generation = fmt.Sprintf("%x", point.Generation)
@@ -122,6 +126,12 @@ func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 		if late && (r.Reason == "" || w.stuck() != "") {
 			r.Reason = w.slowReason()
 		}
+		if words := w.limited(); words != "" {
+			r.Limited = true
+			if (late || w.sync != nil) && !strings.Contains(r.Reason, ReasonLimit) {
+				r.Reason = strings.TrimSuffix(words+r.Reason, "; ")
+			}
+		}
 		if w.disk == DiskConsistent && p.lastCut != nil && w.holds == p.lastCut.epoch {
 			r.Disk = "UpToDate"
 		}
@@ -146,6 +156,20 @@ func (w *replicaWorker) stuck() string {
 		return fmt.Sprintf("it has not answered for %.0f s: its disk is stuck, or the way to it", s.Seconds())
 	}
 	return ""
+}
+
+// ReasonLimit begins the words that a configured limit holds a replica back.
+const ReasonLimit = "held back by its limit"
+
+// limited says that the limit holds the replica back, to be followed by more, ""
+// if it does not.
+func (w *replicaWorker) limited() string {
+	pace := w.cfg.Link.Pace
+	rate := pace.Rate()
+	if rate == 0 || !pace.Holding() {
+		return ""
+	}
+	return fmt.Sprintf("%s of %.3g MiB a second; ", ReasonLimit, float64(rate)/(1<<20))
 }
 
 // slowReason guesses what takes long, from the last epoch if nothing is known

@@ -42,6 +42,7 @@ type LinkConfig struct {
 	Batches       int           // worked on at once; 0: 4
 	Readers       int           // reads at once over all batches; 0: 16
 	AnswerTimeout time.Duration // the replica must say something while it is waited for; 0: 2 min
+	Pace          *Pace         // of what is sent: frames, and questions of comparisons; nil: none
 }
 
 // buffersPerBatch is how many buffers there are for each batch worked on: one

@@ -275,7 +275,11 @@ func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]
 	l.pending[id] = answer
 	l.mu.Unlock()
 	ask := question(l.hasher, id, batch, data)
-	l.count.check.Add(uint64(pb.Size(ask)))
+	asked := pb.Size(ask)
+	l.count.check.Add(uint64(asked))
+	if err := l.cfg.Pace.take(ctx, asked); err != nil {
+		return nil, err
+	}
 	if err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: ask}}); err != nil {
 		return nil, err
 	}
@@ -359,6 +363,11 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, i
 func (l *Link) flush(ctx context.Context, p *packer) error {
 	if p.out == nil {
 		return nil
+	}
+	// Before the window: what is held back here must not look like an answer
+	// that the replica owes.
+	if err := l.cfg.Pace.take(ctx, p.out.bytes); err != nil {
+		return err
 	}
 	if err := l.take(ctx, uint64(p.out.bytes)); err != nil {
 		return err

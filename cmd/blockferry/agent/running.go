@@ -35,7 +35,7 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 	r := &running{source: &source{raised: stack, take: take}, state: &labelState{StateStore: keptState{stack}}, guard: guard}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
-		Interval: m.config.Interval, Events: m.events(),
+		Interval: m.config.Interval, Events: m.withHooks(m.events()),
 	}
 	for _, p := range m.config.Replicas {
 		codec, err := protocol.ParseCodec(p.Compression)
@@ -48,6 +48,9 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
 		} else {
 			one.Client, one.Link.BatchBytes = protocol.LocalClient(m.agent.receiver), protocol.LocalBatchBytes
+		}
+		if p.Rate != nil {
+			one.Link.Pace = protocol.NewPace(func() int64 { return p.Rate.At(time.Now()) }, nil)
 		}
 		c.Replicas = append(c.Replicas, one)
 	}

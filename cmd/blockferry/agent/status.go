@@ -131,6 +131,13 @@ func (m *managed) transfer(s *status.Replica, r *protocol.ReplicaReport) {
 		s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 	}
 	s.JournalFreeBytes = r.JournalFree
+	if s.Limited = r.Limited; strings.Contains(r.Reason, protocol.ReasonLimit) {
+		s.Advice = "if it has to be quicker: raise 'rate' of replica '" + r.Name + "' in the configuration and restart the agent; writes go on and are marked"
+	}
+	if r.LimitBytes > 0 {
+		limit := uint64(r.LimitBytes)
+		s.LimitBytes = &limit
+	}
 	if r.Sync != nil {
 		done, total := uint64(max(0, r.Sync.DoneBytes)), uint64(max(0, r.Sync.TotalBytes))
 		s.DoneBytes, s.TotalBytes, s.EtaSeconds = &done, &total, r.Sync.ETASeconds

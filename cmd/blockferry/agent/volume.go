@@ -20,6 +20,7 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/hooks"
 	"blockferry/protocol"
 )
 
@@ -49,12 +50,14 @@ type managed struct {
 	log      *slog.Logger
 	replicas []*localReplica
 	poke     chan struct{} // looks again at once
+	hooks    *hooks.Runner
 
 	// op is held by whoever brings the volume up or down or restores it. It
 	// is taken before mu.
 	op sync.Mutex
 
 	mu       sync.Mutex
+	split    map[string]bool // replicas that went their own way, as far as hooks were told
 	stage    stage
 	reason   string
 	advice   string
@@ -67,7 +70,8 @@ type managed struct {
 }
 
 func newManaged(a *Agent, v *config.Volume) *managed {
-	m := &managed{agent: a, config: v, log: a.log.With("volume", v.Name), poke: make(chan struct{}, 1), reason: "the agent is starting"}
+	m := &managed{agent: a, config: v, log: a.log.With("volume", v.Name), poke: make(chan struct{}, 1), reason: "the agent is starting",
+		hooks: newHooks(a, v), split: map[string]bool{}}
 	for _, r := range v.Local() {
 		l := newLocalReplica(a, v, r)
 		l.opened = func() { m.replicaOpened(r.Name) }
@@ -97,6 +101,8 @@ func (m *managed) run(ctx context.Context) {
 	}
 	defer replicas.Wait()
 	defer stop()
+	defer m.hooks.Close()
+	replicas.Go(func() { m.watchLag(ctx) })
 	wait := retryEvery
 	before := stageStarting
 	for ctx.Err() == nil {

@@ -64,6 +64,8 @@ type Volume struct {
 	// are no Replicas then.
 	Copy  *Replica
 	Peers []string
+	// Hooks are never nil.
+	Hooks *Hooks
 	// Device is the disk that holds the volume.
 	Device string
 	// Attach replicates Device as it is, mounted and in use, without a device
@@ -114,6 +116,8 @@ type Replica struct {
 	Address     string
 	Peer        string
 	Compression string // none, s2 or zstd
+	// Rate limits what is sent to it, packed.
+	Rate *Rate
 	// JournalBytes is the room for epochs that are not complete yet; 0 means
 	// chosen by the volume's size.
 	JournalBytes int64

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"blockferry/cmd/blockferry/hooks"
 )
 
 const samples = "../../../docs/config/"
@@ -120,6 +122,10 @@ func TestPeersSamplesAreReadWhole(t *testing.T) {
 		t.Errorf("%+v", c.Node)
 	}
 	v, _ := c.Volume("data")
+	if got := v.Replicas[1].Rate.String(); got != "08:00 20MiB, 20:00 unlimited" {
+		t.Errorf("rate: %s", got)
+	}
+	v.Replicas[1].Rate = nil
 	if local := v.Local(); v.Secondary() || len(v.Replicas) != 2 || len(local) != 1 || local[0].Name != "ebs" ||
 		*v.Replicas[1] != (Replica{Name: "zone-b", Address: "node-b.example:7070", Peer: "node-b", Compression: "zstd"}) || len(v.DiskUses()) != 2 {
 		t.Errorf("%+v", v)
@@ -131,6 +137,30 @@ func TestPeersSamplesAreReadWhole(t *testing.T) {
 	if c.Node.Listen != "10.0.2.7:7070" || !v.Secondary() || len(v.Peers) != 1 || v.Peers[0] != "node-a" || len(v.DiskUses()) != 1 ||
 		*v.Copy != (Replica{Name: "data", Device: "/dev/nvme1n1", JournalBytes: 4 * GiB, Spill: "/srv/spill/data", SpillLimitBytes: 50 * GiB}) {
 		t.Errorf("%+v %+v", v, v.Copy)
+	}
+}
+
+func TestHooksSampleIsReadWhole(t *testing.T) {
+	c, err := Load(samples + "valid/hooks.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, _ := c.Volume("data")
+	h := v.Hooks
+	if len(h.Commands) != 7 || h.Timeout != 20*time.Second || h.BehindAfter != 5*time.Minute ||
+		strings.Join(h.Commands[hooks.Behind], "|") != "/usr/local/sbin/notify|a replica is behind" || strings.Join(h.Commands[hooks.SplitBrain], "|") != "/usr/local/sbin/notify" ||
+		strings.Join(h.Commands[hooks.FencePeer], "|") != "/usr/local/sbin/fence|--wait" {
+		t.Errorf("%+v", h)
+	}
+	c, err = Parse("x", []byte("node: {name: a, listen: \"unix:/x\", hooks: {behind: /node}}\nvolumes:\n  one: {device: /a, replicas: {r: {device: /b}}, hooks: {behind: /own}}\n"+
+		"  two: {device: /c, replicas: {r: {device: /d}}, hooks: {before-promote: /own}}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := c.Volumes[0].Hooks, c.Volumes[1].Hooks
+	if one.Commands[hooks.Behind][0] != "/own" || two.Commands[hooks.Behind][0] != "/node" || two.Commands[hooks.BeforePromote][0] != "/own" ||
+		one.Timeout != hooks.DefaultTimeout || one.BehindAfter != DefaultBehindAfter || c.Node.Hooks.Commands[hooks.Behind][0] != "/node" {
+		t.Errorf("%+v %+v", one, two)
 	}
 }
 

@@ -25,6 +25,8 @@ type Node struct {
 	Listen string
 	// Plaintext allows that over a network without certificates.
 	Plaintext bool
+	// Hooks of all volumes; nil: none.
+	Hooks *Hooks
 }
 
 // secondaryKeys are for 'role: secondary' only, secondaryAll all that it knows.
@@ -55,6 +57,7 @@ func (r *reader) node(key, value ast.Node) {
 	r.config.Node = n
 	var nameAt, listenAt ast.Node
 	present := r.fields(value, "'node'", []field{
+		r.hooks(&n.Hooks, "'node'"),
 		keepNode(r.text("name", func(s string) error { n.Name = s; return certs.CheckNodeName(s) }), &nameAt),
 		r.text("certs", func(s string) error {
 			if !filepath.IsAbs(s) {

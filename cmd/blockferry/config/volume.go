@@ -21,6 +21,13 @@ func (r *reader) root(n ast.Node) {
 		r.fail(n, "the file needs 'volumes:'")
 	}
 	r.node(present["node"], node)
+	for _, v := range r.config.Volumes {
+		var all *Hooks
+		if r.config.Node != nil {
+			all = r.config.Node.Hooks
+		}
+		v.Hooks = v.Hooks.inherit(all)
+	}
 }
 
 func (r *reader) volumes(n ast.Node) {
@@ -45,6 +52,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	what := "volume '" + v.Name + "'"
 	secondary, of := false, &Replica{}
 	present := r.fields(pair.Value, what, []field{
+		r.hooks(&v.Hooks, what),
 		r.choice("role", func(s string) { secondary = s == "secondary" }, "primary", "secondary"),
 		r.disk("device", &v.Device, what),
 		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
@@ -127,6 +135,7 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 		r.address("address", &p.Address),
 		r.peer("peer", &p.Peer),
 		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
+		r.rate("rate", &p.Rate, what),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.disk("spill", &p.Spill, what),
 		r.size("spill-limit", &p.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),

@@ -91,7 +91,11 @@ type Replica struct {
 	TotalBytes       *uint64  `json:"total-bytes,omitempty"`
 	EtaSeconds       *float64 `json:"eta-seconds,omitempty"`
 	JournalFreeBytes *uint64  `json:"journal-free-bytes,omitempty"`
-	SpilledBytes     *uint64  `json:"spilled-bytes,omitempty"`
-	Reason           string   `json:"reason,omitempty"`
-	Advice           string   `json:"advice,omitempty"`
+	// LimitBytes may be sent to it a second at this time of day; Limited: that is
+	// what holds it back.
+	LimitBytes   *uint64 `json:"limit-bytes-per-second,omitempty"`
+	Limited      bool    `json:"limited,omitempty"`
+	SpilledBytes *uint64 `json:"spilled-bytes,omitempty"`
+	Reason       string  `json:"reason,omitempty"`
+	Advice       string  `json:"advice,omitempty"`
 }

@@ -104,6 +104,9 @@ func writeReplica(b *strings.Builder, r *Replica) {
 	if r.BehindBytes != nil {
 		now.add("behind-bytes", atLeast+config.FormatSize(int64(*r.BehindBytes)))
 	}
+	if r.LimitBytes != nil {
+		now.add("limit", config.FormatSize(int64(*r.LimitBytes))+"/s")
+	}
 	now.to(b, "    ")
 	if r.TotalBytes != nil && r.DoneBytes != nil && *r.TotalBytes > 0 {
 		var move line
