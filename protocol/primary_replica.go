@@ -239,6 +239,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.strayed, w.itsRanges = "", nil
+			w.used(plan.Discard)
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // A rescue file holds blocks that one copy alone had when it was overwritten
@@ -81,12 +82,17 @@ func (i RescueInfo) header(extents, dataBytes uint64, index uint32) []byte {
 
 // WriteRescue saves ranges (ascending, disjoint, whole blocks) of a copy in a
 // new file of the folder and returns its path. File and name are durable then;
-// after an error there is no such file.
+// after an error there is no such file. What a crash left of an earlier try for the
+// same copy is removed; a copy has one call at a time.
 func WriteRescue(dir string, info RescueInfo, ranges []Range, data io.ReaderAt) (path string, err error) {
 	if err := info.check(); err != nil {
 		return "", fmt.Errorf("rescue file in %s: %w", dir, err)
 	}
-	f, err := os.CreateTemp(dir, ".*"+rescueSuffix)
+	unfinished := fmt.Sprintf(".%x-", info.ReplicaUUID)
+	if err := removeUnfinished(dir, unfinished); err != nil {
+		return "", fmt.Errorf("rescue file: %w", err)
+	}
+	f, err := os.CreateTemp(dir, unfinished+"*"+rescueSuffix)
 	if err != nil {
 		return "", fmt.Errorf("rescue file: %w", err)
 	}
@@ -101,6 +107,16 @@ func WriteRescue(dir string, info RescueInfo, ranges []Range, data io.ReaderAt) 
 		return "", fmt.Errorf("rescue file in %s of %d MiB: %w", dir, totalBytes(ranges)>>20, errors.Join(err, os.Remove(f.Name())))
 	}
 	return path, nil
+}
+
+func removeUnfinished(dir, prefix string) error {
+	files, err := os.ReadDir(dir)
+	for _, f := range files {
+		if strings.HasPrefix(f.Name(), prefix) && strings.HasSuffix(f.Name(), rescueSuffix) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, f.Name())))
+		}
+	}
+	return err
 }
 
 // nameRescue gives the file a name that no other has, durably.

@@ -193,6 +193,12 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	if rel.Kind != Diverged && w.strayed == "" || rel.Common.IsZero() || disk != DiskConsistent {
 		return nil
 	}
+	w.p.mu.Lock()
+	mayGo := w.discard == link.Lineage().Tip() || w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
+	w.p.mu.Unlock()
+	if !mayGo {
+		return nil // it costs the replica a look at all of its map, and would decide nothing
+	}
 	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)
 	w.itsChanged.Bytes = totalBytes(w.itsRanges)
 	if err != nil || !w.cfg.SplitBrain.needsChanges() {
@@ -207,6 +213,50 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	if errors.Is(err, ErrTrackingLost) {
 		return nil
 	}
-	w.mineChanged = ChangedBytes{Known: err == nil, Bytes: totalBytes(changed)}
-	return err
+	if err != nil {
+		return err
+	}
+	// One tracker's grain must not weigh against the other's.
+	grain := max(grainOf(changed), grainOf(w.itsRanges))
+	w.mineChanged = ChangedBytes{Known: true, Bytes: totalBytes(widen(changed, grain, w.p.size))}
+	w.itsChanged.Bytes = totalBytes(widen(w.itsRanges, grain, w.p.size))
+	return nil
+}
+
+// used forgets the operator's word: a copy that is at the position again later was
+// not meant.
+func (w *replicaWorker) used(discard Position) {
+	if discard.IsZero() {
+		return
+	}
+	w.update(func() {
+		if w.discard == discard {
+			w.discard = Position{}
+		}
+	})
+}
+
+// maxGrain is the coarsest that any tracker has: an era block of 4 MiB.
+const maxGrain = 4 << 20
+
+// grainOf is the largest grain, up to maxGrain, that a tracker may have that named
+// the ranges; the last may end with the volume.
+func grainOf(ranges []Range) int64 {
+	grain := int64(maxGrain)
+	for i, r := range ranges {
+		for grain > BlockSize && (r.Offset%grain != 0 || r.End()%grain != 0 && i < len(ranges)-1) {
+			grain /= 2
+		}
+	}
+	return grain
+}
+
+// widen rounds ranges outwards, within the volume.
+func widen(ranges []Range, grain, size int64) []Range {
+	out := make([]Range, 0, len(ranges))
+	for _, r := range ranges {
+		start := r.Offset / grain * grain
+		out = appendRange(out, Range{start, min(size, roundUp(r.End(), grain)) - start})
+	}
+	return out
 }
