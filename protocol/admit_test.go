@@ -24,14 +24,14 @@ func TestAdmission(t *testing.T) {
 	var asked []Admission
 	var told []string
 	allow := false
-	recv.cfg.Admit = func(_ context.Context, a Admission) (string, error) {
+	recv.cfg.Admit = func(_ context.Context, a Admission) (Admitted, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		asked = append(asked, a)
 		if allow {
-			return "node 'node-a'", nil
+			return Admitted{"node 'node-a'", "ebs"}, nil
 		}
-		return "", &RefusedError{proto.Reason_REASON_WRONG_VOLUME, "not you"}
+		return Admitted{}, &RefusedError{proto.Reason_REASON_WRONG_VOLUME, "not you"}
 	}
 	recv.cfg.Events.Refused = func(_ context.Context, err *RefusedError) {
 		mu.Lock()

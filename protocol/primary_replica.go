@@ -118,7 +118,10 @@ func (w *replicaWorker) run(ctx context.Context) {
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
 			w.refused = isRefused
-			if err != nil {
+			switch {
+			case isRefused:
+				w.reason = refused.Reason() // the evidence, which goes on, is in the plan
+			case err != nil:
 				w.reason = err.Error()
 			}
 			if w.paused {
