@@ -36,6 +36,9 @@ const (
 // ErrRescueFile says that a file is no rescue file, or a damaged one.
 var ErrRescueFile = errors.New("not a whole rescue file")
 
+// ErrOtherSize says that something has not the size of the volume.
+var ErrOtherSize = errors.New("not of the volume's size")
+
 // RescueInfo says where the blocks of a rescue file come from.
 type RescueInfo struct {
 	VolumeUUID  [16]byte
@@ -314,7 +317,7 @@ func (r *Rescue) Apply(volume [16]byte, to Store) error {
 	case volume != r.Info.VolumeUUID:
 		return fmt.Errorf("%s: it holds blocks of volume %x, not of %x", r.name, r.Info.VolumeUUID, volume)
 	case to.Size() != r.Info.SizeBytes:
-		return fmt.Errorf("%s: it holds blocks of a volume of %d bytes, %s has %d", r.name, r.Info.SizeBytes, to.Name(), to.Size())
+		return fmt.Errorf("%s: %w: it holds blocks of one of %d bytes, %s has %d", r.name, ErrOtherSize, r.Info.SizeBytes, to.Name(), to.Size())
 	}
 	if err := r.Check(); err != nil {
 		return err

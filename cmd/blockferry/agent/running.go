@@ -43,7 +43,11 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 		if err != nil {
 			return nil, err
 		}
-		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace}
+		policy, err := protocol.ParseSplitBrain(m.config.SplitBrain)
+		if err != nil {
+			return nil, err
+		}
+		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace, SplitBrain: policy}
 		if p.Address != "" {
 			// There it is known by the node it is at.
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
