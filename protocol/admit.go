@@ -21,8 +21,9 @@ type Admission struct {
 	VolumeUUID [16]byte
 	Volume     string // name; "" for a restore
 	Replica    string
-	SizeBytes  uint64 // 0 for a restore
-	Restore    bool   // reads the image; else a session, which writes it
+	SizeBytes  uint64  // 0 for a restore
+	Restore    bool    // reads the image; else a session, which writes it
+	Lineage    Lineage // of the primary that calls; empty for a restore, or when it is malformed
 }
 
 // Admitted is who calls, in words, and the name under which the replica meant is
@@ -42,6 +43,7 @@ func (r *Receiver) admitSession(rs *receiverSession, h *proto.Hello) error {
 		return nil
 	}
 	a := Admission{Volume: clip(h.Volume), Replica: clip(h.Replica), SizeBytes: h.SizeBytes}
+	a.Lineage, _ = LineageFromProto(h.Lineage) // the session says what is wrong with it
 	if len(h.VolumeUuid) != len(a.VolumeUUID) {
 		return outOfOrder("a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(h.VolumeUuid))
 	}

@@ -114,13 +114,13 @@ func (w *replicaWorker) run(ctx context.Context) {
 		if progressed {
 			backoff = w.p.cfg.RetryMin
 		}
-		var refused *PlanRefusedError
+		var refused interface{ Reason() string } // a plan, or another primary
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
 			w.refused = isRefused
 			switch {
 			case isRefused:
-				w.reason = refused.Reason() // the evidence, which goes on, is in the plan
+				w.reason = refused.Reason() // without the evidence, which goes on
 			case err != nil:
 				w.reason = err.Error()
 			}
@@ -181,7 +181,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	link, err := Connect(handshake, w.cfg.Client, w.cfg.Link, primary)
 	done()
 	if err != nil {
-		return false, err
+		return false, twoPrimaries(err, primary)
 	}
 	defer link.Close()
 	go func() {
@@ -211,8 +211,8 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	for first := true; ; first = false {
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
-		discard := w.discard
 		w.p.mu.Unlock()
+		discard := w.givenUp(link)
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,

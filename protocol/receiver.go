@@ -337,7 +337,7 @@ func (rs *receiverSession) end(err error) error {
 			f(rs.ctx, refused)
 		}
 		_ = rs.send(&proto.FromReplica{Message: &proto.FromReplica_Refused{
-			Refused: &proto.Refused{Reason: refused.Reason, Message: refused.Message}}})
+			Refused: &proto.Refused{Reason: refused.Reason, Message: refused.Message, Lineage: refused.Lineage.Proto()}}})
 		return nil
 	}
 	return err
@@ -347,7 +347,7 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 	rep := rs.served.rep
 	st := rep.Status()
 	rs.session = NewSession(SessionConfig{
-		Replica: rs.asked, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed,
+		Replica: rs.asked, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed, GivenUp: st.GivenUp,
 		Lineage: st.Lineage, WindowBytes: rs.r.cfg.WindowBytes, JournalFreeBytes: uint64(max(0, st.JournalFreeBytes)),
 	})
 	rs.compareSem = make(chan struct{}, rs.r.cfg.CompareWorkers)

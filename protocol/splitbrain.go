@@ -4,11 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"blockferry/proto"
 )
 
 // SplitBrain says what gives way when two copies were both written after what
 // they last had in common. The names and what they do are DRBD's.
 type SplitBrain string
+
+// ReasonSplitBrain is in the reason of a replica that nothing is sent to because both
+// sides were written on their own.
+const ReasonSplitBrain = "split brain"
 
 // The policies; the empty one is SplitBrainNone. Whatever they say, a copy that
 // is written as primary never gives way by itself.
@@ -149,8 +155,7 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 		p.Action, p.Rule = Refuse, rule+"; the primary would have to give way, and it is in use: let it stand down, or give up the replica"
 		return p
 	case SideNone:
-		p.Action, p.Rule = Refuse, "both went on separately from "+rel.Common.String()+" ("+rule+"): decide which one counts: let the other stand down, "+
-			"give up what it has at "+in.Replica.Tip().String()+", or format it"
+		p.Action, p.Rule = Refuse, "both went on separately from "+rel.Common.String()+" ("+rule+")"
 		return p
 	}
 	if in.Disk != DiskConsistent || in.NeedsFull {
@@ -185,6 +190,40 @@ func (p *Primary) Discard(replica string, at Position) error {
 	return nil
 }
 
+// TwoPrimariesError says that the node at the other end is primary, too. Neither
+// gets what the other writes, and both go on.
+type TwoPrimariesError struct {
+	Mine, Theirs Lineage
+}
+
+func (e *TwoPrimariesError) Error() string {
+	return fmt.Sprintf("%s; here it is at %v, history [%v]; there at %v, history [%v]", e.Reason(), e.Mine.Tip(), e.Mine, e.Theirs.Tip(), e.Theirs)
+}
+
+// Reason is the error without what moves on while both are written.
+func (e *TwoPrimariesError) Reason() string {
+	const both = ReasonSplitBrain + ": the volume is primary there, too"
+	if rel := Compare(e.Theirs, e.Mine); rel.Kind == Diverged {
+		return both + ", and both went on separately from " + rel.Common.String()
+	}
+	return both
+}
+
+// twoPrimaries tells a refusal because the other node is primary from others.
+func twoPrimaries(err error, mine Lineage) error {
+	var r *RefusedError
+	if errors.As(err, &r) && r.Reason == proto.Reason_REASON_PRIMARY {
+		return &TwoPrimariesError{Mine: mine.Clone(), Theirs: r.Lineage}
+	}
+	return err
+}
+
+func refusedFromProto(m *proto.Refused) *RefusedError {
+	r := &RefusedError{Reason: m.Reason, Message: clip(m.Message)}
+	r.Lineage, _ = LineageFromProto(m.Lineage) // without it less is known, no more
+	return r
+}
+
 // askWayward finds out what a plan for a replica needs that went its own way:
 // what changed at either side since the common position.
 func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation) (err error) {
@@ -193,10 +232,8 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	if rel.Kind != Diverged && w.strayed == "" || rel.Common.IsZero() || disk != DiskConsistent {
 		return nil
 	}
-	w.p.mu.Lock()
-	mayGo := w.discard == link.Lineage().Tip() || w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
-	w.p.mu.Unlock()
-	if !mayGo {
+	policy := w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
+	if !policy && w.givenUp(link) != link.Lineage().Tip() {
 		return nil // it costs the replica a look at all of its map, and would decide nothing
 	}
 	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)

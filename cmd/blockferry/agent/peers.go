@@ -162,9 +162,10 @@ func (p *peers) run(ctx context.Context) {
 	running.Wait()
 }
 
-// known reports whether a node may write to anything here.
+// known reports whether a node has any business here.
 func (p *peers) known(node string) bool {
-	return slices.ContainsFunc(p.volumes, func(s *secondary) bool { return slices.Contains(s.config.Peers, node) })
+	return slices.ContainsFunc(p.volumes, func(s *secondary) bool { return slices.Contains(s.config.Peers, node) }) ||
+		slices.ContainsFunc(p.agent.volumes, func(m *managed) bool { return m.isPeer(node) })
 }
 
 func wrongVolume(format string, args ...any) error {
@@ -185,6 +186,9 @@ func (p *peers) admitNode(ctx context.Context, node, from string, a protocol.Adm
 	}
 	if a.VolumeUUID == protocol.AnyVolume {
 		return protocol.Admitted{}, wrongVolume("%x is no volume's id", a.VolumeUUID)
+	}
+	if err := p.primaryHere(node, a); err != nil {
+		return protocol.Admitted{}, err
 	}
 	s, err := p.find(node, a)
 	if err != nil {

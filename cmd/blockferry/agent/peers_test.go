@@ -19,7 +19,7 @@ import (
 // node-c's volume 'logs'.
 func twoSecondaries(t *testing.T) (p *peers, data, logs *secondary) {
 	t.Helper()
-	p = &peers{node: &config.Node{Name: "node-b"}, log: quiet(), said: map[string]*feeding{}}
+	p = &peers{agent: &Agent{}, node: &config.Node{Name: "node-b"}, log: quiet(), said: map[string]*feeding{}}
 	add := func(name, peer string, of [16]byte, l protocol.Lineage) *secondary {
 		s := &secondary{peers: p, config: &config.Volume{Name: name, EraBlockBytes: config.MinEraBlockBytes, Copy: &config.Replica{Name: name}, Peers: []string{peer}}, replica: replicaOf(t, of, name, l)}
 		s.replica.last = of

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -341,6 +342,9 @@ func (m *managed) events() protocol.PrimaryEvents {
 			}
 			m.log.Warn("replica is behind", "replica", replica, "reason", reason)
 			say(replica, "replica-behind", "%s", reason)
+			if strings.Contains(reason, protocol.ReasonSplitBrain) {
+				say(replica, "split-brain", "%s", reason)
+			}
 		},
 	}
 }
