@@ -92,8 +92,8 @@ func TestLeastChangesOfOneGrain(t *testing.T) {
 		fine, grain []Range
 		more        bool // the first changed more
 	}{
-		{"scattered blocks against whole chunks", blocks(100, ChunkBytes), []Range{{0, 4 * ChunkBytes}}, true},
-		{"few blocks against whole chunks", blocks(3, ChunkBytes), []Range{{0, 4 * ChunkBytes}}, false},
+		{"scattered blocks against whole chunks", blocks(100, ChunkBytes), []Range{{0, ChunkBytes}, {8 * ChunkBytes, 3 * ChunkBytes}}, true},
+		{"few blocks against whole chunks", blocks(3, ChunkBytes), []Range{{0, ChunkBytes}, {8 * ChunkBytes, 3 * ChunkBytes}}, false},
 		{"scattered blocks against era blocks", blocks(14, 4<<20), []Range{{4 << 20, 4 << 20}, {16 << 20, 8 << 20}}, true},
 		{"the last chunk ends with the volume", blocks(2, ChunkBytes), []Range{{ChunkBytes, ChunkBytes}, {size - 3*ChunkBytes, 3*ChunkBytes - BlockSize}}, false},
 	} {
