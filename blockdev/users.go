@@ -307,6 +307,23 @@ func (k kernel) swaps(f func(source string) error) error {
 	return nil
 }
 
+// LoopsOn lists the loop devices that a regular file is behind, by the kernel's names.
+func LoopsOn(path string) ([]string, error) { return hostKernel.loopsOn(path) }
+
+func (k kernel) loopsOn(path string) (on []string, err error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	err = k.loops(func(loop, backing string) error {
+		if behind, err := os.Stat(backing); err == nil && os.SameFile(info, behind) {
+			on = append(on, loop)
+		}
+		return nil
+	})
+	return on, err
+}
+
 // loops calls f for each loop device and what is behind it.
 func (k kernel) loops(f func(loop, backing string) error) error {
 	files, err := filepath.Glob(filepath.Join(k.sys, "block/loop*/loop/backing_file"))

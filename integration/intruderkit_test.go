@@ -49,14 +49,17 @@ func readDigest(t *testing.T, r io.Reader) string {
 }
 
 // expiredFolder is node-a's by the authority in a folder, expired for days.
-func expiredFolder(t *testing.T, ca string) string {
+func expiredFolder(t *testing.T, ca string) string { return expiredOf(t, ca, "node-a") }
+
+// expiredOf is the same for any node.
+func expiredOf(t *testing.T, ca, node string) string {
 	t.Helper()
 	a, err := certs.OpenAuthority(ca, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := filepath.Join(t.TempDir(), "expired")
-	if _, err := a.Issue(dir, "node-a", time.Now().AddDate(0, 0, -40), 30); err != nil {
+	if _, err := a.Issue(dir, node, time.Now().AddDate(0, 0, -40), 30); err != nil {
 		t.Fatal(err)
 	}
 	return dir

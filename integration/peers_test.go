@@ -158,51 +158,66 @@ func TestPeer(t *testing.T) {
 	p.end(t)
 }
 
-// onlyWhatChanged checks that a replica that came back was sent no more.
+// onlyWhatChanged checks that the replica that came back, and no other, was planned for by
+// what changed, and that nothing was compared in full. Events are lost on some kernels: that
+// counts only where the agent says so of its own tracking.
 func onlyWhatChanged(t *testing.T, log string) {
 	t.Helper()
-	switch {
-	case strings.Contains(log, "what changed since that cut is not known"):
-		t.Log("events were lost, and it was said: everything is compared") // as they are, on some kernels
-	case !strings.Contains(log, `plan="incremental`), strings.Contains(log, `plan="compare`):
-		t.Errorf("it was not incremental:\n%s", log)
+	plans, lost := 0, false
+	for line := range strings.Lines(log) {
+		if !strings.Contains(line, `msg="replica connected"`) || !strings.Contains(line, "replica=zone-b ") {
+			continue
+		}
+		_, plan, _ := strings.Cut(line, "plan=\"")
+		plans++
+		switch {
+		case strings.HasPrefix(plan, "incremental: "), strings.HasPrefix(plan, "nothing: "):
+		case strings.HasPrefix(plan, "compare: the replica holds an earlier cut and what changed since is not known ") && strings.Contains(log, "what changed since epoch"):
+			lost = true // a round before failed for want of tracking, and said so
+		default:
+			t.Errorf("planned: %s", plan)
+		}
+	}
+	if lost {
+		t.Log("events were lost, and it was said: everything is compared")
+	}
+	if plans == 0 {
+		t.Errorf("it did not connect:\n%s", log)
 	}
 }
 
-// A peer at a tenth of the write rate delays nobody: the near replica stays
-// close all the time, and the far one catches up when the load stops.
+// A peer at less than the write rate delays nobody: the near replica has the last cut while
+// most of the work still waits for the link, and the far one catches up when the load
+// stops. The work is the same on any machine, whatever a flush takes there.
 func TestPeerSlowLink(t *testing.T) {
-	const rate = 400 << 10 // bytes per second
+	const (
+		rate   = 400 << 10 // bytes per second
+		rounds = 10
+		each   = 4 << 20 // bytes written at once, that can't be packed: 10 s of the link
+	)
 	listen := freeAddress(t)
 	link := newSlowLink(t, listen, rate)
 	p := newPair(t, listen, link.address())
 	p.begin(t)
-	before := link.bytes()
-	begun := time.Now()
-	behind, late, written := 0.0, 0.0, int64(0)
-	for n := 0; time.Since(begun) < 20*time.Second; n++ {
-		writeOver(t, filepath.Join(p.dir, fmt.Sprint("file", n%4)), junk(4<<20))
-		written += 4 << 20
-		v, _, known := p.a.look(t)
-		if !known {
-			continue
-		}
-		if r := replicaNamed(t, v, "ebs"); r.BehindSeconds != nil {
-			behind = max(behind, *r.BehindSeconds)
-		}
-		if r := replicaNamed(t, v, "zone-b"); r.BehindSeconds != nil {
-			late = max(late, *r.BehindSeconds)
-		}
-		if pause := time.Until(begun.Add(time.Duration(written) * time.Second / (10 * rate))); pause > 0 {
-			time.Sleep(pause) // the load's own pace
-		}
+	before, begun := link.bytes(), time.Now()
+	for n := range rounds {
+		writeOver(t, filepath.Join(p.dir, fmt.Sprint("file", n%4)), junk(each))
+		// The near replica has it before the next is written; the far one has not got far.
+		p.a.await(t, "up to date beside it", 2*time.Minute, func(v status.Volume) bool {
+			near := replicaNamed(t, v, "ebs")
+			return near.Disk == "UpToDate" && near.BehindBytes != nil && *near.BehindBytes < each/2
+		})
 	}
-	t.Logf("%d MiB written, %d MiB passed the link: the near replica was at most %.1f s behind, the far one %.1f s", written>>20, (link.bytes()-before)>>20, behind, late)
-	if passed := link.bytes() - before; passed*3 > written {
-		t.Errorf("%d bytes passed the slow link of %d written: it was not slow", passed, written)
+	took, passed := time.Since(begun), link.bytes()-before
+	v := p.a.await(t, "known", time.Minute, func(status.Volume) bool { return true })
+	far := replicaNamed(t, v, "zone-b")
+	t.Logf("%d MiB were written and at the near replica within %.1f s; %d MiB passed the link meanwhile; the far one: %s, %s", rounds*each>>20, took.Seconds(), passed>>20, far.Disk, far.Reason)
+	if limit := int64(took.Seconds()*rate) + 1<<20; passed > limit {
+		t.Errorf("%d bytes passed a link that takes %d in that time: it was not slow", passed, limit)
 	}
-	if behind > 8 || late < 10 {
-		t.Errorf("the near replica was up to %.1f s behind, the far one up to %.1f s", behind, late)
+	// Each round alone takes the link 10 s; with the last one just written the far one lacks it.
+	if far.BehindBytes == nil || *far.BehindBytes < each {
+		t.Errorf("the far replica is not behind: %+v", far)
 	}
 	p.a.await(t, "up to date once the load has ended", 5*time.Minute, upToDate)
 	p.end(t)
@@ -261,15 +276,15 @@ func TestPeerIsAskedBeforeARestore(t *testing.T) {
 	p.end(t)
 }
 
-// Certificates are exchanged under agents that run: a peer whose own expired is refused, in words on
-// both sides, and taken again when it has a new one.
+// Certificates are exchanged under agents that run: a peer whose own is of another authority,
+// or has expired, is refused, in words that say which, and taken again when it has a good one.
 func TestPeerCertificates(t *testing.T) {
 	listen := freeAddress(t)
 	p := newPair(t, listen, listen)
 	p.begin(t)
 	folder := strings.Split(strings.SplitAfter(mustRead(t, p.b.config), "certs: ")[1], ",")[0]
 	good := mustRead(t, filepath.Join(folder, "node.pem"))
-	other := issue(t, p.b.binary, "node-b")["node-b"]
+	foreign := issue(t, p.b.binary, "node-b")["node-b"]
 	replace := func(content string) {
 		t.Helper()
 		next := filepath.Join(folder, ".next")
@@ -280,16 +295,32 @@ func TestPeerCertificates(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	replace(mustRead(t, filepath.Join(other, "node.pem")))
-	p.a.must(t, "pause")
-	p.a.must(t, "resume")
-	v := p.a.await(t, "refused", time.Minute, func(v status.Volume) bool {
-		return replicaNamed(t, v, "zone-b").Connection != "Connected" && replicaNamed(t, v, "zone-b").Reason != ""
-	})
-	t.Logf("%s; %s", replicaNamed(t, v, "zone-b").Reason, replicaNamed(t, v, "zone-b").Advice)
-	p.b.refused(t, 7, []string{"1 of "}, "check")
-	replace(good)
-	p.a.await(t, "up to date again", time.Minute, upToDate)
+	for _, c := range []struct{ name, from, here, there string }{
+		// The one whose certificate is bad need not show it: it knows itself when it has expired.
+		{"foreign", foreign, "its certificate, of node 'node-b', is not by an authority that is trusted here", "it refused this node's certificate"},
+		{"expired", expiredOf(t, filepath.Dir(filepath.Dir(folder)), "node-b"), "node 'node-b'", "expired"},
+	} {
+		replace(mustRead(t, filepath.Join(c.from, "node.pem")))
+		logged := len(p.b.logText(t))
+		position := p.b.await(t, "open", time.Minute, func(v status.Volume) bool { return v.Position != nil }).Position.Epoch
+		p.a.must(t, "pause")
+		p.a.await(t, "paused", time.Minute, func(v status.Volume) bool { return replicaNamed(t, v, "zone-b").Connection != "Connected" })
+		p.a.must(t, "resume")
+		writeNoise(t, filepath.Join(p.dir, "while "+c.name), 1<<20, 9)
+		v := p.a.await(t, "refused: "+c.name, time.Minute, func(v status.Volume) bool {
+			r := replicaNamed(t, v, "zone-b")
+			return r.Connection != "Connected" && strings.Contains(r.Reason, c.here) && replicaNamed(t, v, "ebs").Disk == "UpToDate"
+		})
+		r := replicaNamed(t, v, "zone-b")
+		t.Logf("%s: %s; %s", c.name, r.Reason, r.Advice)
+		p.b.awaitLog(t, logged, c.there, time.Minute)
+		p.b.refused(t, 7, []string{"1 of "}, "check")
+		if v := p.b.await(t, "there", time.Minute, func(v status.Volume) bool { return v.Position != nil }); v.Position.Epoch > position+1 || v.FedBy != "" {
+			t.Errorf("%s: fed all the same: from %d to %+v", c.name, position, v)
+		}
+		replace(good)
+		p.a.await(t, "up to date again", time.Minute, upToDate)
+	}
 	p.a.must(t, "check")
 	p.end(t)
 }

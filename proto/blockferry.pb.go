@@ -159,6 +159,7 @@ const (
 	Reason_REASON_LINEAGE         Reason = 8
 	Reason_REASON_UNKNOWN_REPLICA Reason = 9
 	Reason_REASON_NEEDS_FULL      Reason = 10
+	Reason_REASON_PRIMARY         Reason = 11 // the volume is written there, too
 )
 
 // Enum value maps for Reason.
@@ -175,6 +176,7 @@ var (
 		8:  "REASON_LINEAGE",
 		9:  "REASON_UNKNOWN_REPLICA",
 		10: "REASON_NEEDS_FULL",
+		11: "REASON_PRIMARY",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":     0,
@@ -188,6 +190,7 @@ var (
 		"REASON_LINEAGE":         8,
 		"REASON_UNKNOWN_REPLICA": 9,
 		"REASON_NEEDS_FULL":      10,
+		"REASON_PRIMARY":         11,
 	}
 )
 
@@ -791,6 +794,7 @@ type Welcome struct {
 	JournalFreeBytes uint64                 `protobuf:"varint,6,opt,name=journal_free_bytes,json=journalFreeBytes,proto3" json:"journal_free_bytes,omitempty"` // room for one epoch's frames
 	NeedsFull        bool                   `protobuf:"varint,7,opt,name=needs_full,json=needsFull,proto3" json:"needs_full,omitempty"`                        // the content is not what was last committed: all must be sent or compared
 	Strayed          string                 `protobuf:"bytes,8,opt,name=strayed,proto3" json:"strayed,omitempty"`                                              // why it holds blocks of no committed position (its lineage then ends with the epoch that was open); empty: it does not
+	GivenUp          *Position              `protobuf:"bytes,9,opt,name=given_up,json=givenUp,proto3" json:"given_up,omitempty"`                               // the operator gave up, at the replica, what it has here, should it have gone its own way; unset: nothing
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -879,6 +883,13 @@ func (x *Welcome) GetStrayed() string {
 		return x.Strayed
 	}
 	return ""
+}
+
+func (x *Welcome) GetGivenUp() *Position {
+	if x != nil {
+		return x.GivenUp
+	}
+	return nil
 }
 
 type Begin struct {
@@ -1712,6 +1723,7 @@ type Refused struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reason        Reason                 `protobuf:"varint,1,opt,name=reason,proto3,enum=blockferry.v1.Reason" json:"reason,omitempty"`
 	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"` // names the thing, what was expected, what to do
+	Lineage       *Lineage               `protobuf:"bytes,3,opt,name=lineage,proto3" json:"lineage,omitempty"` // with REASON_PRIMARY: of the primary there, with the epoch that is open
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1758,6 +1770,13 @@ func (x *Refused) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *Refused) GetLineage() *Lineage {
+	if x != nil {
+		return x.Lineage
+	}
+	return nil
 }
 
 type RestoreRequest struct {
@@ -2745,7 +2764,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x18\n" +
 	"\areplica\x18\a \x01(\tR\areplica\x12\x19\n" +
 	"\bhash_key\x18\b \x01(\fR\ahashKey\x120\n" +
-	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xb4\x02\n" +
+	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xe8\x02\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x127\n" +
@@ -2756,7 +2775,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x12journal_free_bytes\x18\x06 \x01(\x04R\x10journalFreeBytes\x12\x1d\n" +
 	"\n" +
 	"needs_full\x18\a \x01(\bR\tneedsFull\x12\x18\n" +
-	"\astrayed\x18\b \x01(\tR\astrayed\"\xb0\x02\n" +
+	"\astrayed\x18\b \x01(\tR\astrayed\x122\n" +
+	"\bgiven_up\x18\t \x01(\v2\x17.blockferry.v1.PositionR\agivenUp\"\xb0\x02\n" +
 	"\x05Begin\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12'\n" +
@@ -2811,10 +2831,11 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x12journal_free_bytes\x18\x02 \x01(\x04R\x10journalFreeBytes\"M\n" +
 	"\aApplied\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12,\n" +
-	"\x12journal_free_bytes\x18\x02 \x01(\x04R\x10journalFreeBytes\"R\n" +
+	"\x12journal_free_bytes\x18\x02 \x01(\x04R\x10journalFreeBytes\"\x84\x01\n" +
 	"\aRefused\x12-\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x15.blockferry.v1.ReasonR\x06reason\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xd2\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x120\n" +
+	"\alineage\x18\x03 \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xd2\x01\n" +
 	"\x0eRestoreRequest\x12\x1f\n" +
 	"\vvolume_uuid\x18\x01 \x01(\fR\n" +
 	"volumeUuid\x12\x18\n" +
@@ -2892,7 +2913,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fMODE_JOURNAL\x10\x01\x12\x11\n" +
-	"\rMODE_IN_PLACE\x10\x02*\xf8\x01\n" +
+	"\rMODE_IN_PLACE\x10\x02*\x8c\x02\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eREASON_VERSION\x10\x01\x12\x17\n" +
@@ -2905,10 +2926,11 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x0eREASON_LINEAGE\x10\b\x12\x1a\n" +
 	"\x16REASON_UNKNOWN_REPLICA\x10\t\x12\x15\n" +
 	"\x11REASON_NEEDS_FULL\x10\n" +
-	"2\x9f\x01\n" +
+	"\x12\x12\n" +
+	"\x0eREASON_PRIMARY\x10\v2\x9f\x01\n" +
 	"\vReplication\x12G\n" +
 	"\tReplicate\x12\x1a.blockferry.v1.FromPrimary\x1a\x1a.blockferry.v1.FromReplica(\x010\x01\x12G\n" +
-	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x012\xcc\x04\n" +
+	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x012\x89\x05\n" +
 	"\aControl\x12B\n" +
 	"\x06Status\x12\x1c.blockferry.v1.StatusRequest\x1a\x1a.blockferry.v1.StatusReply\x12>\n" +
 	"\x06Events\x12\x1c.blockferry.v1.EventsRequest\x1a\x14.blockferry.v1.Event0\x01\x127\n" +
@@ -2918,7 +2940,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x05Pause\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12;\n" +
 	"\x06Resume\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12A\n" +
 	"\x06Verify\x12\x1c.blockferry.v1.VolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12O\n" +
-	"\rRestoreVolume\x12#.blockferry.v1.RestoreVolumeRequest\x1a\x17.blockferry.v1.Progress0\x01B\x12Z\x10blockferry/protob\x06proto3"
+	"\rRestoreVolume\x12#.blockferry.v1.RestoreVolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12;\n" +
+	"\x06GiveUp\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.DoneB\x12Z\x10blockferry/protob\x06proto3"
 
 var (
 	file_blockferry_proto_rawDescOnce sync.Once
@@ -2996,46 +3019,50 @@ var file_blockferry_proto_depIdxs = []int32{
 	4,  // 17: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
 	0,  // 18: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
 	4,  // 19: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
-	1,  // 20: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
-	4,  // 21: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
-	3,  // 22: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
-	3,  // 23: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
-	17, // 24: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
-	4,  // 25: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
-	2,  // 26: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
-	3,  // 27: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
-	26, // 28: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
-	13, // 29: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
-	27, // 30: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
-	28, // 31: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
-	4,  // 32: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 33: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
-	24, // 34: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
-	29, // 35: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
-	31, // 36: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
-	33, // 37: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
-	33, // 38: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	35, // 39: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
-	33, // 40: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
-	33, // 41: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	33, // 42: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	37, // 43: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
-	6,  // 44: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	25, // 45: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	30, // 46: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	32, // 47: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	34, // 48: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	34, // 49: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	36, // 50: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	34, // 51: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	34, // 52: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	38, // 53: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	38, // 54: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	44, // [44:55] is the sub-list for method output_type
-	33, // [33:44] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	3,  // 20: blockferry.v1.Welcome.given_up:type_name -> blockferry.v1.Position
+	1,  // 21: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
+	4,  // 22: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
+	3,  // 23: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
+	3,  // 24: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
+	17, // 25: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
+	4,  // 26: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
+	2,  // 27: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
+	4,  // 28: blockferry.v1.Refused.lineage:type_name -> blockferry.v1.Lineage
+	3,  // 29: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
+	26, // 30: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
+	13, // 31: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
+	27, // 32: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
+	28, // 33: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
+	4,  // 34: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 35: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
+	24, // 36: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
+	29, // 37: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
+	31, // 38: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
+	33, // 39: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
+	33, // 40: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
+	35, // 41: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	33, // 42: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
+	33, // 43: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
+	33, // 44: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
+	37, // 45: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	33, // 46: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
+	6,  // 47: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	25, // 48: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	30, // 49: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	32, // 50: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	34, // 51: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	34, // 52: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	36, // 53: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	34, // 54: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	34, // 55: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	38, // 56: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	38, // 57: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	34, // 58: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
+	47, // [47:59] is the sub-list for method output_type
+	35, // [35:47] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_blockferry_proto_init() }

@@ -192,6 +192,7 @@ const (
 	Control_Resume_FullMethodName        = "/blockferry.v1.Control/Resume"
 	Control_Verify_FullMethodName        = "/blockferry.v1.Control/Verify"
 	Control_RestoreVolume_FullMethodName = "/blockferry.v1.Control/RestoreVolume"
+	Control_GiveUp_FullMethodName        = "/blockferry.v1.Control/GiveUp"
 )
 
 // ControlClient is the client API for Control service.
@@ -209,6 +210,7 @@ type ControlClient interface {
 	Resume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 	Verify(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	RestoreVolume(ctx context.Context, in *RestoreVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
+	GiveUp(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 }
 
 type controlClient struct {
@@ -336,6 +338,16 @@ func (c *controlClient) RestoreVolume(ctx context.Context, in *RestoreVolumeRequ
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Control_RestoreVolumeClient = grpc.ServerStreamingClient[Progress]
 
+func (c *controlClient) GiveUp(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Done)
+	err := c.cc.Invoke(ctx, Control_GiveUp_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -351,6 +363,7 @@ type ControlServer interface {
 	Resume(context.Context, *VolumeRequest) (*Done, error)
 	Verify(*VolumeRequest, grpc.ServerStreamingServer[Progress]) error
 	RestoreVolume(*RestoreVolumeRequest, grpc.ServerStreamingServer[Progress]) error
+	GiveUp(context.Context, *VolumeRequest) (*Done, error)
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -387,6 +400,9 @@ func (UnimplementedControlServer) Verify(*VolumeRequest, grpc.ServerStreamingSer
 }
 func (UnimplementedControlServer) RestoreVolume(*RestoreVolumeRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Error(codes.Unimplemented, "method RestoreVolume not implemented")
+}
+func (UnimplementedControlServer) GiveUp(context.Context, *VolumeRequest) (*Done, error) {
+	return nil, status.Error(codes.Unimplemented, "method GiveUp not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -550,6 +566,24 @@ func _Control_RestoreVolume_Handler(srv interface{}, stream grpc.ServerStream) e
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Control_RestoreVolumeServer = grpc.ServerStreamingServer[Progress]
 
+func _Control_GiveUp_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).GiveUp(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_GiveUp_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).GiveUp(ctx, req.(*VolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -580,6 +614,10 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Resume",
 			Handler:    _Control_Resume_Handler,
+		},
+		{
+			MethodName: "GiveUp",
+			Handler:    _Control_GiveUp_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -21,44 +21,54 @@ type Admission struct {
 	VolumeUUID [16]byte
 	Volume     string // name; "" for a restore
 	Replica    string
-	SizeBytes  uint64 // 0 for a restore
-	Restore    bool   // reads the image; else a session, which writes it
+	SizeBytes  uint64  // 0 for a restore
+	Restore    bool    // reads the image; else a session, which writes it
+	Lineage    Lineage // of the primary that calls; empty for a restore, or when it is malformed
+}
+
+// Admitted is who calls, in words, and the name under which the replica meant is
+// served here.
+type Admitted struct {
+	From, Name string
 }
 
 // AdmitFunc decides whether the caller, known by ctx, may have what it asks
-// for, and who it is, in words. A *RefusedError is told to the caller as it is.
-type AdmitFunc func(ctx context.Context, a Admission) (from string, err error)
+// for. A *RefusedError is told to the caller as it is.
+type AdmitFunc func(ctx context.Context, a Admission) (Admitted, error)
 
 // admitSession is before a session.
 func (r *Receiver) admitSession(rs *receiverSession, h *proto.Hello) error {
+	rs.asked, rs.name = clip(h.Replica), h.Replica
 	if r.cfg.Admit == nil {
 		return nil
 	}
 	a := Admission{Volume: clip(h.Volume), Replica: clip(h.Replica), SizeBytes: h.SizeBytes}
+	a.Lineage, _ = LineageFromProto(h.Lineage) // the session says what is wrong with it
 	if len(h.VolumeUuid) != len(a.VolumeUUID) {
 		return outOfOrder("a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(h.VolumeUuid))
 	}
 	copy(a.VolumeUUID[:], h.VolumeUuid)
-	from, err := r.cfg.Admit(rs.ctx, a)
+	who, err := r.cfg.Admit(rs.ctx, a)
 	if err == nil {
-		rs.from = from
+		rs.from, rs.name = who.From, who.Name
 	}
 	return err
 }
 
-// admitRestore is before a restore.
-func (r *Receiver) admitRestore(ctx context.Context, req *proto.RestoreRequest) error {
+// admitRestore is before a restore; it returns the name under which the replica is
+// served.
+func (r *Receiver) admitRestore(ctx context.Context, req *proto.RestoreRequest) (string, error) {
 	if r.cfg.Admit == nil {
-		return nil
+		return req.Replica, nil
 	}
 	a := Admission{Replica: clip(req.Replica), Restore: true}
 	if copy(a.VolumeUUID[:], req.VolumeUuid) != len(req.VolumeUuid) || len(req.VolumeUuid) != len(a.VolumeUUID) {
-		return status.Errorf(codes.InvalidArgument, "a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(req.VolumeUuid))
+		return "", status.Errorf(codes.InvalidArgument, "a volume's id has %d bytes, not %d", len(a.VolumeUUID), len(req.VolumeUuid))
 	}
-	_, err := r.cfg.Admit(ctx, a)
+	who, err := r.cfg.Admit(ctx, a)
 	var refused *RefusedError
 	if errors.As(err, &refused) {
-		return status.Error(codes.PermissionDenied, refused.Message)
+		return "", status.Error(codes.PermissionDenied, refused.Message)
 	}
-	return err
+	return who.Name, err
 }

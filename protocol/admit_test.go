@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -24,14 +25,14 @@ func TestAdmission(t *testing.T) {
 	var asked []Admission
 	var told []string
 	allow := false
-	recv.cfg.Admit = func(_ context.Context, a Admission) (string, error) {
+	recv.cfg.Admit = func(_ context.Context, a Admission) (Admitted, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		asked = append(asked, a)
 		if allow {
-			return "node 'node-a'", nil
+			return Admitted{"node 'node-a'", "ebs"}, nil
 		}
-		return "", &RefusedError{proto.Reason_REASON_WRONG_VOLUME, "not you"}
+		return Admitted{}, &RefusedError{Reason: proto.Reason_REASON_WRONG_VOLUME, Message: "not you"}
 	}
 	recv.cfg.Events.Refused = func(_ context.Context, err *RefusedError) {
 		mu.Lock()
@@ -61,8 +62,8 @@ func TestAdmission(t *testing.T) {
 		}
 	}
 	mu.Lock()
-	want := []Admission{{testUUID, "data", "ebs", testVolumeSize, false}, {testUUID, "", "ebs", 0, true}}
-	if len(asked) != 2 || asked[0] != want[0] || asked[1] != want[1] || len(told) != 1 || told[0] != "not you" {
+	want := []Admission{{testUUID, "data", "ebs", testVolumeSize, false, line(1, 1)}, {testUUID, "", "ebs", 0, true, nil}}
+	if !reflect.DeepEqual(asked, want) || len(told) != 1 || told[0] != "not you" {
 		t.Errorf("asked %+v, told %q", asked, told)
 	}
 	allow = true

@@ -206,8 +206,8 @@ func (m changeMap) writeAll(epoch uint64, zeros *touched) error {
 	return nil
 }
 
-// update gives the epoch to every chunk with data frames, and to those with
-// zero frames that may hold something else. It reports pages found damaged;
+// update gives the epoch, if theirs is not later, to every chunk with data frames, and
+// to those with zero frames that may hold something else. It reports pages found damaged;
 // all their chunks get the epoch.
 func (m changeMap) update(t *touched, epoch uint64) (damaged []string, err error) {
 	le := binary.LittleEndian
@@ -246,8 +246,10 @@ func (m changeMap) update(t *touched, epoch uint64) (damaged []string, err error
 				for set := p.data[w] | p.zero[w]; set != 0; set &= set - 1 {
 					i := bits.TrailingZeros64(set)
 					entry := page[mapHeaderBytes+8*(64*w+i):]
-					if p.data[w]>>i&1 != 0 || le.Uint64(entry) != 0 {
-						le.PutUint64(entry, epoch)
+					// A copy that switched to another line may go on with lower numbers; the
+					// map must not forget what it says of the image before.
+					if had := le.Uint64(entry); p.data[w]>>i&1 != 0 || had != 0 {
+						le.PutUint64(entry, max(had, epoch))
 					}
 				}
 			}

@@ -125,6 +125,41 @@ func coarsen(in []Range, limit int) []Range {
 	return in
 }
 
+// GiveUp is the operator's word, given where the replica is: should it have gone its own
+// way, what it has at the position, which must be its own, may be overwritten, and is
+// saved first. The word holds until the replica moves on or is closed.
+func (r *Replica) GiveUp(at Position) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.usable(); err != nil {
+		return err
+	}
+	if have := r.lineage().Tip(); at != have || at.IsZero() {
+		return fmt.Errorf("%s: it is at %v, and not at %v: nothing is given up", r.store.Name(), have, at)
+	}
+	r.givenUp = at
+	return nil
+}
+
+// GivenUp is what the operator gave up at the replica; zero: nothing.
+func (l *Link) GivenUp() Position {
+	at, err := positionFromProto(l.welcome.GivenUp)
+	if l.welcome.GivenUp == nil || err != nil || at != l.lineage.Tip() {
+		return Position{}
+	}
+	return at
+}
+
+// givenUp is the operator's word, wherever it was given.
+func (w *replicaWorker) givenUp(link *Link) Position {
+	if at := link.GivenUp(); !at.IsZero() {
+		return at
+	}
+	w.p.mu.Lock()
+	defer w.p.mu.Unlock()
+	return w.discard
+}
+
 // Strayed is why the replica holds blocks of no committed position, as it said
 // at the handshake; empty: it does not.
 func (l *Link) Strayed() string { return clip(l.welcome.Strayed) }

@@ -9,10 +9,7 @@ import (
 	"testing"
 	"time"
 
-	gproto "google.golang.org/protobuf/proto"
-
 	"blockferry/blockdev/blocktest"
-	"blockferry/proto"
 )
 
 // waywardRig is a volume that two nodes wrote after its cut 'common': theirs is the
@@ -36,6 +33,11 @@ type wayward struct {
 }
 
 func newWayward(t *testing.T, w wayward) *waywardRig {
+	t.Helper()
+	return newWaywardWith(t, w, nil)
+}
+
+func newWaywardWith(t *testing.T, w wayward, change func(*PrimaryConfig)) *waywardRig {
 	t.Helper()
 	theirs := newMemSource(testVolumeSize, w.grain)
 	wroteSome(theirs, 0, 1500)
@@ -79,7 +81,11 @@ func newWayward(t *testing.T, w wayward) *waywardRig {
 	r.disk = openNode(t, "old", store, ReceiverConfig{WindowBytes: 2 << 20})
 	r.disk.rep.rescueDir = r.dir
 	r.state = &memState{b: mustEncode(t, SourceState{Lineage: Lineage{{g1, 7}}, Generation: g2, OpenEpoch: 9})}
-	r.rig = startRig(t, mine, r.state, []*node{r.disk}, func(c *PrimaryConfig) { c.Replicas[0].SplitBrain = w.policy })
+	r.rig = startRig(t, mine, r.state, []*node{r.disk}, func(c *PrimaryConfig) {
+		if c.Replicas[0].SplitBrain = w.policy; change != nil {
+			change(c)
+		}
+	})
 	return r
 }
 
@@ -459,39 +465,4 @@ func TestFormatAroundData(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-}
-
-// What changed at a replica fits into one message to another node, however much
-// it is, and leaves nothing out.
-func TestChangesFitIntoAMessage(t *testing.T) {
-	const limit = 2 << 20 // transport.MaxMessageBytes
-	var changed []Range
-	for i := range int64(3 * maxChangedRanges) {
-		changed = append(changed, Range{1<<44 + 3*i*ChunkBytes, ChunkBytes})
-	}
-	joined := coarsen(changed, maxChangedRanges)
-	m := &proto.Changes{Known: true}
-	for range maxChangedRanges {
-		m.Offsets, m.Lengths = append(m.Offsets, 1<<46), append(m.Lengths, 1<<46)
-	}
-	if n := gproto.Size(m); len(joined) > maxChangedRanges || n+1024 > limit {
-		t.Errorf("%d ranges, at most %d; these take %d bytes of %d", len(joined), maxChangedRanges, n, limit)
-	}
-	if at := missing(joined, changed); at >= 0 {
-		t.Errorf("what changed at %d is left out", at)
-	}
-}
-
-// missing is where a range begins that is not within those of in; -1: none is.
-func missing(in, ranges []Range) int64 {
-	i := 0
-	for _, r := range ranges {
-		for i < len(in) && in[i].End() < r.End() {
-			i++
-		}
-		if i == len(in) || in[i].Offset > r.Offset {
-			return r.Offset
-		}
-	}
-	return -1
 }

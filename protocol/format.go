@@ -199,10 +199,7 @@ func FormatReplica(store Store, o FormatOptions) error {
 	sb.head = cursor{sequence: binary.LittleEndian.Uint64(random[16:]) >> 16, chain: binary.LittleEndian.Uint32(random[24:])}
 	sb.tail = sb.head
 	// An older superblock must not vouch for a map that is being replaced.
-	if err := store.ZeroOut(l.superA, superAreaBytes); err != nil {
-		return fmt.Errorf("format %s: superblocks: %w", store.Name(), err)
-	}
-	if err := store.Flush(); err != nil {
+	if err := zeroSuperblocks(store, l.superA); err != nil {
 		return fmt.Errorf("format %s: %w", store.Name(), err)
 	}
 	if err := sb.hold(store, o.Holds); err != nil {
@@ -218,6 +215,14 @@ func FormatReplica(store Store, o FormatOptions) error {
 		}
 	}
 	return nil
+}
+
+// zeroSuperblocks makes it durable that there are none at a place.
+func zeroSuperblocks(store Store, at int64) error {
+	if err := store.ZeroOut(at, superAreaBytes); err != nil {
+		return fmt.Errorf("superblocks at %d: %w", at, err)
+	}
+	return store.Flush()
 }
 
 // hold writes the change map, and notes in the superblock what the data is.

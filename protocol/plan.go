@@ -91,9 +91,10 @@ func (p Plan) Err() error {
 // PlanRefusedError is a plan that refuses, with its evidence.
 type PlanRefusedError struct{ Plan Plan }
 
-func (e *PlanRefusedError) Error() string {
-	return "the replica may not be written: " + e.Plan.Rule + "; " + e.Plan.Evidence
-}
+func (e *PlanRefusedError) Error() string { return e.Reason() + "; " + e.Plan.Evidence }
+
+// Reason is the error without the evidence: the same as long as the rule is.
+func (e *PlanRefusedError) Reason() string { return "the replica may not be written: " + e.Plan.Rule }
 
 // MakePlan decides. It is pure, total, and knows no clock. A replica that is
 // ahead is never overwritten, one that diverged or strayed not without the

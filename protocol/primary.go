@@ -229,6 +229,13 @@ func NewPrimary(cfg PrimaryConfig, s SourceState) (*Primary, error) {
 	return p, nil
 }
 
+// Lineage is what the volume stands for at this moment, with the epoch that is open.
+func (p *Primary) Lineage() Lineage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state.Effective()
+}
+
 // notify wakes everybody who waits for a change; mu is held.
 func (p *Primary) notify() {
 	close(p.changed)

@@ -114,11 +114,14 @@ func (w *replicaWorker) run(ctx context.Context) {
 		if progressed {
 			backoff = w.p.cfg.RetryMin
 		}
-		var refused *PlanRefusedError
+		var refused interface{ Reason() string } // a plan, or another primary
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
 			w.refused = isRefused
-			if err != nil {
+			switch {
+			case isRefused:
+				w.reason = refused.Reason() // without the evidence, which goes on
+			case err != nil:
 				w.reason = err.Error()
 			}
 			if w.paused {
@@ -178,7 +181,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	link, err := Connect(handshake, w.cfg.Client, w.cfg.Link, primary)
 	done()
 	if err != nil {
-		return false, err
+		return false, twoPrimaries(err, primary)
 	}
 	defer link.Close()
 	go func() {
@@ -208,8 +211,8 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	for first := true; ; first = false {
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
-		discard := w.discard
 		w.p.mu.Unlock()
+		discard := w.givenUp(link)
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
@@ -239,6 +242,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.strayed, w.itsRanges = "", nil
+			w.used(plan.Discard)
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):

@@ -103,7 +103,7 @@ func NewReceiver(cfg ReceiverConfig) *Receiver {
 	return &Receiver{cfg: cfg, replicas: map[replicaKey]*servedReplica{}}
 }
 
-// Add serves a replica under a name. The replica stays the caller's: Remove
+// Add serves a replica under a name; what its primary calls it is told to Admit. The replica stays the caller's: Remove
 // it before it is closed.
 func (r *Receiver) Add(name string, rep *Replica) error {
 	st := rep.Status()
@@ -231,7 +231,7 @@ func (r *Receiver) Replicate(stream proto.Replication_ReplicateServer) error {
 	if err := r.admitSession(rs, hello.GetHello()); err != nil {
 		return rs.end(err)
 	}
-	s, _, err := r.acquire(hello.GetHello().GetVolumeUuid(), hello.GetHello().GetReplica())
+	s, _, err := r.acquire(hello.GetHello().GetVolumeUuid(), rs.name)
 	if err != nil {
 		return rs.end(err)
 	}
@@ -256,10 +256,10 @@ func (r *Receiver) enter(rs *receiverSession) error {
 	s := rs.served
 	switch {
 	case s.removed:
-		return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q was just detached", s.key.name)
+		return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q was just detached", rs.asked)
 	case s.session != nil:
 		return refuse(proto.Reason_REASON_BUSY, "replica %q is fed by %s; it takes one primary at a time",
-			s.key.name, s.session.From) // the same words each time: they are logged once
+			rs.asked, s.session.From) // the same words each time: they are logged once
 	}
 	s.session = &ReceiverSession{From: rs.from, Since: time.Now()}
 	return nil
@@ -285,6 +285,8 @@ type receiverSession struct {
 	ctx      context.Context
 	served   *servedReplica
 	from     string
+	asked    string // what the primary calls the replica
+	name     string // under which it is served
 	welcomed bool
 
 	messages chan *proto.FromPrimary // closed at the stream's end, after recvErr is set
@@ -335,17 +337,17 @@ func (rs *receiverSession) end(err error) error {
 			f(rs.ctx, refused)
 		}
 		_ = rs.send(&proto.FromReplica{Message: &proto.FromReplica_Refused{
-			Refused: &proto.Refused{Reason: refused.Reason, Message: refused.Message}}})
+			Refused: &proto.Refused{Reason: refused.Reason, Message: refused.Message, Lineage: refused.Lineage.Proto()}}})
 		return nil
 	}
 	return err
 }
 
 func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
-	rep, name := rs.served.rep, rs.served.key.name
+	rep := rs.served.rep
 	st := rep.Status()
 	rs.session = NewSession(SessionConfig{
-		Replica: name, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed,
+		Replica: rs.asked, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed, GivenUp: st.GivenUp,
 		Lineage: st.Lineage, WindowBytes: rs.r.cfg.WindowBytes, JournalFreeBytes: uint64(max(0, st.JournalFreeBytes)),
 	})
 	rs.compareSem = make(chan struct{}, rs.r.cfg.CompareWorkers)
@@ -387,7 +389,7 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 			return err
 		case <-ctx.Done():
 			if rs.served.ctx.Err() != nil {
-				return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q is being detached", name)
+				return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q is being detached", rs.asked)
 			}
 			return ctx.Err()
 		}
@@ -401,17 +403,17 @@ func (rs *receiverSession) storage(err error) error {
 	case err == nil, errors.As(err, &refused):
 		return err
 	case errors.Is(err, ErrJournalFull):
-		return refuse(proto.Reason_REASON_JOURNAL_FULL, "replica %q: %v", rs.served.key.name, err)
+		return refuse(proto.Reason_REASON_JOURNAL_FULL, "replica %q: %v", rs.asked, err)
 	case errors.Is(err, ErrNeedsFull):
-		return refuse(proto.Reason_REASON_NEEDS_FULL, "replica %q: %v", rs.served.key.name, err)
+		return refuse(proto.Reason_REASON_NEEDS_FULL, "replica %q: %v", rs.asked, err)
 	case errors.Is(err, ErrNotForward), errors.Is(err, ErrStrayed):
-		return refuse(proto.Reason_REASON_LINEAGE, "replica %q: %v", rs.served.key.name, err)
+		return refuse(proto.Reason_REASON_LINEAGE, "replica %q: %v", rs.asked, err)
 	case errors.Is(err, ErrSums), errors.Is(err, ErrBadFrame):
-		return refuse(proto.Reason_REASON_PROTOCOL, "replica %q: %v", rs.served.key.name, err)
+		return refuse(proto.Reason_REASON_PROTOCOL, "replica %q: %v", rs.asked, err)
 	case rs.ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return rs.ctx.Err()
 	}
-	return refuse(proto.Reason_REASON_STORAGE, "replica %q: %v", rs.served.key.name, err)
+	return refuse(proto.Reason_REASON_STORAGE, "replica %q: %v", rs.asked, err)
 }
 
 func (rs *receiverSession) perform(ctx context.Context, a SessionAction) error {

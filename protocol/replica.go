@@ -115,6 +115,7 @@ type ReplicaStatus struct {
 	ChangedOutside   bool     // inconsistent because somebody else wrote to it
 	Strayed          string   // why it holds blocks of no committed position; empty: it does not
 	TookOver         Position // what it began as primary; zero: it did not
+	GivenUp          Position // what the operator gave up of it, while it is just there (GiveUp)
 	Committed        Position
 	Applied          Position
 	Lineage          Lineage // up to Committed
@@ -195,6 +196,7 @@ type Replica struct {
 	spilled  int64  // bytes in the spill file
 	noSpill  string // why it can't be used
 	rescued  string // path of the last rescue file
+	givenUp  Position
 	warnings []string
 	fail     error
 	closed   bool
@@ -416,6 +418,9 @@ func (r *Replica) Status() ReplicaStatus {
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
 		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
 		Strayed: r.strayed(), TookOver: sb.tookOver, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
+	if r.givenUp == s.Committed {
+		s.GivenUp = r.givenUp
+	}
 	if n := len(r.pending); n > 0 {
 		s.CutUnixNanos = r.pending[n-1].commit.cutNanos
 		s.State = DiskConsistent // with the journal laid over

@@ -414,26 +414,28 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 	if err != nil {
 		return err
 	}
-	if err := r.rescue(ctx, o, record.lineage); err != nil {
-		o.broken = err
-		return err
-	}
 	if o.pipe != nil {
 		if err := o.pipe.drain(); err != nil {
 			return r.pipeFailed(err)
 		}
 		err = r.commitInPlace(o, record)
 	} else {
+		// The spill comes first, which may have no room: each rescue is a file more.
 		if o.spilled {
 			err = r.finishSpill(o)
 		}
-		if err != nil && !o.decided {
+		if err != nil {
 			o.broken = fmt.Errorf("%s: epoch %d: %w", r.store.Name(), c.Epoch, r.writeFailed(err))
 			return o.broken
 		}
-		if err == nil {
-			err = r.commitJournal(o, record)
+		if err := r.rescue(ctx, o, record.lineage); err != nil {
+			o.broken = err
+			return err
 		}
+		// From here on a reader may find the epoch committed: what it has in the
+		// spill file stays.
+		o.decided = o.spilled
+		err = r.commitJournal(o, record)
 	}
 	if err != nil {
 		return r.failed(err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // A rescue file holds blocks that one copy alone had when it was overwritten
@@ -34,6 +35,9 @@ const (
 
 // ErrRescueFile says that a file is no rescue file, or a damaged one.
 var ErrRescueFile = errors.New("not a whole rescue file")
+
+// ErrOtherSize says that something has not the size of the volume.
+var ErrOtherSize = errors.New("not of the volume's size")
 
 // RescueInfo says where the blocks of a rescue file come from.
 type RescueInfo struct {
@@ -81,12 +85,17 @@ func (i RescueInfo) header(extents, dataBytes uint64, index uint32) []byte {
 
 // WriteRescue saves ranges (ascending, disjoint, whole blocks) of a copy in a
 // new file of the folder and returns its path. File and name are durable then;
-// after an error there is no such file.
+// after an error there is no such file. What a crash left of an earlier try for the
+// same copy is removed; a copy has one call at a time.
 func WriteRescue(dir string, info RescueInfo, ranges []Range, data io.ReaderAt) (path string, err error) {
 	if err := info.check(); err != nil {
 		return "", fmt.Errorf("rescue file in %s: %w", dir, err)
 	}
-	f, err := os.CreateTemp(dir, ".*"+rescueSuffix)
+	unfinished := fmt.Sprintf(".%x-", info.ReplicaUUID)
+	if err := removeUnfinished(dir, unfinished); err != nil {
+		return "", fmt.Errorf("rescue file: %w", err)
+	}
+	f, err := os.CreateTemp(dir, unfinished+"*"+rescueSuffix)
 	if err != nil {
 		return "", fmt.Errorf("rescue file: %w", err)
 	}
@@ -101,6 +110,16 @@ func WriteRescue(dir string, info RescueInfo, ranges []Range, data io.ReaderAt) 
 		return "", fmt.Errorf("rescue file in %s of %d MiB: %w", dir, totalBytes(ranges)>>20, errors.Join(err, os.Remove(f.Name())))
 	}
 	return path, nil
+}
+
+func removeUnfinished(dir, prefix string) error {
+	files, err := os.ReadDir(dir)
+	for _, f := range files {
+		if strings.HasPrefix(f.Name(), prefix) && strings.HasSuffix(f.Name(), rescueSuffix) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, f.Name())))
+		}
+	}
+	return err
 }
 
 // nameRescue gives the file a name that no other has, durably.
@@ -298,7 +317,7 @@ func (r *Rescue) Apply(volume [16]byte, to Store) error {
 	case volume != r.Info.VolumeUUID:
 		return fmt.Errorf("%s: it holds blocks of volume %x, not of %x", r.name, r.Info.VolumeUUID, volume)
 	case to.Size() != r.Info.SizeBytes:
-		return fmt.Errorf("%s: it holds blocks of a volume of %d bytes, %s has %d", r.name, r.Info.SizeBytes, to.Name(), to.Size())
+		return fmt.Errorf("%s: %w: it holds blocks of one of %d bytes, %s has %d", r.name, ErrOtherSize, r.Info.SizeBytes, to.Name(), to.Size())
 	}
 	if err := r.Check(); err != nil {
 		return err

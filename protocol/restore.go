@@ -23,10 +23,11 @@ const (
 func (r *Receiver) Restore(req *proto.RestoreRequest, stream proto.Replication_RestoreServer) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	if err := r.admitRestore(ctx, req); err != nil {
+	name, err := r.admitRestore(ctx, req)
+	if err != nil {
 		return err
 	}
-	s, other, err := r.acquire(req.VolumeUuid, req.Replica)
+	s, other, err := r.acquire(req.VolumeUuid, name)
 	if err != nil {
 		return status.Error(codes.NotFound, err.Error())
 	}

@@ -126,7 +126,7 @@ func PlanTakeOver(st ReplicaStatus, o TakeOverOptions) (Promotion, error) {
 }
 
 // TakeOver makes the replica's device a primary's. What is committed is applied,
-// an open epoch dropped; then the superblock says that the device took over, and the
+// an open epoch dropped, and images that are read are waited for; then the superblock says that the device took over, and the
 // label gets the state with which it begins, the first of a new generation. Nobody
 // may write to the device before it returns nil; the replica is to be closed then.
 //
@@ -140,8 +140,8 @@ func (r *Replica) TakeOver(ctx context.Context, label StateStore, o TakeOverOpti
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	r.dropOpen()
-	err := r.wait(ctx, func() (bool, error) { return len(r.pending) == 0 && !r.applying, nil })
-	if err != nil {
+	idle := func() (bool, error) { return len(r.pending) == 0 && !r.applying && r.holds == 0, nil }
+	if err := r.wait(ctx, idle); err != nil {
 		return Promotion{}, err
 	}
 	raw, err := label.Load()
@@ -166,6 +166,10 @@ func (r *Replica) TakeOver(ctx context.Context, label StateStore, o TakeOverOpti
 	}
 	as := Position{p.State.Generation, p.State.OpenEpoch}
 	if err := r.writeSuper(2, func(sb *superblock) { sb.tookOver, sb.label = as, labelDigest(raw) }, nil); err != nil {
+		return p, err
+	}
+	// Who came in between reads to the end; nobody gets an image from here on.
+	if err := r.wait(ctx, idle); err != nil {
 		return p, err
 	}
 	return p, saveState(label, p.State)
@@ -270,6 +274,13 @@ func StandDown(label StateStore, device Store, o StandDownOptions) (*Holding, er
 	o.Format.Holds = h
 	if _, err := layoutFor(device.Size(), o.Format); err != nil {
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
+	}
+	// One from an earlier life as a replica must not vouch for what was written since,
+	// once the label says secondary.
+	if sb != nil {
+		if err := zeroSuperblocks(device, device.Size()/layoutAlign*layoutAlign-superAreaBytes); err != nil {
+			return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
+		}
 	}
 	s.Secondary = true
 	if err := saveState(label, s); err != nil {

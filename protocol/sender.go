@@ -184,7 +184,7 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 		return fail(err)
 	}
 	if r := m.GetRefused(); r != nil {
-		return fail(&RefusedError{r.Reason, clip(r.Message)})
+		return fail(refusedFromProto(r))
 	}
 	if l.welcome = m.GetWelcome(); l.welcome == nil {
 		return fail(errors.New("it did not answer the Hello with a Welcome"))
@@ -299,7 +299,7 @@ func (l *Link) receive() {
 func (l *Link) dispatch(m *proto.FromReplica) error {
 	switch {
 	case m.GetRefused() != nil:
-		return &RefusedError{m.GetRefused().Reason, clip(m.GetRefused().Message)}
+		return refusedFromProto(m.GetRefused())
 	case m.GetWindow() != nil:
 		l.mu.Lock()
 		defer l.mu.Unlock()

@@ -35,12 +35,13 @@ func Features() []string { return []string{FeatureCompare, FeatureS2, FeatureZst
 type RefusedError struct {
 	Reason  proto.Reason
 	Message string
+	Lineage Lineage // with Reason_REASON_PRIMARY: of the primary that is there
 }
 
 func (e *RefusedError) Error() string { return "refused by the replica: " + e.Message }
 
 func refuse(reason proto.Reason, format string, args ...any) error {
-	return &RefusedError{reason, fmt.Sprintf(format, args...)}
+	return &RefusedError{Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 
 func outOfOrder(format string, args ...any) error {
@@ -56,6 +57,7 @@ type SessionConfig struct {
 	NeedsFull        bool
 	Strayed          string // ReplicaStatus.Strayed
 	Lineage          Lineage
+	GivenUp          Position // ReplicaStatus.GivenUp
 	WindowBytes      uint64
 	JournalFreeBytes uint64
 	Features         []string // nil: Features()
@@ -204,6 +206,9 @@ func (s *Session) hello(h *proto.Hello) (SessionAction, error) {
 		Version: version, DiskState: proto.DiskState(s.cfg.State), Lineage: s.cfg.Lineage.Proto(),
 		WindowBytes: s.cfg.WindowBytes, JournalFreeBytes: s.cfg.JournalFreeBytes, NeedsFull: s.cfg.NeedsFull,
 		Strayed: s.cfg.Strayed,
+	}
+	if !s.cfg.GivenUp.IsZero() {
+		w.GivenUp = s.cfg.GivenUp.proto()
 	}
 	for _, mine := range s.cfg.Features {
 		for _, theirs := range h.Features {

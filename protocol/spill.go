@@ -284,9 +284,7 @@ func (r *Replica) finishSpill(o *openEpoch) error {
 	r.mu.Lock()
 	part.spill = r.sb.spill
 	r.mu.Unlock()
-	// From here on a reader may find the epoch committed: what it has in the
-	// spill file stays.
-	o.decided, o.spillPart = true, &part
+	o.spillPart = &part
 	return o.writer.mark(part)
 }
 

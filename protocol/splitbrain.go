@@ -4,11 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"blockferry/proto"
 )
 
 // SplitBrain says what gives way when two copies were both written after what
 // they last had in common. The names and what they do are DRBD's.
 type SplitBrain string
+
+// ReasonSplitBrain is in the reason of a replica that nothing is sent to because both
+// sides were written on their own.
+const ReasonSplitBrain = "split brain"
 
 // The policies; the empty one is SplitBrainNone. Whatever they say, a copy that
 // is written as primary never gives way by itself.
@@ -149,8 +155,7 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 		p.Action, p.Rule = Refuse, rule+"; the primary would have to give way, and it is in use: let it stand down, or give up the replica"
 		return p
 	case SideNone:
-		p.Action, p.Rule = Refuse, "both went on separately from "+rel.Common.String()+" ("+rule+"): decide which one counts: let the other stand down, "+
-			"give up what it has at "+in.Replica.Tip().String()+", or format it"
+		p.Action, p.Rule = Refuse, "both went on separately from "+rel.Common.String()+" ("+rule+")"
 		return p
 	}
 	if in.Disk != DiskConsistent || in.NeedsFull {
@@ -185,6 +190,40 @@ func (p *Primary) Discard(replica string, at Position) error {
 	return nil
 }
 
+// TwoPrimariesError says that the node at the other end is primary, too. Neither
+// gets what the other writes, and both go on.
+type TwoPrimariesError struct {
+	Mine, Theirs Lineage
+}
+
+func (e *TwoPrimariesError) Error() string {
+	return fmt.Sprintf("%s; here it is at %v, history [%v]; there at %v, history [%v]", e.Reason(), e.Mine.Tip(), e.Mine, e.Theirs.Tip(), e.Theirs)
+}
+
+// Reason is the error without what moves on while both are written.
+func (e *TwoPrimariesError) Reason() string {
+	const both = ReasonSplitBrain + ": the volume is primary there, too"
+	if rel := Compare(e.Theirs, e.Mine); rel.Kind == Diverged {
+		return both + ", and both went on separately from " + rel.Common.String()
+	}
+	return both
+}
+
+// twoPrimaries tells a refusal because the other node is primary from others.
+func twoPrimaries(err error, mine Lineage) error {
+	var r *RefusedError
+	if errors.As(err, &r) && r.Reason == proto.Reason_REASON_PRIMARY {
+		return &TwoPrimariesError{Mine: mine.Clone(), Theirs: r.Lineage}
+	}
+	return err
+}
+
+func refusedFromProto(m *proto.Refused) *RefusedError {
+	r := &RefusedError{Reason: m.Reason, Message: clip(m.Message)}
+	r.Lineage, _ = LineageFromProto(m.Lineage) // without it less is known, no more
+	return r
+}
+
 // askWayward finds out what a plan for a replica needs that went its own way:
 // what changed at either side since the common position.
 func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation) (err error) {
@@ -192,6 +231,10 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	disk, _ := link.Disk()
 	if rel.Kind != Diverged && w.strayed == "" || rel.Common.IsZero() || disk != DiskConsistent {
 		return nil
+	}
+	policy := w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
+	if !policy && w.givenUp(link) != link.Lineage().Tip() {
+		return nil // it costs the replica a look at all of its map, and would decide nothing
 	}
 	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)
 	w.itsChanged.Bytes = totalBytes(w.itsRanges)
@@ -207,6 +250,50 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	if errors.Is(err, ErrTrackingLost) {
 		return nil
 	}
-	w.mineChanged = ChangedBytes{Known: err == nil, Bytes: totalBytes(changed)}
-	return err
+	if err != nil {
+		return err
+	}
+	// One tracker's grain must not weigh against the other's.
+	grain := max(grainOf(changed), grainOf(w.itsRanges))
+	w.mineChanged = ChangedBytes{Known: true, Bytes: totalBytes(widen(changed, grain, w.p.size))}
+	w.itsChanged.Bytes = totalBytes(widen(w.itsRanges, grain, w.p.size))
+	return nil
+}
+
+// used forgets the operator's word: a copy that is at the position again later was
+// not meant.
+func (w *replicaWorker) used(discard Position) {
+	if discard.IsZero() {
+		return
+	}
+	w.update(func() {
+		if w.discard == discard {
+			w.discard = Position{}
+		}
+	})
+}
+
+// maxGrain is the coarsest that any tracker has: an era block of 4 MiB.
+const maxGrain = 4 << 20
+
+// grainOf is the largest grain, up to maxGrain, that a tracker may have that named
+// the ranges; the last may end with the volume.
+func grainOf(ranges []Range) int64 {
+	grain := int64(maxGrain)
+	for i, r := range ranges {
+		for grain > BlockSize && (r.Offset%grain != 0 || r.End()%grain != 0 && i < len(ranges)-1) {
+			grain /= 2
+		}
+	}
+	return grain
+}
+
+// widen rounds ranges outwards, within the volume.
+func widen(ranges []Range, grain, size int64) []Range {
+	out := make([]Range, 0, len(ranges))
+	for _, r := range ranges {
+		start := r.Offset / grain * grain
+		out = appendRange(out, Range{start, min(size, roundUp(r.End(), grain)) - start})
+	}
+	return out
 }

@@ -79,7 +79,7 @@ func (o *Options) check() error {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	if o.openTracker == nil {
-		o.openTracker = func(t bpf.Target) (Tracker, error) { return bpf.Open(t) }
+		o.openTracker = openTracker
 	}
 	switch {
 	case o.Name == "" || len(o.Name) > 100:
@@ -130,6 +130,14 @@ type Stats struct {
 	// Frozen are the mount points that the last cut froze, one of each file
 	// system.
 	Frozen []string
+}
+
+func openTracker(t bpf.Target) (Tracker, error) {
+	tracker, err := bpf.Open(t)
+	if err != nil {
+		return nil, err // not a nil one in an interface: whoever closes what is open would close it
+	}
+	return tracker, nil
 }
 
 // Open attaches a device. It refuses one that anything uses but file systems

@@ -12,6 +12,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/blocktest"
+	"blockferry/blockdev/bpf"
 )
 
 // Tracking goes on while no agent runs; what was written meanwhile is named.
@@ -308,4 +309,11 @@ func TestIdleStaysUnchanged(t *testing.T) {
 			})
 		}
 	})
+}
+
+// A tracker that can't be opened is none, and nobody closes it.
+func TestTrackerThatFailsIsNone(t *testing.T) {
+	if tracker, err := openTracker(bpf.Target{}); err == nil || tracker != nil {
+		t.Errorf("%v, %v", tracker, err)
+	}
 }

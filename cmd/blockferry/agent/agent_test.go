@@ -150,9 +150,21 @@ func replicaAt(t *testing.T, name string, l protocol.Lineage) *localReplica {
 // replicaOf is the same for a replica of any volume.
 func replicaOf(t *testing.T, volume [16]byte, name string, l protocol.Lineage) *localReplica {
 	t.Helper()
+	return replicaFrom(t, name, protocol.FormatOptions{VolumeUUID: volume, SizeBytes: 1 << 20, JournalBytes: protocol.MinJournalBytes}, l)
+}
+
+// strayedAt is one around data that strayed.
+func strayedAt(t *testing.T, name string, l protocol.Lineage) *localReplica {
+	t.Helper()
+	return replicaFrom(t, name, protocol.FormatOptions{VolumeUUID: [16]byte{1}, SizeBytes: 1 << 20, JournalBytes: protocol.MinJournalBytes,
+		Holds: &protocol.Holding{Lineage: l, Strayed: "written"}}, nil)
+}
+
+func replicaFrom(t *testing.T, name string, o protocol.FormatOptions, l protocol.Lineage) *localReplica {
+	t.Helper()
 	r := newLocalReplica(&Agent{log: quiet(), hub: newHub()}, &config.Volume{Name: "data"}, &config.Replica{Name: name, Device: "/dev/" + name})
 	disk := blocktest.NewMemory(48 << 20)
-	if err := protocol.FormatReplica(disk, protocol.FormatOptions{VolumeUUID: volume, SizeBytes: 1 << 20, JournalBytes: protocol.MinJournalBytes}); err != nil {
+	if err := protocol.FormatReplica(disk, o); err != nil {
 		t.Fatal(err)
 	}
 	replica, err := protocol.OpenReplica(t.Context(), disk, protocol.OpenOptions{})

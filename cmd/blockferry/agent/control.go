@@ -46,6 +46,15 @@ func (c control) Resume(ctx context.Context, r *proto.VolumeRequest) (*proto.Don
 	return c.done(ctx, r, (*managed).resume)
 }
 
+// GiveUp is about copies that are here, whoever writes their volume.
+func (c control) GiveUp(_ context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	message, err := c.agent.giveUp(r.Volume, r.Replica)
+	if err != nil {
+		return nil, err
+	}
+	return &proto.Done{Message: message}, nil
+}
+
 func (c control) done(ctx context.Context, r *proto.VolumeRequest, do func(*managed, context.Context) (string, error)) (*proto.Done, error) {
 	v, err := c.agent.one(r.Volume)
 	if err != nil {

@@ -37,7 +37,15 @@ type peers struct {
 	adopting sync.Mutex
 
 	mu   sync.Mutex
-	last string // how the last session ended, if that was a refusal
+	said map[string]*feeding // by volume
+}
+
+// feeding is what was logged of who feeds a replica.
+type feeding struct {
+	from    string
+	quiet   bool   // a session of it ended that had brought nothing: others like it are no news
+	brought bool   // this one has brought an epoch
+	last    string // how the last one ended
 }
 
 // secondary is a volume that is only a replica here.
@@ -50,52 +58,74 @@ type secondary struct {
 // adoption is what a replica that has no volume yet becomes.
 type adoption struct {
 	format func(diskBytes int64) (protocol.FormatOptions, error)
+	as     protocol.FormatOptions
 	done   chan error // room for one
 }
 
 func newPeers(a *Agent) *peers {
-	p := &peers{agent: a, node: a.options.Config.Node, log: a.log}
+	p := &peers{agent: a, node: a.options.Config.Node, log: a.log, said: map[string]*feeding{}}
 	p.receiver = protocol.NewReceiver(protocol.ReceiverConfig{Admit: p.admit, Events: protocol.ReceiverEvents{
-		Connected: p.fed, Disconnected: p.notFed,
+		Connected: p.fed, Committed: p.brought, Disconnected: p.notFed,
 		Refused: func(ctx context.Context, err *protocol.RefusedError) { p.server.Refused(ctx, errors.New(err.Message)) },
 	}})
 	p.server = transport.NewServer(transport.ServerOptions{
-		Identity: a.identity, Log: a.log, Service: p.receiver, Known: p.known,
+		Identity: a.identity, Log: a.log, Service: p.receiver, Known: p.known, Volumes: len(a.options.Config.Volumes),
 		Refused: func(who, why string) { a.hub.publish("", "", "peer-refused", who+": "+why) },
 	})
 	return p
 }
 
-// fed and notFed log sessions, but not each of a node that is refused again and
-// again for the same reason.
-func (p *peers) fed(_, from string, at protocol.Position) {
+// fed, brought and notFed log sessions, but not each of a node that comes again and
+// again and brings nothing: its plan is to refuse, or what it offers is refused.
+func (p *peers) fed(volume, from string, at protocol.Position) {
 	p.mu.Lock()
-	level := slog.LevelInfo
-	if p.last != "" {
-		level = slog.LevelDebug
+	f := p.said[volume]
+	if f == nil || f.from != from {
+		f = &feeding{from: from}
+		p.said[volume] = f
 	}
+	f.brought = false
+	quiet := f.quiet
 	p.mu.Unlock()
-	p.log.Log(context.Background(), level, "fed by", "from", from, "position", at.String())
+	p.say(quiet, "fed by", "volume", volume, "from", from, "position", at.String())
 }
 
-func (p *peers) notFed(_, from string, err error) {
-	var refused *protocol.RefusedError
-	level, last := slog.LevelInfo, ""
-	if errors.As(err, &refused) {
-		last = from + ": " + refused.Message
+func (p *peers) brought(volume string, at protocol.Position) {
+	p.mu.Lock()
+	f := p.said[volume]
+	news := f.quiet
+	f.brought, f.quiet = true, false
+	p.mu.Unlock()
+	if news {
+		p.say(false, "fed by", "volume", volume, "from", f.from, "position", at.String())
+	}
+}
+
+func (p *peers) notFed(volume, from string, err error) {
+	words := "it closed the session"
+	if err != nil {
+		words = err.Error()
 	}
 	p.mu.Lock()
-	if last != "" && last == p.last {
+	f := p.said[volume]
+	known := f.quiet && f.last == words
+	f.quiet, f.last = !f.brought, words
+	p.mu.Unlock()
+	p.say(known, "not fed any more", "volume", volume, "from", from, "reason", words)
+}
+
+// say logs what is no news for those alone who look closely.
+func (p *peers) say(known bool, what string, args ...any) {
+	level := slog.LevelInfo
+	if known {
 		level = slog.LevelDebug
 	}
-	p.last = last
-	p.mu.Unlock()
-	p.log.Log(context.Background(), level, "not fed any more", "from", from, "reason", err)
+	p.log.Log(context.Background(), level, what, args...)
 }
 
 func (p *peers) add(v *config.Volume) {
 	l := newLocalReplica(p.agent, v, v.Copy)
-	l.receiver, l.name = p.receiver, p.node.Name
+	l.receiver, l.name = p.receiver, v.Name // names differ, whatever ids disks turn out to have
 	p.volumes = append(p.volumes, &secondary{peers: p, config: v, replica: l})
 }
 
@@ -132,9 +162,10 @@ func (p *peers) run(ctx context.Context) {
 	running.Wait()
 }
 
-// known reports whether a node may write to anything here.
+// known reports whether a node has any business here.
 func (p *peers) known(node string) bool {
-	return slices.ContainsFunc(p.volumes, func(s *secondary) bool { return slices.Contains(s.config.Peers, node) })
+	return slices.ContainsFunc(p.volumes, func(s *secondary) bool { return slices.Contains(s.config.Peers, node) }) ||
+		slices.ContainsFunc(p.agent.volumes, func(m *managed) bool { return m.isPeer(node) })
 }
 
 func wrongVolume(format string, args ...any) error {
@@ -144,47 +175,69 @@ func wrongVolume(format string, args ...any) error {
 // admit decides about one call: the node must be among the 'peers' of the volume it
 // means, and a replica that has no volume yet becomes one of the first that is
 // offered to it by its name.
-func (p *peers) admit(ctx context.Context, a protocol.Admission) (string, error) {
-	node := transport.Caller(ctx)
+func (p *peers) admit(ctx context.Context, a protocol.Admission) (protocol.Admitted, error) {
+	return p.admitNode(ctx, transport.Caller(ctx), transport.Who(ctx), a)
+}
+
+func (p *peers) admitNode(ctx context.Context, node, from string, a protocol.Admission) (protocol.Admitted, error) {
 	if a.Replica != p.node.Name {
-		return "", &protocol.RefusedError{Reason: proto.Reason_REASON_UNKNOWN_REPLICA,
+		return protocol.Admitted{}, &protocol.RefusedError{Reason: proto.Reason_REASON_UNKNOWN_REPLICA,
 			Message: fmt.Sprintf("this is node '%s', asked for is a replica at node '%s': see 'address' and 'peer' at node '%s'", p.node.Name, a.Replica, node)}
 	}
 	if a.VolumeUUID == protocol.AnyVolume {
-		return "", wrongVolume("%x is no volume's id", a.VolumeUUID)
+		return protocol.Admitted{}, wrongVolume("%x is no volume's id", a.VolumeUUID)
 	}
-	var named *secondary
-	for _, s := range p.volumes {
-		allowed := slices.Contains(s.config.Peers, node)
-		if st, open, _, _ := s.replica.status(); open && st.VolumeUUID == a.VolumeUUID {
-			if !allowed {
-				verb := "written by"
-				if a.Restore {
-					verb = "read by"
-				}
-				return "", wrongVolume("the replica of volume '%s' (%s) at node '%s' may not be %s node '%s': it is not among its 'peers'",
-					s.config.Name, volume.UUID(a.VolumeUUID), p.node.Name, verb, node)
-			}
-			return transport.Who(ctx), nil
+	if err := p.primaryHere(node, a); err != nil {
+		return protocol.Admitted{}, err
+	}
+	s, err := p.find(node, a)
+	if err != nil {
+		return protocol.Admitted{}, err
+	}
+	who := protocol.Admitted{From: from, Name: s.config.Name}
+	st, open, reason, _ := s.replica.status()
+	switch {
+	case !open:
+		return who, &protocol.RefusedError{Reason: proto.Reason_REASON_STORAGE,
+			Message: fmt.Sprintf("the replica of volume '%s' at node '%s' is not open: %s", s.config.Name, p.node.Name, reason)}
+	case st.VolumeUUID == a.VolumeUUID:
+		return who, nil
+	case st.VolumeUUID != protocol.AnyVolume:
+		return who, wrongVolume("volume '%s' at node '%s' is a replica of volume %s, node '%s' offers volume %s; nothing was written; only if what is there may be lost, at node '%[2]s': blockferry create --discard-my-data %[1]s",
+			s.config.Name, p.node.Name, volume.UUID(st.VolumeUUID), node, volume.UUID(a.VolumeUUID))
+	}
+	for _, o := range p.volumes {
+		if o != s && o.replica.lastVolume() == a.VolumeUUID {
+			return who, wrongVolume("volume %s is '%s' at node '%s', and not '%s'", volume.UUID(a.VolumeUUID), o.config.Name, p.node.Name, s.config.Name)
 		}
-		if s.config.Name == a.Volume && allowed {
+	}
+	return who, s.become(ctx, node, a)
+}
+
+// find is the replica that a node means, and may have: of that id, or of that name.
+func (p *peers) find(node string, a protocol.Admission) (named *secondary, err error) {
+	for _, s := range p.volumes {
+		st, open, _, _ := s.replica.status()
+		same := open && st.VolumeUUID == a.VolumeUUID
+		switch allowed := slices.Contains(s.config.Peers, node); {
+		case same && allowed:
+			return s, nil
+		case same:
+			verb := "written by"
+			if a.Restore {
+				verb = "read by"
+			}
+			err = wrongVolume("the replica of volume '%s' (%s) at node '%s' may not be %s node '%s': it is not among its 'peers'",
+				s.config.Name, volume.UUID(a.VolumeUUID), p.node.Name, verb, node)
+		case allowed && s.config.Name == a.Volume:
 			named = s
 		}
 	}
-	if named == nil {
-		return "", wrongVolume("volume '%s' (%s) of node '%s' has no replica at node '%s': a volume has one name at all nodes, and 'peers' there lists those that may write to it",
+	if named == nil && err == nil {
+		err = wrongVolume("volume '%s' (%s) of node '%s' has no replica at node '%s': a volume has one name at all nodes, and 'peers' there lists those that may write to it",
 			a.Volume, volume.UUID(a.VolumeUUID), node, p.node.Name)
 	}
-	st, open, reason, _ := named.replica.status()
-	switch {
-	case !open:
-		return "", &protocol.RefusedError{Reason: proto.Reason_REASON_STORAGE,
-			Message: fmt.Sprintf("the replica of volume '%s' at node '%s' is not open: %s", named.config.Name, p.node.Name, reason)}
-	case st.VolumeUUID != protocol.AnyVolume:
-		return "", wrongVolume("volume '%s' at node '%s' is a replica of volume %s, node '%s' offers volume %s; nothing was written; only if what is there may be lost, at node '%[2]s': blockferry create --discard-my-data %[1]s",
-			named.config.Name, p.node.Name, volume.UUID(st.VolumeUUID), node, volume.UUID(a.VolumeUUID))
-	}
-	return transport.Who(ctx), named.become(ctx, node, a)
+	return named, err
 }
 
 // become formats a replica that has no volume yet for the one that is offered.
@@ -221,7 +274,7 @@ func (s *secondary) become(ctx context.Context, node string, a protocol.Admissio
 
 // format has the replica formatted, and returns when it is open again.
 func (s *secondary) format(ctx context.Context, format func(int64) (protocol.FormatOptions, error), of [16]byte) error {
-	become := adoption{format, make(chan error, 1)}
+	become := adoption{format: format, done: make(chan error, 1)}
 	select {
 	case s.replica.adopt <- become:
 	case <-ctx.Done():
@@ -270,7 +323,7 @@ func (s *secondary) status() status.Volume {
 		}
 	}
 	for _, served := range s.peers.receiver.Status() {
-		if served.VolumeUUID == st.VolumeUUID && served.Session != nil {
+		if served.Replica == s.config.Name && served.Session != nil {
 			v.FedBy = served.Session.From
 		}
 	}

@@ -34,6 +34,7 @@ type localReplica struct {
 	replica *protocol.Replica // nil: not open
 	reason  string            // why not
 	advice  string
+	last    [16]byte      // its volume when it was open last, AnyVolume until it has one
 	noSpill string        // why the configured spill file is not used
 	fault   error         // why it could not be served, until it takes an epoch again
 	ready   chan struct{} // closed and replaced when the state changes
@@ -70,12 +71,8 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		if become == nil {
 			return err
 		}
-		var format protocol.FormatOptions
 		if err == nil {
-			format, err = become.format(disk.Size())
-		}
-		if err == nil {
-			err = protocol.FormatReplica(disk, format)
+			err = protocol.FormatReplica(disk, become.as)
 		}
 		become.done <- err
 		if err != nil {
@@ -97,10 +94,13 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	}
 	defer func() { err = errors.Join(err, replica.Close()) }()
 	s := replica.Status()
+	l.mu.Lock()
+	l.last = s.VolumeUUID
+	l.mu.Unlock()
 	if s.VolumeUUID == protocol.AnyVolume && !l.volume.Secondary() {
 		return nil, fmt.Errorf("%w: %s was formatted for a volume of another node", protocol.ErrNoSuperblock, l.config.Device)
 	} else if s.VolumeUUID == protocol.AnyVolume {
-		return l.awaitVolume(ctx, replica)
+		return l.awaitVolume(ctx, replica, disk.Size())
 	}
 	if err := l.receiver.Add(l.name, replica); err != nil {
 		return nil, err
@@ -136,18 +136,32 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 // becoming is the reason for which a replica is not open for a moment.
 const becoming = "it is being formatted for its volume"
 
-// awaitVolume keeps a replica that has no volume yet until one is offered.
-func (l *localReplica) awaitVolume(ctx context.Context, replica *protocol.Replica) (*adoption, error) {
+// awaitVolume keeps a replica that has no volume yet until one is offered that fits.
+func (l *localReplica) awaitVolume(ctx context.Context, replica *protocol.Replica, diskBytes int64) (*adoption, error) {
 	l.set(replica, "", "")
 	l.log.Info("the replica waits for its volume", "device", l.config.Device)
-	select {
-	case <-ctx.Done():
-		l.set(nil, "the agent is stopping", "")
-		return nil, nil
-	case become := <-l.adopt:
-		l.set(nil, becoming, "")
-		return &become, nil
+	for {
+		select {
+		case <-ctx.Done():
+			l.set(nil, "the agent is stopping", "")
+			return nil, nil
+		case become := <-l.adopt:
+			var err error
+			if become.as, err = become.format(diskBytes); err != nil {
+				become.done <- err
+				continue
+			}
+			l.set(nil, becoming, "")
+			return &become, nil
+		}
 	}
+}
+
+// lastVolume is the volume that it was of when it was open last.
+func (l *localReplica) lastVolume() [16]byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.last
 }
 
 // look is status without advice, and what is closed when that changes.

@@ -179,6 +179,9 @@ func (m *managed) choose(ctx context.Context, name string) (*localReplica, proto
 		case s.State != protocol.DiskConsistent:
 			missing = append(missing, fmt.Sprintf("'%s' holds no whole image, it is %s", r.config.Name, s.State))
 			continue
+		case s.Strayed != "" && name == "":
+			missing = append(missing, fmt.Sprintf("'%s' at %v holds blocks of no cut (%s)", r.config.Name, s.Committed, s.Strayed))
+			continue
 		case best == nil:
 			best, have = r, s
 			continue

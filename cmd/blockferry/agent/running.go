@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync"
 	"time"
 
 	"blockferry/blockdev/deadman"
@@ -42,7 +44,11 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 		if err != nil {
 			return nil, err
 		}
-		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace}
+		policy, err := protocol.ParseSplitBrain(m.config.SplitBrain)
+		if err != nil {
+			return nil, err
+		}
+		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace, SplitBrain: policy}
 		if p.Address != "" {
 			// There it is known by the node it is at.
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
@@ -244,17 +250,63 @@ func (m *managed) sync(ctx context.Context) (*proto.SyncReply, error) {
 	return &proto.SyncReply{Epoch: epoch, Committed: committed}, nil
 }
 
+// refusedPlans remembers by replica why none of its may be written, which is tried
+// again and again: it is said once.
+type refusedPlans struct {
+	mu    sync.Mutex
+	plans map[string]*refusedPlan
+}
+
+type refusedPlan struct {
+	rule  string
+	times int
+}
+
+// known notes a plan, and says whether the one before refused for the same reason.
+func (r *refusedPlans) known(replica string, p protocol.Plan) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if p.Action != protocol.Refuse {
+		delete(r.plans, replica)
+		return false
+	}
+	if r.plans == nil {
+		r.plans = map[string]*refusedPlan{}
+	}
+	one := r.plans[replica]
+	if one == nil || one.rule != p.Rule {
+		one = &refusedPlan{rule: p.Rule}
+		r.plans[replica] = one
+	}
+	one.times++
+	return one.times > 1
+}
+
+func (r *refusedPlans) twice(replica string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.plans[replica] != nil && r.plans[replica].times > 1
+}
+
 // events logs and publishes what a primary does.
 func (m *managed) events() protocol.PrimaryEvents {
 	say := func(replica, kind, format string, args ...any) {
 		m.agent.hub.publish(m.config.Name, replica, kind, fmt.Sprintf(format, args...))
 	}
+	var again refusedPlans
 	return protocol.PrimaryEvents{
 		Connected: func(replica string, plan protocol.Plan) {
+			if again.known(replica, plan) {
+				return
+			}
 			m.log.Info("replica connected", "replica", replica, "plan", plan.String())
 			say(replica, "replica-connected", "%s", plan)
 		},
 		Disconnected: func(replica string, err error) {
+			var refused *protocol.PlanRefusedError
+			if errors.As(err, &refused) && again.twice(replica) {
+				return
+			}
 			if errors.Is(err, context.Canceled) {
 				m.log.Info("replica's session ended", "replica", replica)
 			} else {
@@ -293,6 +345,9 @@ func (m *managed) events() protocol.PrimaryEvents {
 			}
 			m.log.Warn("replica is behind", "replica", replica, "reason", reason)
 			say(replica, "replica-behind", "%s", reason)
+			if strings.Contains(reason, protocol.ReasonSplitBrain) {
+				say(replica, "split-brain", "%s", reason)
+			}
 		},
 	}
 }

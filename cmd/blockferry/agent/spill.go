@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"os"
 
 	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/config"
@@ -13,7 +14,11 @@ import (
 // place is only read, if what is committed lies there already, and why nothing more is
 // put there is kept for the status.
 func (l *localReplica) openOptions(disk *blockdev.File) (protocol.OpenOptions, error) {
-	var o protocol.OpenOptions
+	o := protocol.OpenOptions{RescueDir: l.agent.options.Config.RescueDir}
+	// Should it not be there, nothing is given up, and it is said then.
+	if err := os.MkdirAll(o.RescueDir, 0o700); err != nil {
+		l.log.Warn("no folder for rescue files", "error", err)
+	}
 	l.mu.Lock()
 	l.noSpill = ""
 	l.mu.Unlock()

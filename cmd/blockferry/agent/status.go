@@ -39,6 +39,7 @@ func (m *managed) status() status.Volume {
 			s.Position = position(primary.Generation, primary.Epoch)
 		}
 		s.LastCut = r.source.lastCutStatus()
+		s.Reason, s.Advice = m.otherWords()
 		if primary.Problem != "" {
 			s.Reason, s.Advice = primary.Problem, "see the agent's log; writes go on and are marked"
 		}
@@ -101,6 +102,8 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
 				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
 				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
+			} else if strings.Contains(r.Reason, protocol.ReasonSplitBrain) {
+				s.Advice = m.adviseSplit(l.config, r.Reason)
 			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}

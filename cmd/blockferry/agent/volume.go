@@ -67,6 +67,7 @@ type managed struct {
 	progress *restoreProgress
 	stack    raised   // while up
 	running  *running // replication, while up
+	other    *otherPrimary
 }
 
 func newManaged(a *Agent, v *config.Volume) *managed {

@@ -41,6 +41,9 @@ const (
 	// DefaultStateDir holds the state files of attached volumes.
 	DefaultStateDir = "/var/lib/blockferry"
 
+	// DefaultRescueDir takes rescue files.
+	DefaultRescueDir = DefaultStateDir + "/rescue"
+
 	// MaxSpillPath is the longest path of a spill file: the replica's disk keeps it.
 	MaxSpillPath = 212
 
@@ -54,6 +57,8 @@ type Config struct {
 	Path    string
 	Node    *Node // nil: no other machine is known
 	Volumes []*Volume
+	// RescueDir is the folder for what one copy alone had when it was overwritten.
+	RescueDir string
 }
 
 // Volume is one replicated device.
@@ -104,7 +109,10 @@ type Volume struct {
 	MetadataDevice string
 	// AutoRestore lets the agent restore a blank Device by itself.
 	AutoRestore bool
-	Replicas    []*Replica
+	// SplitBrain says what gives way when a replica was written on its own: none,
+	// discard-older-primary, discard-least-changes or discard-zero-changes.
+	SplitBrain string
+	Replicas   []*Replica
 }
 
 // Replica is one copy of a volume: on Device, or at another node, at Address.

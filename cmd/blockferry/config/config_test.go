@@ -78,6 +78,9 @@ func TestFullSampleIsReadWhole(t *testing.T) {
 		Spill: "/srv/spill/data-ebs", SpillLimitBytes: 50 * GiB}) {
 		t.Errorf("replicas: %+v", v.Replicas[0])
 	}
+	if got.SplitBrain != "none" || c.RescueDir != DefaultRescueDir {
+		t.Errorf("split brain: %s, %s", got.SplitBrain, c.RescueDir)
+	}
 	if got.Name != want.Name || got.Device != want.Device || got.SizeBytes != want.SizeBytes || got.Interval != want.Interval || got.StallLimit != want.StallLimit ||
 		got.EraBlockBytes != want.EraBlockBytes || got.CowBytes != want.CowBytes || got.MetadataDevice != want.MetadataDevice ||
 		got.FreezeFilesystem || got.AutoRestore {
@@ -134,7 +137,7 @@ func TestPeersSamplesAreReadWhole(t *testing.T) {
 		t.Fatal(err)
 	}
 	v, _ = c.Volume("data")
-	if c.Node.Listen != "10.0.2.7:7070" || !v.Secondary() || len(v.Peers) != 1 || v.Peers[0] != "node-a" || len(v.DiskUses()) != 1 ||
+	if c.RescueDir != "/srv/rescue" || c.Node.Listen != "10.0.2.7:7070" || !v.Secondary() || len(v.Peers) != 1 || v.Peers[0] != "node-a" || len(v.DiskUses()) != 1 ||
 		*v.Copy != (Replica{Name: "data", Device: "/dev/nvme1n1", JournalBytes: 4 * GiB, Spill: "/srv/spill/data", SpillLimitBytes: 50 * GiB}) {
 		t.Errorf("%+v %+v", v, v.Copy)
 	}

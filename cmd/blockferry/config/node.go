@@ -67,6 +67,13 @@ func (r *reader) node(key, value ast.Node) {
 			return nil
 		}),
 		keepNode(r.address("listen", &n.Listen), &listenAt),
+		r.text("rescue", func(s string) error {
+			if !filepath.IsAbs(s) {
+				return fmt.Errorf("'%s' is not a whole path", s)
+			}
+			r.config.RescueDir = filepath.Clean(s)
+			return nil
+		}),
 		r.choice("insecure", func(string) { n.Plaintext = true }, "plaintext"),
 	})
 	if present["name"] == nil {

@@ -15,6 +15,7 @@ import (
 var innerSuffixes = []string{"-era", "-base", "-data", "-meta", "-cow", "-snap"}
 
 func (r *reader) root(n ast.Node) {
+	r.config.RescueDir = DefaultRescueDir
 	var node ast.Node
 	present := r.fields(n, "the file", []field{{"node", func(n ast.Node) { node = n }}, {"volumes", r.volumes}})
 	if present["volumes"] == nil && len(r.errors) == 0 {
@@ -35,7 +36,7 @@ func (r *reader) volumes(n ast.Node) {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "volume name '%s': %s", name, err)
 		}
-		v := &Volume{Name: name, Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
+		v := &Volume{Name: name, SplitBrain: "none", Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
 		r.volume(pair, v)
 		if v.Attach && v.StateFile == "" {
 			v.StateFile = filepath.Join(DefaultStateDir, v.Name)
@@ -70,6 +71,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("cow-device", &v.CowDevice, what),
 		r.disk("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
+		r.choice("split-brain", func(s string) { v.SplitBrain = s }, "none", "discard-older-primary", "discard-least-changes", "discard-zero-changes"),
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
 		{"peers", func(n ast.Node) { r.peers(n, v) }},
 		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),

@@ -10,6 +10,7 @@ import (
 // then those of each node.
 type limits struct {
 	refused func(who, why string)
+	each    int // connections that a node may have
 
 	mu      sync.Mutex
 	pending int
@@ -35,24 +36,26 @@ func (l *limits) enter(host string) string {
 	return ""
 }
 
-// promote counts a connection among those of a node.
-func (l *limits) promote(raw net.Conn, node string) error {
+// promote counts a connection among those of a node; many says that these are more
+// than it needs, which its call is told. Twice as many are closed at once.
+func (l *limits) promote(raw net.Conn, node string) (many bool, err error) {
 	c, ok := raw.(*limitedConn)
 	if !ok {
-		return nil
+		return false, nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if node == "" { // plaintext
 		node = "host " + c.host
 	}
-	if l.nodes[node] >= maxConnections {
-		return fmt.Errorf("it has %d connections already", maxConnections)
+	n := l.nodes[node]
+	if n >= 2*l.each {
+		return true, fmt.Errorf("it has %d connections already", n)
 	}
 	c.node = node
 	l.nodes[node]++
 	l.release(c)
-	return nil
+	return n >= l.each, nil
 }
 
 // release forgets that a connection is pending; mu is held.

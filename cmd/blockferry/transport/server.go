@@ -28,7 +28,8 @@ const (
 	handshakeLimit = 5 * time.Second // from the connection to gRPC's first words
 	maxPending     = 32              // connections that have not shown who they are
 	maxPendingHost = 8               // of them from one host
-	maxConnections = 16              // of one node
+	minConnections = 16              // of one node that are allowed in any case
+	perVolume      = 4               // and for each volume: sessions, and those that just end
 	maxStreams     = 4               // calls at once on a connection
 	maxHeaderBytes = 8 << 10
 	lingerBytes    = 64 << 10 // taken from who was refused, so that the reason arrives
@@ -44,6 +45,8 @@ type ServerOptions struct {
 	Identity *Identity
 	Log      *slog.Logger
 	Service  proto.ReplicationServer
+	// Volumes is how many volumes the callers may come for.
+	Volumes int
 	// Known reports whether a node has any business here.
 	Known func(node string) bool
 	// Refused is called for each refusal that is logged; may be nil.
@@ -61,7 +64,7 @@ type Server struct {
 // NewServer makes one that listens nowhere yet.
 func NewServer(o ServerOptions) *Server {
 	s := &Server{options: o}
-	s.limits.refused = s.refuse
+	s.limits.refused, s.limits.each = s.refuse, max(minConnections, perVolume*o.Volumes)
 	options := append(protocol.ServerOptions(),
 		grpc.Creds(serverCredentials{s}), grpc.MaxRecvMsgSize(MaxMessageBytes), grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeaderBytes), grpc.ConnectionTimeout(handshakeLimit),
@@ -81,6 +84,7 @@ func (s *Server) Stop() { s.grpc.Stop() }
 type caller struct {
 	credentials.CommonAuthInfo
 	node string // by its certificate; "": it showed none, as this is plaintext
+	many bool   // its node has more connections than it may
 }
 
 func (caller) AuthType() string { return "blockferry" }
@@ -148,6 +152,13 @@ func (s *Server) intercept(server any, stream grpc.ServerStream, _ *grpc.StreamS
 		s.refuse(Who(ctx), why)
 		return status.Error(codes.PermissionDenied, why)
 	}
+	if p, ok := peer.FromContext(ctx); ok {
+		if c, ok := p.AuthInfo.(caller); ok && c.many {
+			why := fmt.Sprintf("it has more than %d connections, as many as %d volumes take", s.limits.each, s.options.Volumes)
+			s.refuse(Who(ctx), why)
+			return status.Error(codes.ResourceExhausted, why)
+		}
+	}
 	heard := &heardStream{ServerStream: stream}
 	err := handle(server, heard)
 	// gRPC ends a stream with what it could not read, whatever is said then.
@@ -195,7 +206,7 @@ type serverCredentials struct{ server *Server }
 func (c serverCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, who, err := c.shake(raw)
 	if err == nil {
-		err = c.server.limits.promote(raw, who.node)
+		who.many, err = c.server.limits.promote(raw, who.node)
 	}
 	if err == nil {
 		return conn, who, nil

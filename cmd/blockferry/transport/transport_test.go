@@ -392,18 +392,18 @@ func TestSilentConnectionsAreBounded(t *testing.T) {
 }
 
 func TestConnectionsOfANodeAreBounded(t *testing.T) {
-	l := &limits{}
+	l := &limits{each: 5}
 	var open []*limitedConn
-	for i := range maxConnections + 1 {
+	for i := range 11 {
 		if why := l.enter("h"); why != "" {
 			t.Fatal(why)
 		}
 		left, right := net.Pipe()
 		defer right.Close()
 		c := &limitedConn{Conn: left, limits: l, host: "h", pending: true}
-		err := l.promote(c, "node-a")
-		if (err != nil) != (i == maxConnections) {
-			t.Errorf("connection %d: %v", i, err)
+		many, err := l.promote(c, "node-a")
+		if (err != nil) != (i == 10) || many != (i >= 5) {
+			t.Errorf("connection %d: %v, %v", i, many, err)
 		}
 		open = append(open, c)
 	}
