@@ -338,3 +338,32 @@ func TestBootStopAndStart(t *testing.T) {
 		t.Logf("%d writes acknowledged and there; the volume's unit printed:\n%s", acked, log)
 	})
 }
+
+// A wrong configuration ends the agent for good, and is seen; whatever else ends it
+// does not, a crash of the program least of all.
+func TestBootWrongConfiguration(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: logs(map[string]string{"/etc/blockferry/blockferry.yaml": "volumes:\n  - nonsense: 1\n"}), Disks: []disk{{Size: 64 << 20}, {Size: 64 << 20}}}, func(t *testing.T) {
+		const unit = "blockferry.service"
+		c := installedCLI(t)
+		property := func(name string) string {
+			return strings.TrimSpace(run(t, "systemctl", "show", "--property="+name, "--value", unit))
+		}
+		if out, err := tryRun(t, "systemctl", "start", unit); err == nil {
+			t.Errorf("it began:\n%s", out)
+		}
+		if state, restarts, status := property("ActiveState"), property("NRestarts"), property("ExecMainStatus"); state != "failed" || restarts != "0" || status != "2" {
+			t.Errorf("it is '%s', was restarted %s times, ended with %s", state, restarts, status)
+		}
+		if err := os.WriteFile(c.config, []byte(oneReplica(ubd(0), ubd(1))), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "systemctl", "start", unit)
+		// It ends a Go program as a panic does.
+		run(t, "systemctl", "kill", "--kill-whom=main", "--signal=QUIT", unit)
+		for deadline := time.Now().Add(60 * time.Second); property("NRestarts") != "1" || property("ActiveState") != "active"; time.Sleep(100 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("it did not come back: it is '%s', was restarted %s times", property("ActiveState"), property("NRestarts"))
+			}
+		}
+	})
+}
