@@ -100,6 +100,7 @@ func checkTrackerOn(t *testing.T, disk string) {
 		{disk, "EveryChangeOfADevice", ""},
 		{linear, "EveryChangeOfADevice", ""},
 		{"/dev/zram0", "EveryChangeOfADevice", "discard, zero-out, punch hole, zero range"},
+		{"/dev/md77", "EveryChangeOfADevice", "discard"},
 		{striped, "BusyDevice", ""},
 		{"/dev/zram0", "BusyDevice", ""},
 		{"/dev/md77", "BusyDevice", ""},
