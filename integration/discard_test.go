@@ -171,24 +171,25 @@ func checkDiscardsAreNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As a table load would leave it.
-	raise := func(names ...string) {
+	limit := func(most int64, names ...string) {
 		t.Helper()
 		for _, name := range names {
 			info, err := ctl.Info(name)
 			if err == nil {
-				err = os.WriteFile("/sys/dev/block/"+info.Dev()+"/queue/discard_max_bytes", []byte("16777216"), 0)
+				err = os.WriteFile("/sys/dev/block/"+info.Dev()+"/queue/discard_max_bytes", []byte(fmt.Sprint(most)), 0)
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
+	raise := func(names ...string) { limit(16<<20, names...) }
 	raise("vol-era")
 	v = up(t, ctl, o)
 	all("adopted")
 
 	// Somebody raises both limits, as a rule of udev may: nothing is known then.
-	for when, again := range map[string]func(){"at a cut": func() {}, "adopted": func() {
+	for when, again := range map[string]func(){"at a cut": func() {}, "put back": func() { limit(eraGrain, "vol", "vol-era") }, "adopted": func() {
 		if err := v.Close(); err != nil {
 			t.Fatal(err)
 		}

@@ -1,10 +1,14 @@
 package volume
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
@@ -126,15 +130,71 @@ func limitDiscards(info dm.Info, most int64) error {
 	return nil
 }
 
+// limitWatch notices writes to the limits of discards, by inotify: who raises one and
+// puts it back between two cuts leaves no other trace.
+type limitWatch struct {
+	fd    int
+	roles map[uint32]string // by watch
+}
+
+func (v *Volume) watchLimits() (*limitWatch, error) {
+	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("watch the limits of discards: %w", err)
+	}
+	w := &limitWatch{fd, map[uint32]string{}}
+	for _, role := range []string{roleEra, roleTop} {
+		path := filepath.Join(queueDir(v.devices[role]), discardMax)
+		id, err := unix.InotifyAddWatch(fd, path, unix.IN_MODIFY)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("watch %s: %w", path, err), w.close())
+		}
+		w.roles[uint32(id)] = role
+	}
+	return w, nil
+}
+
+func (w *limitWatch) close() error { return unix.Close(w.fd) }
+
+// written says which limits were written to since it was asked last.
+func (w *limitWatch) written() (map[string]bool, error) {
+	roles := map[string]bool{}
+	buffer := make([]byte, 64*unix.SizeofInotifyEvent)
+	for {
+		n, err := unix.Read(w.fd, buffer)
+		if errors.Is(err, unix.EAGAIN) {
+			return roles, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("watch the limits of discards: %w", err)
+		}
+		for b := buffer[:n]; len(b) >= unix.SizeofInotifyEvent; b = b[unix.SizeofInotifyEvent:] {
+			// struct inotify_event: watch, mask, cookie, length of a name, which files have none of.
+			if role, known := w.roles[binary.NativeEndian.Uint32(b)]; known {
+				roles[role] = true
+			} else { // too many to keep
+				roles[roleEra], roles[roleTop] = true, true
+			}
+		}
+	}
+}
+
 // keepDiscardLimits sets limits again that somebody else raised. Either is
-// enough; while neither held discards may have gone unmarked (lost), so that no
-// question about an earlier cut has an answer.
+// enough; while neither held, as it may have been where both were written to,
+// discards may have gone unmarked (lost), so that no question about an earlier cut
+// has an answer.
 func (v *Volume) keepDiscardLimits() (lost bool, err error) {
 	label, most := v.labelNow(), int64(0)
 	if label.Discards && v.noDiscards == "" {
 		most = label.EraBlockBytes
 	}
-	raised := 0
+	written := map[string]bool{}
+	if v.limits != nil {
+		if written, err = v.limits.written(); err != nil {
+			return false, err
+		}
+	}
+	raised, again := 0, false
 	for _, role := range []string{roleEra, roleTop} {
 		info := v.devices[role]
 		now, err := blockdev.ReadNumber(filepath.Join(queueDir(info), discardMax))
@@ -142,11 +202,20 @@ func (v *Volume) keepDiscardLimits() (lost bool, err error) {
 			return false, fmt.Errorf("the limit of discards of %s: %w", info.Name, err)
 		}
 		if now <= most {
+			if written[role] {
+				v.log.Warn("somebody wrote to the limit of discards; it may have been raised for a time", "device", info.Name)
+				raised++
+			}
 			continue
 		}
-		raised++
+		raised, again = raised+1, true
 		v.log.Warn("somebody raised the limit of discards; it is set again", "device", info.Name, "bytes", now, "want", most)
 		if err := limitDiscards(info, most); err != nil {
+			return false, err
+		}
+	}
+	if again && v.limits != nil {
+		if _, err := v.limits.written(); err != nil { // that was this
 			return false, err
 		}
 	}

@@ -387,6 +387,9 @@ func (v *Volume) openStack() error {
 	if _, err = v.ctl.EnsureNode(v.options.Name); err != nil {
 		return err
 	}
+	if v.limits, err = v.watchLimits(); err != nil {
+		return err
+	}
 	v.openFine()
 	return v.openPreCopy()
 }

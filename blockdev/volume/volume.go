@@ -130,7 +130,8 @@ type Volume struct {
 	label   Label
 	lost    string // why tracking began anew when the volume came up
 
-	noDiscards string // why the volume takes none, "": it does
+	noDiscards string      // why the volume takes none, "": it does
+	limits     *limitWatch // of discards; nil before the stack is open
 
 	cutMu sync.Mutex
 	cut   *Cut // not yet released
@@ -287,6 +288,10 @@ func (v *Volume) closeFiles() error {
 	}
 	if v.stat != nil {
 		errs = append(errs, v.stat.Close())
+	}
+	if v.limits != nil {
+		errs = append(errs, v.limits.close())
+		v.limits = nil
 	}
 	if v.lock != nil {
 		errs = append(errs, v.lock.Close())
