@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"blockferry/cmd/blockferry/config"
@@ -93,21 +94,28 @@ func (m *managed) withHooks(e protocol.PrimaryEvents) protocol.PrimaryEvents {
 	connected := e.Connected
 	e.Connected = func(replica string, plan protocol.Plan) {
 		connected(replica, plan)
-		m.tellSplit(replica, plan)
+		m.tellSplit(replica, plan.Diverged, plan.String())
+	}
+	behind := e.Behind
+	e.Behind = func(replica, reason string) {
+		behind(replica, reason)
+		if strings.Contains(reason, protocol.ReasonSplitBrain) { // two primaries, too
+			m.tellSplit(replica, true, reason)
+		}
 	}
 	return e
 }
 
-// tellSplit runs 'split-brain' when a replica is found to have gone its own way;
-// once, until one of its sessions begins otherwise.
-func (m *managed) tellSplit(replica string, plan protocol.Plan) {
+// tellSplit runs 'split-brain' when a replica is found to have gone its own way, or
+// its node to be primary, too; once, until one of its sessions begins otherwise.
+func (m *managed) tellSplit(replica string, split bool, reason string) {
 	m.mu.Lock()
 	known := m.split[replica]
-	m.split[replica] = plan.Diverged
+	m.split[replica] = split
 	m.mu.Unlock()
-	if plan.Diverged && !known {
+	if split && !known {
 		info := m.about(replica)
-		info.Reason = plan.String()
+		info.Reason = reason
 		m.hooks.Tell(hooks.SplitBrain, info)
 	}
 }

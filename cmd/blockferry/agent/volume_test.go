@@ -13,7 +13,8 @@ import (
 )
 
 func aManaged(v *config.Volume) *managed {
-	return newManaged(&Agent{log: quiet(), hub: newHub()}, v)
+	v.Hooks = &config.Hooks{}
+	return newManaged(&Agent{log: quiet(), hub: newHub(), options: Options{Config: &config.Config{}}}, v)
 }
 
 // A disk that comes late is waited for, whichever of the volume's it is: a
