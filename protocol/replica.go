@@ -217,7 +217,7 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 		return nil, fmt.Errorf("open replica %w", err)
 	}
 	if p := sb.tookOver; !p.IsZero() && !o.TookOver {
-		return nil, fmt.Errorf("open replica %s: %w as %v: start it as that; if it stood down, format it around its data", store.Name(), ErrTookOver, p)
+		return nil, fmt.Errorf("open replica %s: %w as %v: it is no replica until it has stood down", store.Name(), ErrTookOver, p)
 	}
 	dec, err := NewDecompressor(applyWorkers)
 	if err != nil {

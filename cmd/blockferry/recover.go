@@ -52,6 +52,8 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 	}
 	replica, err := protocol.OpenReplica(ctx, disk, options)
 	switch {
+	case errors.Is(err, protocol.ErrTookOver):
+		return exit.Errorf(exit.Refused, "%w; to make it a replica again, where it is configured: blockferry secondary VOLUME", err)
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return exit.Errorf(exit.Refused, "%s is no replica of blockferry: %w", path, err)
 	case errors.Is(err, protocol.ErrUnreadable):

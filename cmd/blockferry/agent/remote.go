@@ -49,6 +49,8 @@ func (m *managed) adviseRemote(c *config.Replica, reason string, connected bool)
 	switch {
 	case strings.Contains(reason, protocol.ReasonTrackingLost):
 		return "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
+	case strings.Contains(reason, "format the replica"), strings.Contains(reason, "format it"):
+		return "writes go on and are marked; only if what it holds may be lost, at node '" + c.Peer + "' with its agent stopped: blockferry create --discard-my-data " + m.config.Name
 	case strings.Contains(reason, protocol.ReasonSplitBrain):
 		return m.adviseSplit(c, reason)
 	case strings.Contains(reason, "this node's certificate can't"), strings.Contains(reason, "refused this node's certificate"):

@@ -197,6 +197,8 @@ func (l *localReplica) advise(err error) string {
 		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, fs.ErrNotExist):
 		return "attach the disk; " + again
+	case errors.Is(err, protocol.ErrTookOver):
+		return "to finish that: blockferry primary " + l.volume.Name + "; to make it a replica again: blockferry secondary " + l.volume.Name
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return "if it is the right disk, format it, and it alone: " + l.formatCommand()
 	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):

@@ -102,6 +102,8 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
 				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
 				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
+			} else if strings.Contains(r.Reason, "format the replica") || strings.Contains(r.Reason, "format it") {
+				s.Advice = "writes go on and are marked; only if what it holds may be lost, with the agent stopped: " + l.formatCommand() + " --discard-my-data"
 			} else if strings.Contains(r.Reason, protocol.ReasonSplitBrain) {
 				s.Advice = m.adviseSplit(l.config, r.Reason)
 			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
