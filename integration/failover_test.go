@@ -117,6 +117,17 @@ func TestFailover(t *testing.T) {
 		}
 		// Whether it is overwritten is the operator's to say.
 		then.await(t, "aware of it", time.Minute, func(v status.Volume) bool { return strings.Contains(v.Replicas[0].Reason, "split brain") })
+		before := len(then.logText(t))
+		now.must(t, "discard")
+		v = then.await(t, "up to date on both", time.Minute, upToDate)
+		then.must(t, "sync", "--wait", "--timeout", "60s")
+		then.must(t, "verify")
+		if log := then.logText(t)[before:]; plans(log, "full")+plans(log, "compare") > 0 || plans(log, "incremental") == 0 {
+			t.Errorf("the old primary did not come back by what changed")
+		}
+		if out := now.must(t, "rescue", "list"); !strings.Contains(out, ".rescue") {
+			t.Errorf("what only the old primary had was not saved: %s", out)
+		}
 		for _, c := range []*cli{w.a, w.b} {
 			if err := c.stop(t, syscall.SIGTERM); err != nil {
 				t.Errorf("the agent ended with %v", err)

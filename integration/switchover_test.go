@@ -35,7 +35,7 @@ func newTwins(t *testing.T) *twins {
 	zoneA, zoneB := twoZones(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	file := func(me, other, role, here, there, device string) *cli {
-		return newCLI(t, fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070"}
+		return newCLI(t, fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
 volumes:
   data:
     role: %s
@@ -45,8 +45,8 @@ volumes:
     stall-limit: 20s
     peers: [%s]
     replicas:
-      other: {address: "%s:7070", peer: %[7]s}
-`, me, folders[me], here, role, device, twinVolume, other, there))
+      other: {address: "%s:7070", peer: %[8]s}
+`, me, folders[me], here, t.TempDir(), role, device, twinVolume, other, there))
 	}
 	w := &twins{wire: zoneB}
 	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", ubd(0))

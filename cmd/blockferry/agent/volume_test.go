@@ -13,7 +13,10 @@ import (
 )
 
 func aManaged(v *config.Volume) *managed {
-	return newManaged(&Agent{log: quiet(), hub: newHub()}, v)
+	if v.Hooks == nil {
+		v.Hooks = &config.Hooks{}
+	}
+	return newManaged(&Agent{log: quiet(), hub: newHub(), options: Options{Config: &config.Config{}}}, v)
 }
 
 // A disk that comes late is waited for, whichever of the volume's it is: a
