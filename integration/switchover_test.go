@@ -53,6 +53,7 @@ volumes:
 	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", ubd(1))
 	w.a.inside, w.b.inside = zoneA.inside(), zoneB.inside()
 	w.b.must(t, "create")
+	w.b.must(t, "check")
 	w.a.must(t, "create")
 	w.b.start(t)
 	w.a.start(t)
