@@ -214,7 +214,7 @@ func guestSpec(name string, g guest) uml.Spec {
 		spec.Env = append(spec.Env, binaryVar+"="+uml.GuestPath(binary))
 	}
 	spec.Env = append(spec.Env, g.Env...)
-	for _, name := range []string{powerLossesVar, powerSeedVar} {
+	for _, name := range []string{powerLossesVar, powerSeedVar, roundsVar} {
 		if value := os.Getenv(name); value != "" {
 			spec.Env = append(spec.Env, name+"="+value)
 		}

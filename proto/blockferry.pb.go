@@ -221,6 +221,127 @@ func (Reason) EnumDescriptor() ([]byte, []int) {
 	return file_blockferry_proto_rawDescGZIP(), []int{2}
 }
 
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeUuid    []byte                 `protobuf:"bytes,1,opt,name=volume_uuid,json=volumeUuid,proto3" json:"volume_uuid,omitempty"` // 16 bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_blockferry_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *WatchRequest) GetVolumeUuid() []byte {
+	if x != nil {
+		return x.VolumeUuid
+	}
+	return nil
+}
+
+// Standing is a node's copy of a volume and the role that it has there.
+type Standing struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Primary       bool                   `protobuf:"varint,1,opt,name=primary,proto3" json:"primary,omitempty"`                                  // it is written there, or is about to be
+	Lineage       *Lineage               `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`                                   // of a primary with the open epoch, of a replica up to what it committed; empty: it never held anything
+	Whole         bool                   `protobuf:"varint,3,opt,name=whole,proto3" json:"whole,omitempty"`                                      // the copy could be used: it is the primary's, or a consistent replica
+	Strayed       string                 `protobuf:"bytes,4,opt,name=strayed,proto3" json:"strayed,omitempty"`                                   // as in Welcome
+	BehindBytes   *uint64                `protobuf:"varint,5,opt,name=behind_bytes,json=behindBytes,proto3,oneof" json:"behind_bytes,omitempty"` // of a primary: what the caller's replica lacks; unset: not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Standing) Reset() {
+	*x = Standing{}
+	mi := &file_blockferry_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Standing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Standing) ProtoMessage() {}
+
+func (x *Standing) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Standing.ProtoReflect.Descriptor instead.
+func (*Standing) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Standing) GetPrimary() bool {
+	if x != nil {
+		return x.Primary
+	}
+	return false
+}
+
+func (x *Standing) GetLineage() *Lineage {
+	if x != nil {
+		return x.Lineage
+	}
+	return nil
+}
+
+func (x *Standing) GetWhole() bool {
+	if x != nil {
+		return x.Whole
+	}
+	return false
+}
+
+func (x *Standing) GetStrayed() string {
+	if x != nil {
+		return x.Strayed
+	}
+	return ""
+}
+
+func (x *Standing) GetBehindBytes() uint64 {
+	if x != nil && x.BehindBytes != nil {
+		return *x.BehindBytes
+	}
+	return 0
+}
+
 // Position is what a copy holds: an epoch within a generation.
 type Position struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -232,7 +353,7 @@ type Position struct {
 
 func (x *Position) Reset() {
 	*x = Position{}
-	mi := &file_blockferry_proto_msgTypes[0]
+	mi := &file_blockferry_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +365,7 @@ func (x *Position) String() string {
 func (*Position) ProtoMessage() {}
 
 func (x *Position) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[0]
+	mi := &file_blockferry_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +378,7 @@ func (x *Position) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Position.ProtoReflect.Descriptor instead.
 func (*Position) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{0}
+	return file_blockferry_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Position) GetGeneration() []byte {
@@ -285,7 +406,7 @@ type Lineage struct {
 
 func (x *Lineage) Reset() {
 	*x = Lineage{}
-	mi := &file_blockferry_proto_msgTypes[1]
+	mi := &file_blockferry_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -297,7 +418,7 @@ func (x *Lineage) String() string {
 func (*Lineage) ProtoMessage() {}
 
 func (x *Lineage) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[1]
+	mi := &file_blockferry_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -310,7 +431,7 @@ func (x *Lineage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lineage.ProtoReflect.Descriptor instead.
 func (*Lineage) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{1}
+	return file_blockferry_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Lineage) GetPoints() []*Position {
@@ -338,7 +459,7 @@ type FromPrimary struct {
 
 func (x *FromPrimary) Reset() {
 	*x = FromPrimary{}
-	mi := &file_blockferry_proto_msgTypes[2]
+	mi := &file_blockferry_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +471,7 @@ func (x *FromPrimary) String() string {
 func (*FromPrimary) ProtoMessage() {}
 
 func (x *FromPrimary) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[2]
+	mi := &file_blockferry_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +484,7 @@ func (x *FromPrimary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FromPrimary.ProtoReflect.Descriptor instead.
 func (*FromPrimary) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{2}
+	return file_blockferry_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FromPrimary) GetMessage() isFromPrimary_Message {
@@ -502,7 +623,7 @@ type FromReplica struct {
 
 func (x *FromReplica) Reset() {
 	*x = FromReplica{}
-	mi := &file_blockferry_proto_msgTypes[3]
+	mi := &file_blockferry_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -514,7 +635,7 @@ func (x *FromReplica) String() string {
 func (*FromReplica) ProtoMessage() {}
 
 func (x *FromReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[3]
+	mi := &file_blockferry_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -527,7 +648,7 @@ func (x *FromReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FromReplica.ProtoReflect.Descriptor instead.
 func (*FromReplica) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{3}
+	return file_blockferry_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *FromReplica) GetMessage() isFromReplica_Message {
@@ -693,7 +814,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_blockferry_proto_msgTypes[4]
+	mi := &file_blockferry_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +826,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[4]
+	mi := &file_blockferry_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +839,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{4}
+	return file_blockferry_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Hello) GetVersion() uint32 {
@@ -801,7 +922,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_blockferry_proto_msgTypes[5]
+	mi := &file_blockferry_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +934,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[5]
+	mi := &file_blockferry_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +947,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{5}
+	return file_blockferry_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Welcome) GetVersion() uint32 {
@@ -908,7 +1029,7 @@ type Begin struct {
 
 func (x *Begin) Reset() {
 	*x = Begin{}
-	mi := &file_blockferry_proto_msgTypes[6]
+	mi := &file_blockferry_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -920,7 +1041,7 @@ func (x *Begin) String() string {
 func (*Begin) ProtoMessage() {}
 
 func (x *Begin) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[6]
+	mi := &file_blockferry_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -933,7 +1054,7 @@ func (x *Begin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Begin.ProtoReflect.Descriptor instead.
 func (*Begin) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{6}
+	return file_blockferry_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Begin) GetEpoch() uint64 {
@@ -1003,7 +1124,7 @@ type AskChanges struct {
 
 func (x *AskChanges) Reset() {
 	*x = AskChanges{}
-	mi := &file_blockferry_proto_msgTypes[7]
+	mi := &file_blockferry_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1136,7 @@ func (x *AskChanges) String() string {
 func (*AskChanges) ProtoMessage() {}
 
 func (x *AskChanges) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[7]
+	mi := &file_blockferry_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1149,7 @@ func (x *AskChanges) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskChanges.ProtoReflect.Descriptor instead.
 func (*AskChanges) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{7}
+	return file_blockferry_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AskChanges) GetSince() *Position {
@@ -1049,7 +1170,7 @@ type Changes struct {
 
 func (x *Changes) Reset() {
 	*x = Changes{}
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1182,7 @@ func (x *Changes) String() string {
 func (*Changes) ProtoMessage() {}
 
 func (x *Changes) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1195,7 @@ func (x *Changes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Changes.ProtoReflect.Descriptor instead.
 func (*Changes) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{8}
+	return file_blockferry_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Changes) GetKnown() bool {
@@ -1108,7 +1229,7 @@ type Begun struct {
 
 func (x *Begun) Reset() {
 	*x = Begun{}
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1120,7 +1241,7 @@ func (x *Begun) String() string {
 func (*Begun) ProtoMessage() {}
 
 func (x *Begun) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1133,7 +1254,7 @@ func (x *Begun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Begun.ProtoReflect.Descriptor instead.
 func (*Begun) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{9}
+	return file_blockferry_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Begun) GetEpoch() uint64 {
@@ -1161,7 +1282,7 @@ type Frames struct {
 
 func (x *Frames) Reset() {
 	*x = Frames{}
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1294,7 @@ func (x *Frames) String() string {
 func (*Frames) ProtoMessage() {}
 
 func (x *Frames) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1307,7 @@ func (x *Frames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frames.ProtoReflect.Descriptor instead.
 func (*Frames) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{10}
+	return file_blockferry_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Frames) GetData() []byte {
@@ -1211,7 +1332,7 @@ type Compare struct {
 
 func (x *Compare) Reset() {
 	*x = Compare{}
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1223,7 +1344,7 @@ func (x *Compare) String() string {
 func (*Compare) ProtoMessage() {}
 
 func (x *Compare) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1236,7 +1357,7 @@ func (x *Compare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Compare.ProtoReflect.Descriptor instead.
 func (*Compare) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{11}
+	return file_blockferry_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Compare) GetId() uint64 {
@@ -1278,7 +1399,7 @@ type Differences struct {
 
 func (x *Differences) Reset() {
 	*x = Differences{}
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1290,7 +1411,7 @@ func (x *Differences) String() string {
 func (*Differences) ProtoMessage() {}
 
 func (x *Differences) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1303,7 +1424,7 @@ func (x *Differences) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Differences.ProtoReflect.Descriptor instead.
 func (*Differences) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{12}
+	return file_blockferry_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Differences) GetId() uint64 {
@@ -1344,7 +1465,7 @@ type Commit struct {
 
 func (x *Commit) Reset() {
 	*x = Commit{}
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1477,7 @@ func (x *Commit) String() string {
 func (*Commit) ProtoMessage() {}
 
 func (x *Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1490,7 @@ func (x *Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Commit.ProtoReflect.Descriptor instead.
 func (*Commit) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{13}
+	return file_blockferry_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Commit) GetEpoch() uint64 {
@@ -1417,7 +1538,7 @@ type StreamSum struct {
 
 func (x *StreamSum) Reset() {
 	*x = StreamSum{}
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1550,7 @@ func (x *StreamSum) String() string {
 func (*StreamSum) ProtoMessage() {}
 
 func (x *StreamSum) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1563,7 @@ func (x *StreamSum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSum.ProtoReflect.Descriptor instead.
 func (*StreamSum) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{14}
+	return file_blockferry_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StreamSum) GetFrames() uint64 {
@@ -1470,7 +1591,7 @@ type Abort struct {
 
 func (x *Abort) Reset() {
 	*x = Abort{}
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1603,7 @@ func (x *Abort) String() string {
 func (*Abort) ProtoMessage() {}
 
 func (x *Abort) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1616,7 @@ func (x *Abort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Abort.ProtoReflect.Descriptor instead.
 func (*Abort) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{15}
+	return file_blockferry_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Abort) GetEpoch() uint64 {
@@ -1529,7 +1650,7 @@ type Aborted struct {
 
 func (x *Aborted) Reset() {
 	*x = Aborted{}
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1541,7 +1662,7 @@ func (x *Aborted) String() string {
 func (*Aborted) ProtoMessage() {}
 
 func (x *Aborted) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1554,7 +1675,7 @@ func (x *Aborted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aborted.ProtoReflect.Descriptor instead.
 func (*Aborted) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{16}
+	return file_blockferry_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Aborted) GetEpoch() uint64 {
@@ -1580,7 +1701,7 @@ type Window struct {
 
 func (x *Window) Reset() {
 	*x = Window{}
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1592,7 +1713,7 @@ func (x *Window) String() string {
 func (*Window) ProtoMessage() {}
 
 func (x *Window) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1605,7 +1726,7 @@ func (x *Window) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Window.ProtoReflect.Descriptor instead.
 func (*Window) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{17}
+	return file_blockferry_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Window) GetBytes() uint64 {
@@ -1625,7 +1746,7 @@ type Committed struct {
 
 func (x *Committed) Reset() {
 	*x = Committed{}
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1637,7 +1758,7 @@ func (x *Committed) String() string {
 func (*Committed) ProtoMessage() {}
 
 func (x *Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1650,7 +1771,7 @@ func (x *Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Committed.ProtoReflect.Descriptor instead.
 func (*Committed) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{18}
+	return file_blockferry_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Committed) GetEpoch() uint64 {
@@ -1677,7 +1798,7 @@ type Applied struct {
 
 func (x *Applied) Reset() {
 	*x = Applied{}
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +1810,7 @@ func (x *Applied) String() string {
 func (*Applied) ProtoMessage() {}
 
 func (x *Applied) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +1823,7 @@ func (x *Applied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Applied.ProtoReflect.Descriptor instead.
 func (*Applied) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{19}
+	return file_blockferry_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Applied) GetEpoch() uint64 {
@@ -1730,7 +1851,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1742,7 +1863,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1755,7 +1876,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{20}
+	return file_blockferry_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Refused) GetReason() Reason {
@@ -1793,7 +1914,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1805,7 +1926,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1818,7 +1939,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{21}
+	return file_blockferry_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RestoreRequest) GetVolumeUuid() []byte {
@@ -1878,7 +1999,7 @@ type RestoreChunk struct {
 
 func (x *RestoreChunk) Reset() {
 	*x = RestoreChunk{}
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +2011,7 @@ func (x *RestoreChunk) String() string {
 func (*RestoreChunk) ProtoMessage() {}
 
 func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +2024,7 @@ func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreChunk.ProtoReflect.Descriptor instead.
 func (*RestoreChunk) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{22}
+	return file_blockferry_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RestoreChunk) GetMessage() isRestoreChunk_Message {
@@ -1989,7 +2110,7 @@ type RestoreHeader struct {
 
 func (x *RestoreHeader) Reset() {
 	*x = RestoreHeader{}
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +2122,7 @@ func (x *RestoreHeader) String() string {
 func (*RestoreHeader) ProtoMessage() {}
 
 func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +2135,7 @@ func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreHeader.ProtoReflect.Descriptor instead.
 func (*RestoreHeader) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{23}
+	return file_blockferry_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RestoreHeader) GetLineage() *Lineage {
@@ -2057,7 +2178,7 @@ type RestoreSums struct {
 
 func (x *RestoreSums) Reset() {
 	*x = RestoreSums{}
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2190,7 @@ func (x *RestoreSums) String() string {
 func (*RestoreSums) ProtoMessage() {}
 
 func (x *RestoreSums) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2203,7 @@ func (x *RestoreSums) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSums.ProtoReflect.Descriptor instead.
 func (*RestoreSums) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{24}
+	return file_blockferry_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RestoreSums) GetOffset() uint64 {
@@ -2122,7 +2243,7 @@ type RestoreEnd struct {
 
 func (x *RestoreEnd) Reset() {
 	*x = RestoreEnd{}
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2255,7 @@ func (x *RestoreEnd) String() string {
 func (*RestoreEnd) ProtoMessage() {}
 
 func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2268,7 @@ func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreEnd.ProtoReflect.Descriptor instead.
 func (*RestoreEnd) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{25}
+	return file_blockferry_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RestoreEnd) GetFrames() uint64 {
@@ -2166,7 +2287,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2299,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2312,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{26}
+	return file_blockferry_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StatusRequest) GetVolume() string {
@@ -2212,7 +2333,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2224,7 +2345,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2358,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{27}
+	return file_blockferry_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatusReply) GetJson() []byte {
@@ -2256,7 +2377,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2389,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2402,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{28}
+	return file_blockferry_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *EventsRequest) GetFollow() bool {
@@ -2304,7 +2425,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2437,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2450,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{29}
+	return file_blockferry_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Event) GetUnixNanos() int64 {
@@ -2378,7 +2499,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2390,7 +2511,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2403,7 +2524,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{30}
+	return file_blockferry_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VolumeRequest) GetVolume() string {
@@ -2436,7 +2557,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2448,7 +2569,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2461,7 +2582,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{31}
+	return file_blockferry_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Done) GetMessage() string {
@@ -2481,7 +2602,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2493,7 +2614,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2506,7 +2627,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{32}
+	return file_blockferry_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SyncRequest) GetVolume() string {
@@ -2533,7 +2654,7 @@ type SyncReply struct {
 
 func (x *SyncReply) Reset() {
 	*x = SyncReply{}
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2666,7 @@ func (x *SyncReply) String() string {
 func (*SyncReply) ProtoMessage() {}
 
 func (x *SyncReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2679,7 @@ func (x *SyncReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncReply.ProtoReflect.Descriptor instead.
 func (*SyncReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{33}
+	return file_blockferry_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SyncReply) GetEpoch() uint64 {
@@ -2586,7 +2707,7 @@ type RestoreVolumeRequest struct {
 
 func (x *RestoreVolumeRequest) Reset() {
 	*x = RestoreVolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2719,7 @@ func (x *RestoreVolumeRequest) String() string {
 func (*RestoreVolumeRequest) ProtoMessage() {}
 
 func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2732,7 @@ func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{34}
+	return file_blockferry_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RestoreVolumeRequest) GetVolume() string {
@@ -2649,7 +2770,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +2782,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +2795,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{35}
+	return file_blockferry_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Progress) GetDoneBytes() uint64 {
@@ -2723,7 +2844,17 @@ var File_blockferry_proto protoreflect.FileDescriptor
 
 const file_blockferry_proto_rawDesc = "" +
 	"\n" +
-	"\x10blockferry.proto\x12\rblockferry.v1\"@\n" +
+	"\x10blockferry.proto\x12\rblockferry.v1\"/\n" +
+	"\fWatchRequest\x12\x1f\n" +
+	"\vvolume_uuid\x18\x01 \x01(\fR\n" +
+	"volumeUuid\"\xbf\x01\n" +
+	"\bStanding\x12\x18\n" +
+	"\aprimary\x18\x01 \x01(\bR\aprimary\x120\n" +
+	"\alineage\x18\x02 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12\x14\n" +
+	"\x05whole\x18\x03 \x01(\bR\x05whole\x12\x18\n" +
+	"\astrayed\x18\x04 \x01(\tR\astrayed\x12&\n" +
+	"\fbehind_bytes\x18\x05 \x01(\x04H\x00R\vbehindBytes\x88\x01\x01B\x0f\n" +
+	"\r_behind_bytes\"@\n" +
 	"\bPosition\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\fR\n" +
@@ -2927,10 +3058,11 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x16REASON_UNKNOWN_REPLICA\x10\t\x12\x15\n" +
 	"\x11REASON_NEEDS_FULL\x10\n" +
 	"\x12\x12\n" +
-	"\x0eREASON_PRIMARY\x10\v2\x9f\x01\n" +
+	"\x0eREASON_PRIMARY\x10\v2\xe0\x01\n" +
 	"\vReplication\x12G\n" +
 	"\tReplicate\x12\x1a.blockferry.v1.FromPrimary\x1a\x1a.blockferry.v1.FromReplica(\x010\x01\x12G\n" +
-	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x012\x89\x05\n" +
+	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x01\x12?\n" +
+	"\x05Watch\x12\x1b.blockferry.v1.WatchRequest\x1a\x17.blockferry.v1.Standing0\x012\x87\x06\n" +
 	"\aControl\x12B\n" +
 	"\x06Status\x12\x1c.blockferry.v1.StatusRequest\x1a\x1a.blockferry.v1.StatusReply\x12>\n" +
 	"\x06Events\x12\x1c.blockferry.v1.EventsRequest\x1a\x14.blockferry.v1.Event0\x01\x127\n" +
@@ -2941,7 +3073,9 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x06Resume\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12A\n" +
 	"\x06Verify\x12\x1c.blockferry.v1.VolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12O\n" +
 	"\rRestoreVolume\x12#.blockferry.v1.RestoreVolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12;\n" +
-	"\x06GiveUp\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.DoneB\x12Z\x10blockferry/protob\x06proto3"
+	"\x06GiveUp\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12<\n" +
+	"\aPrimary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12>\n" +
+	"\tSecondary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.DoneB\x12Z\x10blockferry/protob\x06proto3"
 
 var (
 	file_blockferry_proto_rawDescOnce sync.Once
@@ -2956,113 +3090,122 @@ func file_blockferry_proto_rawDescGZIP() []byte {
 }
 
 var file_blockferry_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_blockferry_proto_goTypes = []any{
 	(DiskState)(0),               // 0: blockferry.v1.DiskState
 	(Mode)(0),                    // 1: blockferry.v1.Mode
 	(Reason)(0),                  // 2: blockferry.v1.Reason
-	(*Position)(nil),             // 3: blockferry.v1.Position
-	(*Lineage)(nil),              // 4: blockferry.v1.Lineage
-	(*FromPrimary)(nil),          // 5: blockferry.v1.FromPrimary
-	(*FromReplica)(nil),          // 6: blockferry.v1.FromReplica
-	(*Hello)(nil),                // 7: blockferry.v1.Hello
-	(*Welcome)(nil),              // 8: blockferry.v1.Welcome
-	(*Begin)(nil),                // 9: blockferry.v1.Begin
-	(*AskChanges)(nil),           // 10: blockferry.v1.AskChanges
-	(*Changes)(nil),              // 11: blockferry.v1.Changes
-	(*Begun)(nil),                // 12: blockferry.v1.Begun
-	(*Frames)(nil),               // 13: blockferry.v1.Frames
-	(*Compare)(nil),              // 14: blockferry.v1.Compare
-	(*Differences)(nil),          // 15: blockferry.v1.Differences
-	(*Commit)(nil),               // 16: blockferry.v1.Commit
-	(*StreamSum)(nil),            // 17: blockferry.v1.StreamSum
-	(*Abort)(nil),                // 18: blockferry.v1.Abort
-	(*Aborted)(nil),              // 19: blockferry.v1.Aborted
-	(*Window)(nil),               // 20: blockferry.v1.Window
-	(*Committed)(nil),            // 21: blockferry.v1.Committed
-	(*Applied)(nil),              // 22: blockferry.v1.Applied
-	(*Refused)(nil),              // 23: blockferry.v1.Refused
-	(*RestoreRequest)(nil),       // 24: blockferry.v1.RestoreRequest
-	(*RestoreChunk)(nil),         // 25: blockferry.v1.RestoreChunk
-	(*RestoreHeader)(nil),        // 26: blockferry.v1.RestoreHeader
-	(*RestoreSums)(nil),          // 27: blockferry.v1.RestoreSums
-	(*RestoreEnd)(nil),           // 28: blockferry.v1.RestoreEnd
-	(*StatusRequest)(nil),        // 29: blockferry.v1.StatusRequest
-	(*StatusReply)(nil),          // 30: blockferry.v1.StatusReply
-	(*EventsRequest)(nil),        // 31: blockferry.v1.EventsRequest
-	(*Event)(nil),                // 32: blockferry.v1.Event
-	(*VolumeRequest)(nil),        // 33: blockferry.v1.VolumeRequest
-	(*Done)(nil),                 // 34: blockferry.v1.Done
-	(*SyncRequest)(nil),          // 35: blockferry.v1.SyncRequest
-	(*SyncReply)(nil),            // 36: blockferry.v1.SyncReply
-	(*RestoreVolumeRequest)(nil), // 37: blockferry.v1.RestoreVolumeRequest
-	(*Progress)(nil),             // 38: blockferry.v1.Progress
+	(*WatchRequest)(nil),         // 3: blockferry.v1.WatchRequest
+	(*Standing)(nil),             // 4: blockferry.v1.Standing
+	(*Position)(nil),             // 5: blockferry.v1.Position
+	(*Lineage)(nil),              // 6: blockferry.v1.Lineage
+	(*FromPrimary)(nil),          // 7: blockferry.v1.FromPrimary
+	(*FromReplica)(nil),          // 8: blockferry.v1.FromReplica
+	(*Hello)(nil),                // 9: blockferry.v1.Hello
+	(*Welcome)(nil),              // 10: blockferry.v1.Welcome
+	(*Begin)(nil),                // 11: blockferry.v1.Begin
+	(*AskChanges)(nil),           // 12: blockferry.v1.AskChanges
+	(*Changes)(nil),              // 13: blockferry.v1.Changes
+	(*Begun)(nil),                // 14: blockferry.v1.Begun
+	(*Frames)(nil),               // 15: blockferry.v1.Frames
+	(*Compare)(nil),              // 16: blockferry.v1.Compare
+	(*Differences)(nil),          // 17: blockferry.v1.Differences
+	(*Commit)(nil),               // 18: blockferry.v1.Commit
+	(*StreamSum)(nil),            // 19: blockferry.v1.StreamSum
+	(*Abort)(nil),                // 20: blockferry.v1.Abort
+	(*Aborted)(nil),              // 21: blockferry.v1.Aborted
+	(*Window)(nil),               // 22: blockferry.v1.Window
+	(*Committed)(nil),            // 23: blockferry.v1.Committed
+	(*Applied)(nil),              // 24: blockferry.v1.Applied
+	(*Refused)(nil),              // 25: blockferry.v1.Refused
+	(*RestoreRequest)(nil),       // 26: blockferry.v1.RestoreRequest
+	(*RestoreChunk)(nil),         // 27: blockferry.v1.RestoreChunk
+	(*RestoreHeader)(nil),        // 28: blockferry.v1.RestoreHeader
+	(*RestoreSums)(nil),          // 29: blockferry.v1.RestoreSums
+	(*RestoreEnd)(nil),           // 30: blockferry.v1.RestoreEnd
+	(*StatusRequest)(nil),        // 31: blockferry.v1.StatusRequest
+	(*StatusReply)(nil),          // 32: blockferry.v1.StatusReply
+	(*EventsRequest)(nil),        // 33: blockferry.v1.EventsRequest
+	(*Event)(nil),                // 34: blockferry.v1.Event
+	(*VolumeRequest)(nil),        // 35: blockferry.v1.VolumeRequest
+	(*Done)(nil),                 // 36: blockferry.v1.Done
+	(*SyncRequest)(nil),          // 37: blockferry.v1.SyncRequest
+	(*SyncReply)(nil),            // 38: blockferry.v1.SyncReply
+	(*RestoreVolumeRequest)(nil), // 39: blockferry.v1.RestoreVolumeRequest
+	(*Progress)(nil),             // 40: blockferry.v1.Progress
 }
 var file_blockferry_proto_depIdxs = []int32{
-	3,  // 0: blockferry.v1.Lineage.points:type_name -> blockferry.v1.Position
-	7,  // 1: blockferry.v1.FromPrimary.hello:type_name -> blockferry.v1.Hello
-	9,  // 2: blockferry.v1.FromPrimary.begin:type_name -> blockferry.v1.Begin
-	13, // 3: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
-	14, // 4: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
-	16, // 5: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
-	18, // 6: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
-	10, // 7: blockferry.v1.FromPrimary.ask_changes:type_name -> blockferry.v1.AskChanges
-	8,  // 8: blockferry.v1.FromReplica.welcome:type_name -> blockferry.v1.Welcome
-	12, // 9: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
-	15, // 10: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
-	20, // 11: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
-	21, // 12: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
-	22, // 13: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
-	23, // 14: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
-	19, // 15: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
-	11, // 16: blockferry.v1.FromReplica.changes:type_name -> blockferry.v1.Changes
-	4,  // 17: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
-	0,  // 18: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
-	4,  // 19: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
-	3,  // 20: blockferry.v1.Welcome.given_up:type_name -> blockferry.v1.Position
-	1,  // 21: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
-	4,  // 22: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
-	3,  // 23: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
-	3,  // 24: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
-	17, // 25: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
-	4,  // 26: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
-	2,  // 27: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
-	4,  // 28: blockferry.v1.Refused.lineage:type_name -> blockferry.v1.Lineage
-	3,  // 29: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
-	26, // 30: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
-	13, // 31: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
-	27, // 32: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
-	28, // 33: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
-	4,  // 34: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 35: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
-	24, // 36: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
-	29, // 37: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
-	31, // 38: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
-	33, // 39: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
-	33, // 40: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	35, // 41: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
-	33, // 42: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
-	33, // 43: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	33, // 44: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	37, // 45: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
-	33, // 46: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
-	6,  // 47: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	25, // 48: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	30, // 49: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	32, // 50: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	34, // 51: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	34, // 52: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	36, // 53: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	34, // 54: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	34, // 55: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	38, // 56: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	38, // 57: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	34, // 58: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
-	47, // [47:59] is the sub-list for method output_type
-	35, // [35:47] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	6,  // 0: blockferry.v1.Standing.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 1: blockferry.v1.Lineage.points:type_name -> blockferry.v1.Position
+	9,  // 2: blockferry.v1.FromPrimary.hello:type_name -> blockferry.v1.Hello
+	11, // 3: blockferry.v1.FromPrimary.begin:type_name -> blockferry.v1.Begin
+	15, // 4: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
+	16, // 5: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
+	18, // 6: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
+	20, // 7: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
+	12, // 8: blockferry.v1.FromPrimary.ask_changes:type_name -> blockferry.v1.AskChanges
+	10, // 9: blockferry.v1.FromReplica.welcome:type_name -> blockferry.v1.Welcome
+	14, // 10: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
+	17, // 11: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
+	22, // 12: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
+	23, // 13: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
+	24, // 14: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
+	25, // 15: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
+	21, // 16: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
+	13, // 17: blockferry.v1.FromReplica.changes:type_name -> blockferry.v1.Changes
+	6,  // 18: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
+	0,  // 19: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
+	6,  // 20: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 21: blockferry.v1.Welcome.given_up:type_name -> blockferry.v1.Position
+	1,  // 22: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
+	6,  // 23: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 24: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
+	5,  // 25: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
+	19, // 26: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
+	6,  // 27: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
+	2,  // 28: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
+	6,  // 29: blockferry.v1.Refused.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 30: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
+	28, // 31: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
+	15, // 32: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
+	29, // 33: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
+	30, // 34: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
+	6,  // 35: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
+	7,  // 36: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
+	26, // 37: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
+	3,  // 38: blockferry.v1.Replication.Watch:input_type -> blockferry.v1.WatchRequest
+	31, // 39: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
+	33, // 40: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
+	35, // 41: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
+	35, // 42: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
+	37, // 43: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	35, // 44: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
+	35, // 45: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
+	35, // 46: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
+	39, // 47: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	35, // 48: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
+	35, // 49: blockferry.v1.Control.Primary:input_type -> blockferry.v1.VolumeRequest
+	35, // 50: blockferry.v1.Control.Secondary:input_type -> blockferry.v1.VolumeRequest
+	8,  // 51: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	27, // 52: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	4,  // 53: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
+	32, // 54: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	34, // 55: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	36, // 56: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	36, // 57: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	38, // 58: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	36, // 59: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	36, // 60: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	40, // 61: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	40, // 62: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	36, // 63: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
+	36, // 64: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
+	36, // 65: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
+	51, // [51:66] is the sub-list for method output_type
+	36, // [36:51] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_blockferry_proto_init() }
@@ -3070,7 +3213,8 @@ func file_blockferry_proto_init() {
 	if File_blockferry_proto != nil {
 		return
 	}
-	file_blockferry_proto_msgTypes[2].OneofWrappers = []any{
+	file_blockferry_proto_msgTypes[1].OneofWrappers = []any{}
+	file_blockferry_proto_msgTypes[4].OneofWrappers = []any{
 		(*FromPrimary_Hello)(nil),
 		(*FromPrimary_Begin)(nil),
 		(*FromPrimary_Frames)(nil),
@@ -3079,7 +3223,7 @@ func file_blockferry_proto_init() {
 		(*FromPrimary_Abort)(nil),
 		(*FromPrimary_AskChanges)(nil),
 	}
-	file_blockferry_proto_msgTypes[3].OneofWrappers = []any{
+	file_blockferry_proto_msgTypes[5].OneofWrappers = []any{
 		(*FromReplica_Welcome)(nil),
 		(*FromReplica_Begun)(nil),
 		(*FromReplica_Differences)(nil),
@@ -3090,7 +3234,7 @@ func file_blockferry_proto_init() {
 		(*FromReplica_Aborted)(nil),
 		(*FromReplica_Changes)(nil),
 	}
-	file_blockferry_proto_msgTypes[22].OneofWrappers = []any{
+	file_blockferry_proto_msgTypes[24].OneofWrappers = []any{
 		(*RestoreChunk_Header)(nil),
 		(*RestoreChunk_Frames)(nil),
 		(*RestoreChunk_Sums)(nil),
@@ -3102,7 +3246,7 @@ func file_blockferry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_blockferry_proto_rawDesc), len(file_blockferry_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   36,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

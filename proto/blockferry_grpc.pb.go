@@ -44,6 +44,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Replication_Replicate_FullMethodName = "/blockferry.v1.Replication/Replicate"
 	Replication_Restore_FullMethodName   = "/blockferry.v1.Replication/Restore"
+	Replication_Watch_FullMethodName     = "/blockferry.v1.Replication/Watch"
 )
 
 // ReplicationClient is the client API for Replication service.
@@ -54,6 +55,9 @@ type ReplicationClient interface {
 	Replicate(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FromPrimary, FromReplica], error)
 	// Restore reads a replica's committed image back.
 	Restore(ctx context.Context, in *RestoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RestoreChunk], error)
+	// Watch tells where the node's own copy of a volume stands: at once, then every
+	// second. Nothing is changed by it.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Standing], error)
 }
 
 type replicationClient struct {
@@ -96,6 +100,25 @@ func (c *replicationClient) Restore(ctx context.Context, in *RestoreRequest, opt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Replication_RestoreClient = grpc.ServerStreamingClient[RestoreChunk]
 
+func (c *replicationClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Standing], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[2], Replication_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, Standing]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_WatchClient = grpc.ServerStreamingClient[Standing]
+
 // ReplicationServer is the server API for Replication service.
 // All implementations must embed UnimplementedReplicationServer
 // for forward compatibility.
@@ -104,6 +127,9 @@ type ReplicationServer interface {
 	Replicate(grpc.BidiStreamingServer[FromPrimary, FromReplica]) error
 	// Restore reads a replica's committed image back.
 	Restore(*RestoreRequest, grpc.ServerStreamingServer[RestoreChunk]) error
+	// Watch tells where the node's own copy of a volume stands: at once, then every
+	// second. Nothing is changed by it.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[Standing]) error
 	mustEmbedUnimplementedReplicationServer()
 }
 
@@ -119,6 +145,9 @@ func (UnimplementedReplicationServer) Replicate(grpc.BidiStreamingServer[FromPri
 }
 func (UnimplementedReplicationServer) Restore(*RestoreRequest, grpc.ServerStreamingServer[RestoreChunk]) error {
 	return status.Error(codes.Unimplemented, "method Restore not implemented")
+}
+func (UnimplementedReplicationServer) Watch(*WatchRequest, grpc.ServerStreamingServer[Standing]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
 }
 func (UnimplementedReplicationServer) mustEmbedUnimplementedReplicationServer() {}
 func (UnimplementedReplicationServer) testEmbeddedByValue()                     {}
@@ -159,6 +188,17 @@ func _Replication_Restore_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Replication_RestoreServer = grpc.ServerStreamingServer[RestoreChunk]
 
+func _Replication_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ReplicationServer).Watch(m, &grpc.GenericServerStream[WatchRequest, Standing]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_WatchServer = grpc.ServerStreamingServer[Standing]
+
 // Replication_ServiceDesc is the grpc.ServiceDesc for Replication service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -178,6 +218,11 @@ var Replication_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Replication_Restore_Handler,
 			ServerStreams: true,
 		},
+		{
+			StreamName:    "Watch",
+			Handler:       _Replication_Watch_Handler,
+			ServerStreams: true,
+		},
 	},
 	Metadata: "blockferry.proto",
 }
@@ -193,6 +238,8 @@ const (
 	Control_Verify_FullMethodName        = "/blockferry.v1.Control/Verify"
 	Control_RestoreVolume_FullMethodName = "/blockferry.v1.Control/RestoreVolume"
 	Control_GiveUp_FullMethodName        = "/blockferry.v1.Control/GiveUp"
+	Control_Primary_FullMethodName       = "/blockferry.v1.Control/Primary"
+	Control_Secondary_FullMethodName     = "/blockferry.v1.Control/Secondary"
 )
 
 // ControlClient is the client API for Control service.
@@ -211,6 +258,8 @@ type ControlClient interface {
 	Verify(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	RestoreVolume(ctx context.Context, in *RestoreVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	GiveUp(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
+	Primary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
+	Secondary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 }
 
 type controlClient struct {
@@ -348,6 +397,26 @@ func (c *controlClient) GiveUp(ctx context.Context, in *VolumeRequest, opts ...g
 	return out, nil
 }
 
+func (c *controlClient) Primary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Done)
+	err := c.cc.Invoke(ctx, Control_Primary_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlClient) Secondary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Done)
+	err := c.cc.Invoke(ctx, Control_Secondary_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -364,6 +433,8 @@ type ControlServer interface {
 	Verify(*VolumeRequest, grpc.ServerStreamingServer[Progress]) error
 	RestoreVolume(*RestoreVolumeRequest, grpc.ServerStreamingServer[Progress]) error
 	GiveUp(context.Context, *VolumeRequest) (*Done, error)
+	Primary(context.Context, *VolumeRequest) (*Done, error)
+	Secondary(context.Context, *VolumeRequest) (*Done, error)
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -403,6 +474,12 @@ func (UnimplementedControlServer) RestoreVolume(*RestoreVolumeRequest, grpc.Serv
 }
 func (UnimplementedControlServer) GiveUp(context.Context, *VolumeRequest) (*Done, error) {
 	return nil, status.Error(codes.Unimplemented, "method GiveUp not implemented")
+}
+func (UnimplementedControlServer) Primary(context.Context, *VolumeRequest) (*Done, error) {
+	return nil, status.Error(codes.Unimplemented, "method Primary not implemented")
+}
+func (UnimplementedControlServer) Secondary(context.Context, *VolumeRequest) (*Done, error) {
+	return nil, status.Error(codes.Unimplemented, "method Secondary not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -584,6 +661,42 @@ func _Control_GiveUp_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Primary_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Primary(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Primary_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Primary(ctx, req.(*VolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Control_Secondary_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Secondary(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Secondary_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Secondary(ctx, req.(*VolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -618,6 +731,14 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GiveUp",
 			Handler:    _Control_GiveUp_Handler,
+		},
+		{
+			MethodName: "Primary",
+			Handler:    _Control_Primary_Handler,
+		},
+		{
+			MethodName: "Secondary",
+			Handler:    _Control_Secondary_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -37,6 +38,12 @@ func (c localClient) Restore(ctx context.Context, in *proto.RestoreRequest, _ ..
 		return c.receiver.Restore(in, localServer[proto.RestoreRequest, proto.RestoreChunk]{s: s})
 	})
 	return localCaller[proto.RestoreRequest, proto.RestoreChunk]{s: s}, nil
+}
+
+// Watch implements proto.ReplicationClient; a receiver has nothing to say of a
+// volume's role.
+func (c localClient) Watch(context.Context, *proto.WatchRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[proto.Standing], error) {
+	return nil, status.Error(codes.Unimplemented, "a receiver of this process is not watched")
 }
 
 // localStream is one call. The server's function ends it; the caller then

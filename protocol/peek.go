@@ -15,7 +15,7 @@ func PeekReplica(store Store) (ReplicaStatus, error) {
 		return ReplicaStatus{}, err
 	}
 	s := ReplicaStatus{
-		VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: sb.layout.size, State: sb.state,
+		VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: sb.layout.size, DataOffset: sb.layout.dataOffset, State: sb.state,
 		NeedsFull: sb.needFull, Applied: sb.applied, Committed: sb.committed, Lineage: sb.lineage.Clone(),
 		CutUnixNanos: sb.cutNanos, JournalBytes: sb.layout.journal.length, Strayed: sb.strayed, TookOver: sb.tookOver, Warnings: warnings,
 	}

@@ -109,6 +109,7 @@ type ReplicaStatus struct {
 	VolumeUUID       [16]byte
 	ReplicaUUID      [16]byte
 	SizeBytes        int64
+	DataOffset       int64 // where on the disk the data begins, in bytes
 	State            DiskState
 	Reason           string // of an inconsistent state, in words
 	NeedsFull        bool
@@ -414,7 +415,7 @@ func (r *Replica) Status() ReplicaStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	sb := &r.sb
-	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, State: sb.state, NeedsFull: r.needsFull(),
+	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, DataOffset: r.lay.dataOffset, State: sb.state, NeedsFull: r.needsFull(),
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
 		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
 		Strayed: r.strayed(), TookOver: sb.tookOver, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}

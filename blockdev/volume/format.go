@@ -75,27 +75,32 @@ func Format(o FormatOptions) (*Label, error) {
 		UUID: o.UUID, EraID: NewUUID(), Identity: identityOf(disk), EraBlockBytes: o.EraBlockBytes,
 		Areas: areas, CowElsewhere: cow != disk, MetaElsewhere: meta != disk, State: o.State,
 	}
+	return l, l.format(disk, cow, meta)
+}
+
+// format writes a new label and the identities of its areas.
+func (l *Label) format(disk, cow, meta blockdev.Device) error {
 	if _, err := l.encode(); err != nil {
-		return nil, err
+		return err
 	}
 	// The label comes last: without it nothing of this counts.
 	if err := disk.ZeroOut(0, dataOffset); err != nil {
-		return nil, err
+		return err
 	}
 	// An older label must not vouch for areas that are being replaced.
 	if err := disk.Flush(); err != nil {
-		return nil, err
+		return err
 	}
-	if err := writeAux(cow, areas.Cow.Offset, auxID{kind: kindCow, volume: l.UUID}); err != nil {
-		return nil, err
+	if err := writeAux(cow, l.Areas.Cow.Offset, auxID{kind: kindCow, volume: l.UUID}); err != nil {
+		return err
 	}
 	if err := freshMetadata(meta, l); err != nil {
-		return nil, err
+		return err
 	}
 	if err := errors.Join(cow.Flush(), disk.Flush()); err != nil {
-		return nil, err
+		return err
 	}
-	return l, writeLabel(disk, l)
+	return writeLabel(disk, l)
 }
 
 // freshMetadata empties the era metadata, which the kernel then formats, and

@@ -10,8 +10,8 @@ import (
 // Offline is a labelled disk whose volume is not up, held exclusively: what a
 // restore fills. It is a Device of the volume's size, on the data area.
 type Offline struct {
-	lock  *blockdev.DeviceLock
-	disk  *blockdev.File
+	lock  *blockdev.DeviceLock // nil: the caller has it, and the disk
+	disk  blockdev.Device
 	label Label
 }
 
@@ -81,7 +81,12 @@ func (o *Offline) change(change func(*Label)) error {
 }
 
 // Close gives the disk back. It does not flush the data area.
-func (o *Offline) Close() error { return errors.Join(o.disk.Close(), o.lock.Close()) }
+func (o *Offline) Close() error {
+	if o.lock == nil {
+		return nil
+	}
+	return errors.Join(o.disk.Close(), o.lock.Close())
+}
 
 var _ blockdev.Device = (*Offline)(nil)
 

@@ -59,7 +59,7 @@ func (g *globalOptions) create(system *doctor.System, args []string, o createOpt
 	if err != nil {
 		return err
 	}
-	if v.Secondary() {
+	if v.Secondary() || v.BeginsSecondary {
 		return g.createSecondary(system, c, v, o)
 	}
 	if v.Attach {

@@ -4,6 +4,7 @@ import (
 	"strings"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
@@ -32,6 +33,11 @@ func (g *globalOptions) createSecondary(system *doctor.System, c *config.Config,
 			return exit.Mark(exit.Refused, err)
 		}
 		defer f.Close()
+		if v.Switches() { // a label that stayed there would say which role it has
+			if err := volume.WipeLabel(f); err != nil {
+				return err
+			}
+		}
 		if err := protocol.FormatReplica(f, options); err != nil {
 			return err
 		}

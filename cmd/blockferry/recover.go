@@ -95,8 +95,12 @@ func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptio
 		return exit.Errorf(exit.Failed, "%s: %d epochs are not applied, it holds %v and not yet %v; repeat it", path, s.PendingEpochs, s.Applied, s.Committed)
 	}
 	at := time.Unix(0, s.CutUnixNanos).UTC()
+	use := "it can be mounted"
+	if s.DataOffset > 0 {
+		use = fmt.Sprintf("its data begins at byte %d: losetup --find --show --offset %[1]d --sizelimit %d %s, and mount that", s.DataOffset, s.SizeBytes, path)
+	}
 	return g.say(map[string]any{
-		"device": path, "volume-uuid": volume.UUID(s.VolumeUUID).String(), "size-bytes": s.SizeBytes,
+		"device": path, "volume-uuid": volume.UUID(s.VolumeUUID).String(), "size-bytes": s.SizeBytes, "data-offset-bytes": s.DataOffset,
 		"generation": fmt.Sprintf("%x", s.Committed.Generation), "epoch": s.Committed.Epoch, "cut-at": at.Format(time.RFC3339Nano),
-	}, "%s holds %v of volume %s, cut at %s; it can be mounted", path, s.Committed, volume.UUID(s.VolumeUUID), at.Format("2006-01-02 15:04:05.000 UTC"))
+	}, "%s holds %v of volume %s, cut at %s; %s", path, s.Committed, volume.UUID(s.VolumeUUID), at.Format("2006-01-02 15:04:05.000 UTC"), use)
 }

@@ -125,7 +125,7 @@ func (g *globalOptions) upState(p *progress.Printer, v *status.Volume, refused e
 	case v.Stage == "restoring" && v.RestoreTotalBytes != nil:
 		p.Update("restore", int64(*v.RestoreDoneBytes), int64(*v.RestoreTotalBytes))
 	case v.Stage == "secondary":
-		return false, exit.Errorf(exit.Refused, "volume '%s' is only a replica here ('role: secondary'): it does not come up", v.Name)
+		return false, exit.Errorf(exit.Refused, "volume '%s' is secondary, only a replica here: it does not come up", v.Name)
 	case v.Stage == "refused", v.Stage == "blank" && v.Restore != "auto":
 		return false, exit.Errorf(exit.Refused, "volume '%s' is %s: %s; %s", v.Name, v.Stage, v.Reason, v.Advice)
 	case v.Stage == "down" && refused != nil:

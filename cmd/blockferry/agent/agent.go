@@ -63,6 +63,7 @@ type Agent struct {
 	dm       *dm.Control // nil: no volume is on a mapper
 	receiver *protocol.Receiver
 	volumes  []*managed
+	roles    []*switching        // of those that have both roles
 	identity *transport.Identity // nil: no other node is known
 	peers    *peers              // nil: nothing is taken from other nodes
 	stopping chan struct{}       // closed when the agent begins to stop
@@ -102,9 +103,13 @@ func Run(ctx context.Context, o Options) error {
 		}
 	}
 	for _, v := range o.Config.Volumes {
-		if v.Secondary() {
+		switch {
+		case v.Secondary():
 			a.peers.add(v)
-		} else {
+		case v.Switches():
+			s := newSwitching(newManaged(a, v), a.peers.add(v))
+			a.volumes, a.roles = append(a.volumes, s.managed), append(a.roles, s)
+		default:
 			a.volumes = append(a.volumes, newManaged(a, v))
 		}
 	}
@@ -122,6 +127,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	if a.peers != nil {
 		running.Go(func() { a.peers.run(work) })
+	}
+	for _, s := range a.roles {
+		running.Go(func() { s.run(work) })
 	}
 	n := notifier{a.log}
 	running.Go(func() { n.watch(work, a.alive, a.summary) })
@@ -197,7 +205,10 @@ func (a *Agent) one(name string) (*managed, error) {
 		return nil, err
 	}
 	for _, m := range a.volumes {
-		if m.config == v {
+		switch {
+		case m.config == v && m.roles.at() == roleSecondary:
+			return nil, exit.Errorf(exit.Refused, "volume '%s' is secondary here: that is said to the node that writes it, one of %s; to write it here: blockferry primary %[1]s", v.Name, strings.Join(v.Peers, ", "))
+		case m.config == v:
 			return m, nil
 		}
 	}
@@ -211,13 +222,13 @@ func (a *Agent) one(name string) (*managed, error) {
 func (a *Agent) statuses(name string) ([]status.Volume, error) {
 	found := []status.Volume{}
 	for _, v := range a.volumes {
-		if name == "" || v.config.Name == name {
+		if (name == "" || v.config.Name == name) && v.roles.at() != roleSecondary {
 			found = append(found, v.status())
 		}
 	}
 	if a.peers != nil {
 		for _, s := range a.peers.volumes {
-			if name == "" || s.config.Name == name {
+			if (name == "" || s.config.Name == name) && (s.roles == nil || s.roles.at() == roleSecondary) {
 				found = append(found, s.status())
 			}
 		}

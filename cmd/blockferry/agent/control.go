@@ -55,6 +55,14 @@ func (c control) GiveUp(_ context.Context, r *proto.VolumeRequest) (*proto.Done,
 	return &proto.Done{Message: message}, nil
 }
 
+func (c control) Primary(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.changeRole(ctx, r, (*switching).primary)
+}
+
+func (c control) Secondary(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
+	return c.changeRole(ctx, r, (*switching).secondary)
+}
+
 func (c control) done(ctx context.Context, r *proto.VolumeRequest, do func(*managed, context.Context) (string, error)) (*proto.Done, error) {
 	v, err := c.agent.one(r.Volume)
 	if err != nil {

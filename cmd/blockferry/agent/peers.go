@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -53,13 +54,23 @@ type secondary struct {
 	peers   *peers
 	config  *config.Volume
 	replica *localReplica
+	roles   *switching // nil: it is never more than a replica
 }
 
 // adoption is what a replica that has no volume yet becomes.
 type adoption struct {
 	format func(diskBytes int64) (protocol.FormatOptions, error)
+	label  func(*blockdev.File) (protocol.FormatOptions, error) // done before it is formatted; may be nil
 	as     protocol.FormatOptions
 	done   chan error // room for one
+}
+
+// prepare labels a disk that is to have either role.
+func (a *adoption) prepare(disk *blockdev.File) (err error) {
+	if a.label != nil {
+		a.as, err = a.label(disk)
+	}
+	return err
 }
 
 func newPeers(a *Agent) *peers {
@@ -69,7 +80,7 @@ func newPeers(a *Agent) *peers {
 		Refused: func(ctx context.Context, err *protocol.RefusedError) { p.server.Refused(ctx, errors.New(err.Message)) },
 	}})
 	p.server = transport.NewServer(transport.ServerOptions{
-		Identity: a.identity, Log: a.log, Service: p.receiver, Known: p.known, Volumes: len(a.options.Config.Volumes),
+		Identity: a.identity, Log: a.log, Service: peerService{p.receiver, p}, Known: p.known, Volumes: len(a.options.Config.Volumes),
 		Refused: func(who, why string) { a.hub.publish("", "", "peer-refused", who+": "+why) },
 	})
 	return p
@@ -123,10 +134,12 @@ func (p *peers) say(known bool, what string, args ...any) {
 	p.log.Log(context.Background(), level, what, args...)
 }
 
-func (p *peers) add(v *config.Volume) {
+func (p *peers) add(v *config.Volume) *secondary {
 	l := newLocalReplica(p.agent, v, v.Copy)
 	l.receiver, l.name = p.receiver, v.Name // names differ, whatever ids disks turn out to have
-	p.volumes = append(p.volumes, &secondary{peers: p, config: v, replica: l})
+	s := &secondary{peers: p, config: v, replica: l}
+	p.volumes = append(p.volumes, s)
+	return s
 }
 
 // run serves until ctx ends.
@@ -254,11 +267,15 @@ func (s *secondary) become(ctx context.Context, node string, a protocol.Admissio
 	if size < config.MinVolumeBytes || size > config.MaxVolumeBytes || size%protocol.BlockSize != 0 {
 		return &protocol.RefusedError{Reason: proto.Reason_REASON_SIZE, Message: fmt.Sprintf("%d bytes are no volume's size", a.SizeBytes)}
 	}
-	err := s.format(ctx, func(diskBytes int64) (protocol.FormatOptions, error) {
+	one := adoption{format: func(diskBytes int64) (protocol.FormatOptions, error) {
 		format, err := layout.Secondary(s.config, size, diskBytes)
 		format.VolumeUUID = a.VolumeUUID
 		return format, err
-	}, a.VolumeUUID)
+	}}
+	if s.roles != nil {
+		one.label = func(disk *blockdev.File) (protocol.FormatOptions, error) { return s.roles.label(disk, size, a.VolumeUUID) }
+	}
+	err := s.format(ctx, one, a.VolumeUUID)
 	if err != nil {
 		reason := proto.Reason_REASON_STORAGE
 		if exit.Of(err) == exit.Refused {
@@ -273,8 +290,8 @@ func (s *secondary) become(ctx context.Context, node string, a protocol.Admissio
 }
 
 // format has the replica formatted, and returns when it is open again.
-func (s *secondary) format(ctx context.Context, format func(int64) (protocol.FormatOptions, error), of [16]byte) error {
-	become := adoption{format: format, done: make(chan error, 1)}
+func (s *secondary) format(ctx context.Context, become adoption, of [16]byte) error {
+	become.done = make(chan error, 1)
 	select {
 	case s.replica.adopt <- become:
 	case <-ctx.Done():
@@ -297,6 +314,16 @@ func (s *secondary) format(ctx context.Context, format func(int64) (protocol.For
 			return ctx.Err()
 		}
 	}
+}
+
+// fedBy is the node that feeds the replica, "" if none does.
+func (s *secondary) fedBy() string {
+	for _, served := range s.peers.receiver.Status() {
+		if served.Replica == s.config.Name && served.Session != nil {
+			return served.Session.From
+		}
+	}
+	return ""
 }
 
 // status is the replica as this node knows it.
@@ -322,11 +349,7 @@ func (s *secondary) status() status.Volume {
 			v.CutAt = &at
 		}
 	}
-	for _, served := range s.peers.receiver.Status() {
-		if served.Replica == s.config.Name && served.Session != nil {
-			v.FedBy = served.Session.From
-		}
-	}
+	v.FedBy = s.fedBy()
 	switch {
 	case st.Err != nil:
 		v.Reason, v.Advice = st.Err.Error(), s.replica.advise(st.Err)

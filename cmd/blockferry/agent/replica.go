@@ -29,10 +29,15 @@ type localReplica struct {
 	receiver *protocol.Receiver // serves it, as name
 	name     string
 	adopt    chan adoption // what a replica of no volume yet is to become one of
+	unparked chan struct{} // room for one
+
+	turn sync.Mutex // held while the disk is in use by it, or while it is parked
 
 	mu      sync.Mutex
-	replica *protocol.Replica // nil: not open
-	reason  string            // why not
+	parked  bool
+	let     context.CancelFunc // ends what holds turn
+	replica *protocol.Replica  // nil: not open
+	reason  string             // why not
 	advice  string
 	last    [16]byte      // its volume when it was open last, AnyVolume until it has one
 	noSpill string        // why the configured spill file is not used
@@ -41,7 +46,7 @@ type localReplica struct {
 }
 
 func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplica {
-	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}), receiver: a.receiver, name: r.Name, adopt: make(chan adoption),
+	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}), receiver: a.receiver, name: r.Name, adopt: make(chan adoption), unparked: make(chan struct{}, 1),
 		log: a.log.With("volume", v.Name, "replica", r.Name), reason: "not opened yet"}
 }
 
@@ -49,13 +54,57 @@ func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplic
 // ends.
 func (l *localReplica) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		if err := l.serve(ctx); err != nil && ctx.Err() == nil {
-			l.closed(err)
+		l.serveInTurn(ctx)
+		select {
+		case <-l.unparked:
+			continue
+		default:
 		}
 		select {
+		case <-l.unparked:
 		case <-ctx.Done():
 		case <-time.After(retryEvery):
 		}
+	}
+}
+
+func (l *localReplica) serveInTurn(ctx context.Context) {
+	l.turn.Lock()
+	defer l.turn.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	l.mu.Lock()
+	parked := l.parked
+	l.let = cancel
+	l.mu.Unlock()
+	if parked {
+		return
+	}
+	if err := l.serve(ctx); err != nil && ctx.Err() == nil {
+		l.closed(err)
+	}
+}
+
+// park ends the serving; the disk is the caller's when it returns, until unpark.
+func (l *localReplica) park(why string) {
+	l.mu.Lock()
+	l.parked = true
+	if l.let != nil {
+		l.let()
+	}
+	l.mu.Unlock()
+	l.turn.Lock()
+	l.set(nil, why, "")
+	l.turn.Unlock() // whoever has the turn next sees that it is parked
+}
+
+func (l *localReplica) unpark() {
+	l.mu.Lock()
+	l.parked = false
+	l.mu.Unlock()
+	select {
+	case l.unparked <- struct{}{}:
+	default:
 	}
 }
 
@@ -66,10 +115,18 @@ func (l *localReplica) serve(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	if l.volume.Switches() && l.config == l.volume.Copy {
+		if err := settle(disk); err != nil {
+			return err
+		}
+	}
 	for {
 		become, err := l.serveOn(ctx, disk)
 		if become == nil {
 			return err
+		}
+		if err == nil {
+			err = become.prepare(disk)
 		}
 		if err == nil {
 			err = protocol.FormatReplica(disk, become.as)
@@ -97,7 +154,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	l.mu.Lock()
 	l.last = s.VolumeUUID
 	l.mu.Unlock()
-	if s.VolumeUUID == protocol.AnyVolume && !l.volume.Secondary() {
+	if s.VolumeUUID == protocol.AnyVolume && l.config != l.volume.Copy {
 		return nil, fmt.Errorf("%w: %s was formatted for a volume of another node", protocol.ErrNoSuperblock, l.config.Device)
 	} else if s.VolumeUUID == protocol.AnyVolume {
 		return l.awaitVolume(ctx, replica, disk.Size())
@@ -218,7 +275,7 @@ func (l *localReplica) advise(err error) string {
 
 // formatCommand formats the replica's disk, and nothing else.
 func (l *localReplica) formatCommand() string {
-	if l.volume.Secondary() {
+	if l.config == l.volume.Copy {
 		return "blockferry create " + l.volume.Name
 	}
 	return "blockferry create --replica " + l.config.Name + " " + l.volume.Name

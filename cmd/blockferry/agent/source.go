@@ -152,9 +152,13 @@ func (c cut) Changed(since uint64) ([]protocol.Range, error) {
 	if err != nil {
 		return nil, err
 	}
-	ranges := make([]protocol.Range, len(extents))
+	return ranges(extents), nil
+}
+
+func ranges(extents []blockdev.Extent) []protocol.Range {
+	out := make([]protocol.Range, len(extents))
 	for i, e := range extents {
-		ranges[i] = protocol.Range{Offset: e.Offset, Length: e.Length}
+		out[i] = protocol.Range{Offset: e.Offset, Length: e.Length}
 	}
-	return ranges, nil
+	return out
 }

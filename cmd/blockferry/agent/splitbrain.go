@@ -110,7 +110,7 @@ func (a *Agent) giveUp(name, replica string) (string, error) {
 	}
 	if a.peers != nil {
 		for _, s := range a.peers.volumes {
-			if s.config != v {
+			if s.config != v || s.roles != nil && s.roles.at() != roleSecondary {
 				continue
 			}
 			if replica != "" {

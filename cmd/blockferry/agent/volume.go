@@ -49,6 +49,7 @@ type managed struct {
 	config   *config.Volume
 	log      *slog.Logger
 	replicas []*localReplica
+	roles    *switching    // nil: it is always primary here
 	poke     chan struct{} // looks again at once
 	hooks    *hooks.Runner
 
@@ -139,6 +140,9 @@ func (m *managed) look(ctx context.Context) {
 	defer m.op.Unlock()
 	switch m.at() {
 	case stageUp, stageDown, stageRestoring:
+		return
+	}
+	if m.roles.at() != rolePrimary {
 		return
 	}
 	err := m.bringUp(nil)
@@ -298,11 +302,14 @@ func (m *managed) refuse(err error) error {
 	stage := stageRefused
 	var foreign *foreignContent
 	var stale *overtakenError
+	var superseded *supersededError
 	switch {
 	case errors.As(err, &stale):
 		advice = "nothing is written; to fill it from the replica: blockferry restore --force --from " + stale.replica + " " + m.config.Name +
 			"; only if the disk's own content is the one that counts: blockferry create --replica " + stale.replica + " --discard-my-data " + m.config.Name +
 			" with the agent stopped"
+	case errors.As(err, &superseded):
+		advice = switchAdvice(m.config)
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, attach.ErrUser):
@@ -409,6 +416,9 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 		return state, &unfinishedRestore{r}
 	}
 	if err := m.overtaken(disk.Label().UUID, old.Effective()); err != nil {
+		return state, err
+	}
+	if err := m.roles.superseded(disk.Label().UUID, old.Effective()); err != nil {
 		return state, err
 	}
 	changed, err := disk.ChangedOutside(m.config.MetadataDevice)

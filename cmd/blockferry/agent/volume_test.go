@@ -13,7 +13,9 @@ import (
 )
 
 func aManaged(v *config.Volume) *managed {
-	v.Hooks = &config.Hooks{}
+	if v.Hooks == nil {
+		v.Hooks = &config.Hooks{}
+	}
 	return newManaged(&Agent{log: quiet(), hub: newHub(), options: Options{Config: &config.Config{}}}, v)
 }
 

@@ -64,11 +64,13 @@ type Config struct {
 // Volume is one replicated device.
 type Volume struct {
 	Name string
-	// Copy is set when the volume is only a replica here, fed by another node:
-	// it is that replica, on Device. Peers are the nodes that may feed it. There
-	// are no Replicas then.
-	Copy  *Replica
-	Peers []string
+	// Copy is set when the volume may be a replica here, fed by another node: it
+	// is that replica, on Device. Peers are the nodes that may feed it. Without
+	// Replicas it is never more than that; with them it has either role, and
+	// BeginsSecondary says which one before its disk tells.
+	Copy            *Replica
+	Peers           []string
+	BeginsSecondary bool
 	// Hooks are never nil.
 	Hooks *Hooks
 	// Device is the disk that holds the volume.
@@ -223,8 +225,21 @@ func (v *Volume) Local() []*Replica {
 	return local
 }
 
-// Secondary reports whether the volume is only a replica here.
-func (v *Volume) Secondary() bool { return v.Copy != nil }
+// Secondary reports whether the volume is never more than a replica here.
+func (v *Volume) Secondary() bool { return v.Copy != nil && len(v.Replicas) == 0 }
+
+// Switches reports whether the volume can be primary and secondary here.
+func (v *Volume) Switches() bool { return v.Copy != nil && len(v.Replicas) > 0 }
+
+// AddressOf is where a node answers that is replicated to; "": not known.
+func (v *Volume) AddressOf(node string) string {
+	for _, r := range v.Replicas {
+		if r.Address != "" && r.Peer == node {
+			return r.Address
+		}
+	}
+	return ""
+}
 
 // DiskUses lists every disk of every volume.
 func (c *Config) DiskUses() []DiskUse {

@@ -29,7 +29,8 @@ type Node struct {
 	Hooks *Hooks
 }
 
-// secondaryKeys are for 'role: secondary' only, secondaryAll all that it knows.
+// secondaryKeys are for volumes that may be a replica here, secondaryAll all that
+// one knows that is nothing else.
 var (
 	secondaryKeys = []string{"peers", "journal", "spill", "spill-limit"}
 	secondaryAll  = append([]string{"role", "device"}, secondaryKeys...)
@@ -106,30 +107,51 @@ func keepNode(f field, at *ast.Node) field {
 	return field{f.key, func(n ast.Node) { *at = n; set(n) }}
 }
 
-// secondary checks a volume that is only a replica here.
-func (r *reader) secondary(pair *ast.MappingValueNode, v *Volume, of *Replica, present map[string]ast.Node) {
+// copyOf checks what is said of the replica that a volume may be here.
+func (r *reader) copyOf(pair *ast.MappingValueNode, v *Volume, of *Replica, present map[string]ast.Node) {
 	what := "volume '" + v.Name + "'"
 	v.Copy = of
 	of.Name, of.Device = v.Name, v.Device
-	switch {
-	case present["device"] == nil:
-		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)
-	case present["peers"] == nil:
+	if present["peers"] == nil {
 		r.fail(pair.Key, "%s has 'role: secondary' and needs 'peers:', the nodes that may write to it", what)
 	}
+	r.spill(of, what, present)
+	if at := present["peers"]; at != nil && len(v.Peers) > 0 {
+		for _, name := range v.Peers {
+			r.afar = append(r.afar, afar{at: at, what: "'peers' of " + what, node: name})
+		}
+	}
+}
+
+// switches checks what is said of the other role of a volume that has both. What
+// else it has is checked as a primary's.
+func (r *reader) switches(pair *ast.MappingValueNode, v *Volume, of *Replica, present map[string]ast.Node) {
+	r.copyOf(pair, v, of, present)
+	what := "volume '" + v.Name + "'"
+	if v.Attach {
+		r.fail(present["mode"], "%s has 'peers' and 'mode: attach': a device that is attached has no room for a replica's journal; use 'mode: mapper', or leave 'peers' out", what)
+	}
+	for _, key := range []string{"cow-device", "metadata-device"} {
+		if present[key] != nil {
+			r.fail(present[key], "%s has 'peers': '%s' can't be had with both roles", what, key)
+		}
+	}
+}
+
+// secondary checks a volume that is never more than a replica here.
+func (r *reader) secondary(pair *ast.MappingValueNode, v *Volume, of *Replica, present map[string]ast.Node) {
+	what := "volume '" + v.Name + "'"
+	if present["device"] == nil {
+		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)
+	}
+	r.copyOf(pair, v, of, present)
 	for key, at := range present {
 		known := false
 		for _, k := range secondaryAll {
 			known = known || k == key
 		}
 		if !known {
-			r.fail(at, "%s has 'role: secondary'; '%s' is for 'role: primary'", what, key)
-		}
-	}
-	r.spill(of, what, present)
-	if at := present["peers"]; at != nil && len(v.Peers) > 0 {
-		for _, name := range v.Peers {
-			r.afar = append(r.afar, afar{at: at, what: "'peers' of " + what, node: name})
+			r.fail(at, "%s has 'role: secondary' and no 'replicas'; '%s' is for volumes that can be primary", what, key)
 		}
 	}
 }

@@ -78,13 +78,18 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("spill", &of.Spill, what),
 		r.size("spill-limit", &of.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 	})
-	if secondary {
+	switch {
+	case secondary && present["replicas"] == nil:
 		r.secondary(pair, v, of, present)
 		return
-	}
-	for _, key := range secondaryKeys {
-		if present[key] != nil {
-			r.fail(present[key], "%s has '%s', which is for 'role: secondary'", what, key)
+	case secondary || present["peers"] != nil:
+		v.BeginsSecondary = secondary
+		r.switches(pair, v, of, present)
+	default:
+		for _, key := range secondaryKeys {
+			if present[key] != nil {
+				r.fail(present[key], "%s has '%s', which is for volumes with 'peers'", what, key)
+			}
 		}
 	}
 	switch {

@@ -102,6 +102,9 @@ func (all inspected) misplaced(v *config.Volume, u config.DiskUse) string {
 	uuid, by := all.volumeOf(v)
 	want := Part{Role: roleOf(v, u.Path), Volume: uuid}
 	have, ok := d.part(want.Role)
+	if !ok && v.Switches() && u.Path == v.Device {
+		have, ok = d.part(roleReplica) // until it has its volume it has no label
+	}
 	if ok && (have.Volume == "" || uuid == "" || have.Volume == uuid) {
 		return ""
 	}

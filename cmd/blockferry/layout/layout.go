@@ -82,6 +82,9 @@ func try(v *config.Volume, diskBytes map[string]int64, size int64) (Plan, error)
 	for _, r := range v.Local() {
 		tail = max(tail, protocol.TailBytes(size, journalBytes(r, size)))
 	}
+	if v.Switches() {
+		tail = max(tail, protocol.TailBytes(size, journalBytes(v.Copy, size)))
+	}
 	p.Volume = volume.LayoutOptions{
 		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: cowBytes(v, size), TailBytes: tail,
 		CowDeviceBytes: diskBytes[v.CowDevice], MetaDeviceBytes: diskBytes[v.MetadataDevice],
@@ -112,17 +115,31 @@ func Replica(r *config.Replica, a volume.Areas, diskBytes int64) (protocol.Forma
 	return o, nil
 }
 
-// Secondary says how the disk of a volume that is only a replica here is divided
-// for a size: as a replica's at the node that writes it is, so that this copy
-// can take over.
+// Secondary says how the disk of a volume that is never more than a replica here
+// is divided for a size.
 func Secondary(v *config.Volume, size, diskBytes int64) (protocol.FormatOptions, error) {
-	a, err := volume.Layout(diskBytes, volume.LayoutOptions{
-		SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: cowBytes(v, size), TailBytes: protocol.TailBytes(size, journalBytes(v.Copy, size)),
-	})
+	a, err := volume.Layout(diskBytes, Switching(v, size))
 	if err != nil {
 		return protocol.FormatOptions{}, exit.Errorf(exit.Refused, "%s: %w; it needs a larger disk", v.Device, err)
 	}
 	return Replica(v.Copy, a, diskBytes)
+}
+
+// Switching says how the disk of a volume that begins as a replica, and can take
+// over, is divided for a size.
+func Switching(v *config.Volume, size int64) volume.LayoutOptions {
+	return volume.LayoutOptions{SizeBytes: size, EraBlockBytes: v.EraBlockBytes, CowBytes: cowBytes(v, size),
+		TailBytes: protocol.TailBytes(size, journalBytes(v.Copy, size))}
+}
+
+// OnLabelled is the replica on a disk whose front has a volume's label: its data
+// is the volume's, its tail the room that the label leaves free.
+func OnLabelled(l *volume.Label) protocol.FormatOptions {
+	size := l.Areas.Data.Length
+	return protocol.FormatOptions{
+		VolumeUUID: l.UUID, SizeBytes: size, DataOffset: l.Areas.Data.Offset,
+		JournalBytes: l.Areas.TailBytes - protocol.TailBytes(size, 0), ReserveBytes: l.TailOffset() - (l.Areas.Data.Offset + (size+config.MiB-1)/config.MiB*config.MiB),
+	}
 }
 
 // Undecided says how it is divided before its volume's size is known.

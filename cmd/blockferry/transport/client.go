@@ -111,6 +111,29 @@ func (c *Client) Restore(ctx context.Context, in *proto.RestoreRequest, o ...grp
 	return &restoreStream{stream, one}, nil
 }
 
+// Watch implements proto.ReplicationClient.
+func (c *Client) Watch(ctx context.Context, in *proto.WatchRequest, o ...grpc.CallOption) (grpc.ServerStreamingClient[proto.Standing], error) {
+	one, err := c.call(ctx)
+	if err != nil {
+		return nil, err
+	}
+	stream, err := proto.NewReplicationClient(one.conn).Watch(c.outgoing(ctx), in, o...)
+	if err != nil {
+		return nil, one.ended(err)
+	}
+	return &watchStream{stream, one}, nil
+}
+
+type watchStream struct {
+	grpc.ServerStreamingClient[proto.Standing]
+	call *call
+}
+
+func (s *watchStream) Recv() (*proto.Standing, error) {
+	m, err := s.ServerStreamingClient.Recv()
+	return m, s.call.ended(err)
+}
+
 type replicateStream struct {
 	grpc.BidiStreamingClient[proto.FromPrimary, proto.FromReplica]
 	call *call

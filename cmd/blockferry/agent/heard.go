@@ -1,0 +1,230 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/transport"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+const (
+	// tellEvery is how often a node tells those that watch it.
+	tellEvery = time.Second
+	// askNode is how long another node has to say where it stands.
+	askNode = 3 * time.Second
+)
+
+// peerService is what other nodes can call: replication, and where a volume stands.
+type peerService struct {
+	*protocol.Receiver
+	peers *peers
+}
+
+// Watch implements proto.ReplicationServer.
+func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_WatchServer) error {
+	ctx := stream.Context()
+	node := transport.Caller(ctx)
+	var uuid volume.UUID
+	copy(uuid[:], r.VolumeUuid)
+	i := slices.IndexFunc(p.peers.volumes, func(s *secondary) bool {
+		if s.roles == nil || !slices.Contains(s.config.Peers, node) || len(r.VolumeUuid) != len(uuid) {
+			return false
+		}
+		_, of, _ := s.roles.look()
+		return of == uuid && !of.IsZero()
+	})
+	if i < 0 {
+		return status.Errorf(codes.PermissionDenied, "node '%s' has no volume %s that node '%s' may ask about", p.peers.node.Name, uuid, node)
+	}
+	roles := p.peers.volumes[i].roles
+	tick := time.NewTicker(tellEvery)
+	defer tick.Stop()
+	for {
+		if standing, known := roles.standing(node); known {
+			if err := stream.Send(standing); err != nil {
+				return err
+			}
+		}
+		_, _, change := roles.look()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-p.peers.agent.stopping:
+			return status.Error(codes.Unavailable, "the agent is stopping")
+		case <-tick.C:
+		case <-change:
+		}
+	}
+}
+
+// heard is what another node said of the volume last.
+type heard struct {
+	primary bool
+	whole   bool
+	lineage protocol.Lineage
+	behind  *uint64
+	at      time.Time
+}
+
+// listen keeps what a node says, while the volume is secondary here.
+func (s *switching) listen(ctx context.Context, node string) {
+	for ctx.Err() == nil {
+		r, uuid, change := s.look()
+		wait := tellEvery
+		if r != roleSecondary || uuid.IsZero() {
+			wait = time.Hour // until there is something to hear
+		} else {
+			s.hearFrom(ctx, node, uuid, change, func(h heard) bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.heard[node] = h
+				return true
+			})
+		}
+		select {
+		case <-ctx.Done():
+		case <-change:
+		case <-time.After(wait):
+		}
+	}
+}
+
+// hearFrom calls told with all that a node says, until it returns false, the node
+// is gone, or enough is closed, which may be nil.
+func (s *switching) hearFrom(ctx context.Context, node string, uuid volume.UUID, enough <-chan struct{}, told func(heard) bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if enough != nil {
+		go func() {
+			select {
+			case <-enough:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	}
+	stream, err := s.agent.identity.Client(node, s.config.AddressOf(node)).Watch(ctx, &proto.WatchRequest{VolumeUuid: uuid[:]})
+	for err == nil {
+		var m *proto.Standing
+		if m, err = stream.Recv(); err != nil {
+			break
+		}
+		h := heard{primary: m.Primary, whole: m.Whole && m.Strayed == "", behind: m.BehindBytes, at: time.Now()}
+		if h.lineage, err = protocol.LineageFromProto(m.Lineage); err == nil && !told(h) {
+			return nil
+		}
+	}
+	return err
+}
+
+// ask asks every node that may be primary where it stands. Those that did not
+// say are in silent, with the reason.
+func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]heard, silent map[string]string) {
+	said, silent = map[string]heard{}, map[string]string{}
+	ctx, cancel := context.WithTimeout(ctx, askNode)
+	defer cancel()
+	var mu sync.Mutex
+	var asking sync.WaitGroup
+	for _, node := range s.config.Peers {
+		if s.config.AddressOf(node) == "" {
+			silent[node] = "no replica of 'replicas' has its address"
+			continue
+		}
+		asking.Go(func() {
+			err := s.hearFrom(ctx, node, uuid, nil, func(h heard) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				said[node] = h
+				return false
+			})
+			mu.Lock()
+			defer mu.Unlock()
+			if _, ok := said[node]; !ok {
+				silent[node] = fmt.Sprint(err)
+			}
+		})
+	}
+	asking.Wait()
+	return said, silent
+}
+
+// hear joins what other nodes say now, and said before, to what is known of the
+// primary that a copy followed. It also says so in words.
+func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (protocol.Heard, string) {
+	said, silent := s.ask(ctx, st.VolumeUUID)
+	var words []string
+	far := protocol.Heard{Lineage: st.Lineage}
+	for _, node := range s.config.Peers {
+		h, ok := said[node]
+		switch {
+		case !ok:
+			words = append(words, "node '"+node+"' does not say where it stands: "+silent[node])
+		case h.primary:
+			return protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, "node '" + node + "' is primary"
+		default:
+			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
+			if len(h.lineage) > 0 && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Ahead && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Same {
+				far = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano()}
+			}
+		}
+	}
+	if from := s.copy.fedBy(); from != "" {
+		return protocol.Heard{Alive: true}, "it is fed by " + from
+	}
+	if len(silent) == 0 {
+		// Every node that could be primary is a replica, and what they hold is known.
+		return far, strings.Join(words, ", ")
+	}
+	// What the silent ones said last counts only from a primary: who was secondary
+	// may be primary since.
+	last, known := protocol.Heard{}, false
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for node := range silent {
+		h, ok := s.heard[node]
+		if ok && h.primary && (!known || h.at.UnixNano() > last.UnixNanos) {
+			last, known = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true
+		}
+	}
+	return last, strings.Join(words, ", ")
+}
+
+// superseded refuses a primary's disk, before anybody can write to it, that
+// another node's copy has left behind. A nil s asks nobody.
+func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
+	if s == nil || len(disk) == 0 {
+		return nil
+	}
+	s.mu.Lock()
+	decided := s.decided
+	s.mu.Unlock()
+	if decided {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), askNode)
+	defer cancel()
+	said, silent := s.ask(ctx, uuid)
+	for node, h := range said {
+		if len(h.lineage) > 0 && protocol.Superseded(disk, h.lineage) {
+			return &supersededError{fmt.Sprintf("%s is out of date: it holds history [%v], node '%s' [%v]: that node took over", s.config.Device, disk, node, h.lineage)}
+		}
+	}
+	for node, why := range silent {
+		s.log.Info("another node does not say where it stands", "node", node, "reason", why)
+	}
+	return nil
+}
+
+type supersededError struct{ why string }
+
+func (s *supersededError) Error() string { return s.why }

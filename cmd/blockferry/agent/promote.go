@@ -1,0 +1,280 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/hooks"
+	"blockferry/cmd/blockferry/progress"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+// reached runs the hook of a point in a change of role. Only what is before it can
+// refuse it; elsewhere what failed is logged, by the hook.
+func (s *switching) reached(ctx context.Context, at hooks.Event, position protocol.Position, words string) error {
+	s.log.Info("change of role", "at", string(at), "detail", words)
+	s.agent.hub.publish(s.config.Name, "", string(at), words)
+	err := s.managed.hooks.Run(ctx, at, hooks.Info{Device: s.managed.path(), Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: words})
+	if at == hooks.BeforePromote {
+		return err
+	}
+	return nil
+}
+
+// changeRole is a command that changes a volume's role.
+func (c control) changeRole(ctx context.Context, r *proto.VolumeRequest, do func(*switching, context.Context, bool) (string, error)) (*proto.Done, error) {
+	v, err := c.agent.options.Config.Volume(r.Volume)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range c.agent.roles {
+		if s.config != v {
+			continue
+		}
+		ctx, end := c.agent.untilStop(ctx)
+		defer end()
+		s.op.Lock()
+		defer s.op.Unlock()
+		message, err := do(s, ctx, r.Force)
+		if err != nil {
+			s.log.Warn("the role was not changed", "error", err)
+			return nil, err
+		}
+		return &proto.Done{Message: v.Name + ": " + message}, nil
+	}
+	return nil, exit.Errorf(exit.Refused, "volume '%s' has one role here: to have both it needs 'peers' and 'replicas' in the configuration", v.Name)
+}
+
+// primary has the copy here take over; op is held.
+func (s *switching) primary(ctx context.Context, force bool) (string, error) {
+	switch s.at() {
+	case roleUnknown:
+		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
+	case rolePrimary:
+		s.mu.Lock()
+		s.decided = s.decided || force // also where another node went on from what it has
+		s.mu.Unlock()
+		message, err := s.managed.up(ctx)
+		if err != nil {
+			return "", err
+		}
+		return "is primary already: " + message, nil
+	}
+	begun := time.Now()
+	st, err := s.promotable()
+	if err != nil {
+		return "", err
+	}
+	heard, words := s.hear(ctx, st)
+	st.PendingEpochs = 0 // they are applied first
+	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard, Force: force, Fresh: protocol.Generation{1}})
+	if err != nil {
+		return "", exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
+	}
+	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
+	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
+		return "", exit.Mark(exit.Refused, err)
+	}
+	s.copy.replica.park("it takes over")
+	did, err := s.takeOver(ctx, heard, force)
+	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
+		s.copy.replica.unpark() // where the disk is settled
+		return "", exit.Mark(exit.Refused, err)
+	}
+	s.mu.Lock()
+	s.decided = true
+	s.mu.Unlock()
+	s.set(rolePrimary, st.VolumeUUID)
+	s.managed.set(stageStarting, "it took over", "")
+	up, err := s.managed.up(ctx)
+	if err != nil {
+		return "", fmt.Errorf("it is primary, and not up: %w", err)
+	}
+	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
+	return message, s.reached(ctx, hooks.AfterPromote, st.Lineage.Tip(), message)
+}
+
+// promotable is the state of a copy that may take over as far as it knows itself.
+func (s *switching) promotable() (protocol.ReplicaStatus, error) {
+	refuse := func(format string, args ...any) (protocol.ReplicaStatus, error) {
+		return protocol.ReplicaStatus{}, exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over: "+format, append([]any{s.config.Name}, args...)...)
+	}
+	st, open, reason, advice := s.copy.replica.status()
+	switch {
+	case !open:
+		return refuse("it is not open: %s; %s", reason, advice)
+	case st.VolumeUUID == protocol.AnyVolume:
+		return refuse("it never had a volume")
+	case st.Err != nil:
+		return refuse("%w; it is opened again by itself", st.Err)
+	case st.DataOffset == 0:
+		return refuse("its disk was formatted when it was only a replica here, and has no room for a label; make it anew, which loses this copy until it is filled again: "+
+			"stop the agent, blockferry create --discard-my-data %s, start the agent", s.config.Name)
+	}
+	return st, nil
+}
+
+// takeOver has the parked replica's disk become the volume's.
+func (s *switching) takeOver(ctx context.Context, heard protocol.Heard, force bool) (did protocol.Promotion, err error) {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	if err != nil {
+		return did, err
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	options, err := s.copy.replica.openOptions(disk)
+	if err != nil {
+		return did, err
+	}
+	return takeOver(ctx, disk, options, protocol.TakeOverOptions{Heard: heard, Force: force})
+}
+
+// takeOver has a disk's replica become the volume that its label names.
+func takeOver(ctx context.Context, disk blockdev.Device, options protocol.OpenOptions, how protocol.TakeOverOptions) (did protocol.Promotion, err error) {
+	options.TookOver = true
+	replica, err := protocol.OpenReplica(ctx, disk, options)
+	if err != nil {
+		return did, err
+	}
+	defer func() { err = errors.Join(err, replica.Close()) }()
+	label, err := volume.OfflineOn(disk)
+	if err != nil {
+		return did, err
+	}
+	return replica.TakeOver(ctx, takeOverState{label}, how)
+}
+
+// secondary has the volume stand down; op is held.
+func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
+	switch s.at() {
+	case roleUnknown:
+		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
+	case roleSecondary:
+		return "is secondary already", nil
+	}
+	m := s.managed
+	m.op.Lock()
+	defer m.op.Unlock()
+	waited, err := s.goDown(ctx, force)
+	if err != nil {
+		return "", err
+	}
+	m.set(stageDown, "it stands down", "")
+	h, err := s.standDown(force)
+	if err != nil {
+		m.set(stageStarting, err.Error(), "")
+		if errors.Is(err, protocol.ErrUnclean) {
+			err = fmt.Errorf("%w; to keep what was written last for its rescue, and stand down: blockferry secondary --force %s", err, s.config.Name)
+		}
+		return "", exit.Mark(exit.Refused, err)
+	}
+	s.mu.Lock()
+	s.decided = false
+	clear(s.heard)
+	s.mu.Unlock()
+	s.set(roleSecondary, volume.UUID{})
+	message := fmt.Sprintf("secondary at %v", h.Lineage.Tip())
+	switch {
+	case h.Strayed != "":
+		message += ": " + h.Strayed + "; no other node may have that"
+	case len(waited) > 0:
+		message += ", which " + strings.Join(waited, " and ") + " holds, too: nothing is lost; at the node that is to take over: blockferry primary " + s.config.Name
+	default:
+		message += "; whether a replica has all of that was not looked at"
+	}
+	return message, s.reached(ctx, hooks.AfterDemote, h.Lineage.Tip(), message)
+}
+
+// goDown takes the volume down after all replicas have what was written; it
+// returns their names. If that can't be had it is up again. m.op is held.
+func (s *switching) goDown(ctx context.Context, force bool) (waited []string, err error) {
+	m := s.managed
+	m.mu.Lock()
+	stack, _ := m.stack.(*volume.Volume)
+	r := m.running
+	m.mu.Unlock()
+	const all = "; to stand down all the same: blockferry secondary --force "
+	if stack == nil {
+		exists, err := m.stackExists()
+		switch {
+		case err != nil:
+			return nil, err
+		case exists && !force:
+			return nil, exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s%s%[1]s", m.config.Name, m.why(), all)
+		case exists:
+			err = volume.Down(m.agent.dm, m.config.Name)
+		}
+		return nil, exit.Mark(exit.Refused, err)
+	}
+	if err := stack.Opened(); err != nil {
+		return nil, exit.Mark(exit.Refused, err)
+	}
+	stack.RollNext()
+	patience := downSend
+	if force {
+		patience = stopSend
+	}
+	limited, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if _, _, err := r.primary.SyncNow(limited); err != nil && !force {
+		return nil, exit.Errorf(exit.Refused, "%w%s%s", err, all, m.config.Name)
+	}
+	clean, gone, err := m.sealAndStop(limited, stack, r)
+	m.forget()
+	behind := r.primary.Behind()
+	if err == nil && (force || clean && len(behind) == 0) {
+		if len(behind) == 0 && clean {
+			for _, c := range m.config.Replicas {
+				waited = append(waited, "'"+c.Name+"'")
+			}
+		}
+		return waited, nil
+	}
+	if err == nil {
+		err = fmt.Errorf("something was written while it went down (behind: %v)", behind)
+	}
+	m.set(stageStarting, err.Error(), "")
+	m.log.Warn("it does not stand down", "error", err, "stack-gone", gone)
+	if up := m.bringUp(nil); up != nil {
+		return nil, errors.Join(err, up)
+	}
+	return nil, exit.Errorf(exit.Refused, "volume '%s' is up again, and primary: %w; repeat it", m.config.Name, err)
+}
+
+// standDown makes the disk of a volume that is down a replica.
+func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	o, err := volume.OfflineOn(disk)
+	if err != nil {
+		return nil, err
+	}
+	var follow protocol.Lineage
+	if label := o.Label(); force {
+		// A node that took over meanwhile: what changed since it did is worth knowing.
+		ctx, cancel := context.WithTimeout(context.Background(), askNode)
+		defer cancel()
+		said, _ := s.ask(ctx, label.UUID)
+		for _, other := range said {
+			if other.primary {
+				follow = other.lineage
+			}
+		}
+	}
+	return standDown(disk, o, follow, force)
+}
+
+// switchAdvice says what to do about a primary that another has left behind.
+func switchAdvice(v *config.Volume) string {
+	return "nothing is written to it; to follow the other node: blockferry secondary " + v.Name + " (--force keeps what only this disk has for its rescue); only if this disk's content is the one that counts: blockferry primary --force " + v.Name
+}

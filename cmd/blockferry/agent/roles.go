@@ -1,0 +1,278 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"time"
+
+	"blockferry/blockdev"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/layout"
+	"blockferry/proto"
+	"blockferry/protocol"
+)
+
+// role is what a volume is at this node.
+type role int
+
+const (
+	roleUnknown role = iota // its disk was not looked at yet
+	rolePrimary
+	roleSecondary
+)
+
+// switching is a volume that can be primary and secondary here: one disk, with a
+// label at its front and the tail of a replica at its end. The label says which of the two
+// it is; the configuration does only before there is one. The disk is used by the
+// managed volume or by the replica, never by both.
+type switching struct {
+	agent   *Agent
+	config  *config.Volume
+	log     *slog.Logger
+	managed *managed
+	copy    *secondary
+
+	// op is held while the role changes. It is taken before managed.op.
+	op sync.Mutex
+
+	mu      sync.Mutex
+	role    role
+	uuid    volume.UUID // zero: not known
+	decided bool        // this process made it primary, whatever other nodes say
+	heard   map[string]heard
+	change  chan struct{} // closed and replaced when role or uuid change
+}
+
+func newSwitching(m *managed, c *secondary) *switching {
+	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{})}
+	m.roles, c.roles = s, s
+	c.replica.parked = true
+	return s
+}
+
+// at is the role; a volume that has but one is primary.
+func (s *switching) at() role {
+	if s == nil {
+		return rolePrimary
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.role
+}
+
+func (s *switching) set(r role, uuid volume.UUID) {
+	s.mu.Lock()
+	if !uuid.IsZero() {
+		s.uuid = uuid
+	}
+	s.role = r
+	close(s.change)
+	s.change = make(chan struct{})
+	s.mu.Unlock()
+	if r == roleSecondary {
+		s.copy.replica.unpark()
+	} else {
+		s.managed.wake()
+	}
+}
+
+// look is the role, the volume's id, and what is closed when one changes.
+func (s *switching) look() (role, volume.UUID, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.role, s.uuid, s.change
+}
+
+// run finds out the role, and listens to the other nodes while it is secondary,
+// until ctx ends.
+func (s *switching) run(ctx context.Context) {
+	for s.at() == roleUnknown {
+		s.op.Lock()
+		r, uuid, err := s.read()
+		if err == nil {
+			s.log.Info("role", "secondary", r == roleSecondary)
+			s.set(r, uuid)
+		} else {
+			s.managed.set(stageAbsent, err.Error(), fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
+		}
+		s.op.Unlock()
+		if err == nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retryEvery):
+		}
+	}
+	var listening sync.WaitGroup
+	defer listening.Wait()
+	for _, node := range s.config.Peers {
+		if s.config.AddressOf(node) != "" {
+			listening.Go(func() { s.listen(ctx, node) })
+		}
+	}
+}
+
+// read asks the disk for the role.
+func (s *switching) read() (role, volume.UUID, error) {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	if errors.Is(err, fs.ErrNotExist) {
+		return roleUnknown, volume.UUID{}, fmt.Errorf("%s is not there", s.config.Device)
+	}
+	if err != nil {
+		return roleUnknown, volume.UUID{}, err
+	}
+	defer disk.Close()
+	first := rolePrimary
+	if s.config.BeginsSecondary {
+		first = roleSecondary
+	}
+	label, err := volume.ReadLabel(disk)
+	switch {
+	case errors.Is(err, volume.ErrNoLabel):
+		return first, volume.UUID{}, nil
+	case errors.Is(err, volume.ErrBadLabel):
+		return rolePrimary, volume.UUID{}, nil // which is refused, in words
+	case err != nil:
+		return roleUnknown, volume.UUID{}, err
+	}
+	state, err := protocol.DecodeSourceState(label.State)
+	if err == nil && state.Secondary {
+		return roleSecondary, label.UUID, nil
+	}
+	return rolePrimary, label.UUID, nil
+}
+
+// label makes a disk that holds no volume yet a secondary's. It gets its replica's
+// tail next.
+func (s *switching) label(disk *blockdev.File, size int64, uuid volume.UUID) (protocol.FormatOptions, error) {
+	state, err := protocol.SourceState{Secondary: true}.Encode()
+	if err != nil {
+		return protocol.FormatOptions{}, err
+	}
+	l, err := volume.FormatOn(disk, uuid, layout.Switching(s.config, size), state)
+	if err != nil {
+		return protocol.FormatOptions{}, exit.Errorf(exit.Refused, "%w; it needs a larger disk", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.uuid = uuid
+	close(s.change)
+	s.change = make(chan struct{})
+	return layout.OnLabelled(l), nil
+}
+
+// settle brings a change of role to its end that was cut off: the label says
+// secondary, so the disk becomes a replica, or stays one.
+func settle(disk blockdev.Device) error {
+	o, err := volume.OfflineOn(disk)
+	if errors.Is(err, volume.ErrNoLabel) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	label := o.Label()
+	state, err := protocol.DecodeSourceState(label.State)
+	if err != nil {
+		return err
+	}
+	if !state.Secondary {
+		return fmt.Errorf("the label of %s says that volume %s is primary here", disk.Name(), label.UUID)
+	}
+	st, err := protocol.PeekReplica(disk)
+	switch {
+	case err == nil && (st.VolumeUUID == protocol.AnyVolume || st.VolumeUUID == label.UUID && st.TookOver.IsZero()):
+		return nil
+	case err != nil && !errors.Is(err, protocol.ErrNoSuperblock):
+		return err
+	case err != nil && len(state.Effective()) == 0:
+		return err // it was to be formatted, or both superblocks are lost
+	}
+	// Whether it may stray was decided before the label said secondary.
+	_, err = standDown(disk, o, nil, true)
+	return err
+}
+
+// standDown makes a disk whose volume is down a replica. follow is the history
+// of the node to follow, if that is known.
+func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage, stray bool) (*protocol.Holding, error) {
+	label := o.Label()
+	return protocol.StandDown(offlineState{o}, disk, protocol.StandDownOptions{
+		Format: layout.OnLabelled(&label), Follow: follow, Stray: stray,
+		ChangedSince: func(epoch uint64) ([]protocol.Range, error) {
+			extents, err := o.ChangedSince(epoch)
+			if errors.Is(err, volume.ErrTrackingLost) {
+				return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)
+			}
+			return ranges(extents), err
+		},
+	})
+}
+
+// takeOverState is the label of a disk whose replica takes over: with the state
+// tracking begins.
+type takeOverState struct{ *volume.Offline }
+
+func (s takeOverState) Load() ([]byte, error) { return s.Label().State, nil }
+
+func (s takeOverState) Save(state []byte) error {
+	next, err := protocol.DecodeSourceState(state)
+	if err != nil {
+		return err
+	}
+	return s.BeginAt(next.Lineage.Tip().Epoch, state)
+}
+
+// standing is what other nodes are told of the volume; false: nothing is known.
+func (s *switching) standing(node string) (*proto.Standing, bool) {
+	r, uuid, _ := s.look()
+	if r == roleSecondary {
+		st, open, _, _ := s.copy.replica.status()
+		if !open || st.VolumeUUID != uuid {
+			return nil, false
+		}
+		return &proto.Standing{Lineage: st.Lineage.Proto(), Whole: st.State == protocol.DiskConsistent && !st.NeedsFull, Strayed: st.Strayed}, true
+	}
+	m := s.managed
+	m.mu.Lock()
+	running := m.running
+	m.mu.Unlock()
+	if running == nil {
+		// It is down, and comes up as primary when it does.
+		l, err := s.onDisk()
+		return &proto.Standing{Primary: true, Lineage: l.Proto(), Whole: true}, err == nil
+	}
+	out := &proto.Standing{Primary: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
+	reports := running.primary.Status().Replicas
+	for _, c := range s.config.Replicas {
+		for i := range reports {
+			if c.Peer == node && reports[i].Name == c.Name && reports[i].Epoch > 0 {
+				out.BehindBytes = &reports[i].LagBytes
+			}
+		}
+	}
+	return out, true
+}
+
+// onDisk is the history that the label tells.
+func (s *switching) onDisk() (protocol.Lineage, error) {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	if err != nil {
+		return nil, err
+	}
+	defer disk.Close()
+	label, err := volume.ReadLabel(disk)
+	if err != nil {
+		return nil, err
+	}
+	state, err := protocol.DecodeSourceState(label.State)
+	return state.Effective(), err
+}

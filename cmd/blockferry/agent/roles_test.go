@@ -1,0 +1,206 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"testing"
+
+	"blockferry/blockdev/blocktest"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/layout"
+	"blockferry/protocol"
+)
+
+// eitherRole is a disk that a secondary holds, at a position, and its content.
+func eitherRole(t *testing.T) (disk *blocktest.Memory, at protocol.Lineage, content []byte) {
+	t.Helper()
+	const size = 4 << 20
+	v := &config.Volume{Name: "data", Copy: &config.Replica{JournalBytes: config.MinJournalBytes}, CowBytes: config.MinCowBytes}
+	disk = blocktest.NewMemory(64 << 20)
+	state, err := protocol.SourceState{Secondary: true}.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	label, err := volume.FormatOn(disk, volume.UUID{7}, layout.Switching(v, size), state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content = bytes.Repeat([]byte("what it holds. "), size/15+1)[:size]
+	if _, err := disk.WriteAt(content, label.Areas.Data.Offset); err != nil {
+		t.Fatal(err)
+	}
+	at = protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 5}}
+	format := layout.OnLabelled(label)
+	format.Holds = &protocol.Holding{Lineage: at, Since: 5}
+	if err := protocol.FormatReplica(disk, format); err != nil {
+		t.Fatal(err)
+	}
+	return disk, at, content
+}
+
+func takeOverHere(disk *blocktest.Memory, at protocol.Lineage) error {
+	_, err := takeOver(context.Background(), disk, protocol.OpenOptions{}, protocol.TakeOverOptions{Heard: protocol.Heard{Lineage: at}})
+	return err
+}
+
+// closeCleanly is what a volume that goes down leaves after one more cut.
+func closeCleanly(t *testing.T, disk *blocktest.Memory) protocol.Lineage {
+	t.Helper()
+	o, err := volume.OfflineOn(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _, err := protocol.BeginPrimary(offlineState{o})
+	if err == nil {
+		s, err = s.UseEpoch()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = s.Close()
+	raw, err := s.Encode()
+	if err == nil {
+		err = o.SetState(raw)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Lineage
+}
+
+// checkRole says what a disk is, and fails if that is not one role, or its
+// content is another.
+func checkRole(t *testing.T, disk *blocktest.Memory, tip protocol.Position, content []byte) (secondary bool) {
+	t.Helper()
+	o, err := volume.OfflineOn(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	label := o.Label()
+	got := make([]byte, len(content))
+	if _, err := o.ReadAt(got, 0); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("the volume's content is another (%v)", err)
+	}
+	state, err := protocol.DecodeSourceState(label.State)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if state.Secondary {
+		if _, _, err := protocol.BeginPrimary(offlineState{o}); !errors.Is(err, protocol.ErrSecondary) {
+			t.Fatalf("a secondary begins as primary: %v", err)
+		}
+		if err := settle(disk); err != nil {
+			t.Fatalf("it is not settled: %v", err)
+		}
+		r, err := protocol.OpenReplica(t.Context(), disk, protocol.OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if st := r.Status(); st.State != protocol.DiskConsistent || st.Committed != tip || st.Strayed != "" {
+			t.Fatalf("%+v", st)
+		}
+		return true
+	}
+	if settle(disk.Clone()) == nil {
+		t.Fatal("a primary's disk was settled as a replica")
+	}
+	if r, err := protocol.OpenReplica(t.Context(), disk.Clone(), protocol.OpenOptions{}); err == nil {
+		r.Close()
+		t.Fatal("a primary's disk opens as a replica")
+	}
+	return false
+}
+
+// The power fails at each step of a take-over, and of standing down: the disk is
+// one of both, holds what it held, and the step can be done again, and undone. A primary
+// knows from its first write what changed since the replica's position.
+func TestRolesSurvivePowerCuts(t *testing.T) {
+	was, at, content := eitherRole(t)
+	seen := map[bool]int{}
+	eachCut(t, was, func(d *blocktest.Memory) error { return takeOverHere(d, at) }, func(after *blocktest.Memory) {
+		secondary := checkRole(t, after, at.Tip(), content)
+		seen[secondary]++
+		if secondary {
+			if err := takeOverHere(after, at); err != nil {
+				t.Fatalf("taken over again: %v", err)
+			}
+			checkRole(t, after, at.Tip(), content)
+		}
+		o, err := volume.OfflineOn(after)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cuts := o.Label().Cuts; len(cuts) != 1 || cuts[0] != (volume.CutEra{Number: 5, Era: 1}) || o.Label().MetaFormatted {
+			t.Fatalf("it tracks since %v", cuts)
+		}
+	})
+	if seen[true] == 0 || seen[false] == 0 {
+		t.Errorf("not all outcomes of taking over came: %v", seen)
+	}
+
+	if err := takeOverHere(was, at); err != nil {
+		t.Fatal(err)
+	}
+	lineage := closeCleanly(t, was)
+	clear(seen)
+	down := func(d *blocktest.Memory) error {
+		o, err := volume.OfflineOn(d)
+		if err != nil {
+			return err
+		}
+		_, err = standDown(d, o, nil, false)
+		return err
+	}
+	eachCut(t, was, down, func(after *blocktest.Memory) {
+		secondary := checkRole(t, after, lineage.Tip(), content)
+		seen[secondary]++
+		if !secondary {
+			if err := down(after); err != nil {
+				t.Fatalf("it stands down again: %v", err)
+			}
+		}
+		if !checkRole(t, after, lineage.Tip(), content) {
+			t.Fatal("it stood down and is primary")
+		}
+		if err := takeOverHere(after, lineage); err != nil {
+			t.Fatalf("taken over after it stood down: %v", err)
+		}
+		if checkRole(t, after, lineage.Tip(), content) {
+			t.Fatal("it took over and is secondary")
+		}
+	})
+	if seen[true] == 0 || seen[false] == 0 {
+		t.Errorf("not all outcomes of standing down came: %v", seen)
+	}
+}
+
+// eachCut does something with a disk that fails at each write, flush and
+// zeroing in turn, and looks at what a power cut then leaves.
+func eachCut(t *testing.T, disk *blocktest.Memory, do func(*blocktest.Memory) error, look func(*blocktest.Memory)) {
+	t.Helper()
+	for _, op := range []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush, blocktest.OpZeroOut} {
+		for k := 0; ; k++ {
+			d := disk.Clone()
+			d.FailAt(op, k, errors.New("broken on purpose"))
+			err := do(d)
+			if d.FailurePending(op) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				d.FailAt(op, 0, nil)
+				look(d)
+				break
+			}
+			if err == nil {
+				t.Fatalf("%v %d failed, and nobody said so", op, k)
+			}
+			for seed := range uint64(10) {
+				look(d.Clone().PowerCut(rand.New(rand.NewPCG(seed, uint64(k)))))
+			}
+		}
+	}
+}
