@@ -113,6 +113,30 @@ func TestTwoFailedFlushesLeaveALabel(t *testing.T) {
 	}
 }
 
+// So does who opens a disk for another role.
+func TestTwoFailedFlushesOfARole(t *testing.T) {
+	broken := errors.New("broken on purpose")
+	d := blocktest.NewMemory(1 << 30)
+	if _, err := FormatOn(d, NewUUID(), LayoutOptions{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2 {
+		o, err := OfflineOn(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.FailAt(blocktest.OpFlush, 0, broken)
+		if err := o.SetState(bytes.Repeat([]byte{byte(n + 1)}, 20000)); !errors.Is(err, broken) {
+			t.Fatal(err)
+		}
+	}
+	for seed := range uint64(300) {
+		if _, err := ReadLabel(d.Clone().PowerCut(rand.New(rand.NewPCG(seed, 1)))); err != nil {
+			t.Fatalf("power cut %d: %v", seed, err)
+		}
+	}
+}
+
 // Opening a disk makes its label durable.
 func TestOpeningKeepsTheLabel(t *testing.T) {
 	device := blocktest.Loop(t, 64<<20)

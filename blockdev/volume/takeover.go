@@ -8,7 +8,7 @@ import (
 )
 
 // OfflineOn is an Offline on a device that the caller holds, and closes himself:
-// for a disk that is a replica, too. The areas are on the disk.
+// for a disk that is a replica, too. The areas are on the disk. The label is durable then.
 func OfflineOn(disk blockdev.Device) (*Offline, error) {
 	label, err := ReadLabel(disk)
 	if err != nil {
@@ -19,6 +19,9 @@ func OfflineOn(disk blockdev.Device) (*Offline, error) {
 		return nil, fmt.Errorf("%s: %w: it needs %d bytes, the disk has %d", disk.Name(), ErrBadLabel, label.endBytes(), disk.Size())
 	case label.CowElsewhere || label.MetaElsewhere:
 		return nil, fmt.Errorf("%s: an area of volume %s is on another device: it can't change its role", disk.Name(), label.UUID)
+	}
+	if err := keepLabel(disk, label); err != nil {
+		return nil, err
 	}
 	return &Offline{disk: disk, label: *label}, nil
 }
