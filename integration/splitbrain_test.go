@@ -157,18 +157,20 @@ func rescued(t *testing.T, c *cli, file string, common, strayed, now []byte) {
 }
 
 // A volume comes up at two nodes, from copies of one disk, and both are written: each is
-// told by the other, status says so at both, neither writes to the other, and both go on.
+// told by the other, status says so at both, each runs its hook once, neither writes to the other,
+// and both go on.
 func TestSplitBrainTwoPrimaries(t *testing.T) {
 	onThisKernel(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	type side struct {
 		*cli
-		ssd, ebs, state, dir, listen, name, other string
+		ssd, ebs, state, dir, listen, name, other, told string
 	}
 	a := &side{name: "node-a", other: "node-b", listen: freeAddress(t)}
 	b := &side{name: "node-b", other: "node-a", listen: freeAddress(t)}
 	for _, s := range []*side{a, b} {
 		s.ssd, s.ebs, s.state = blocktest.Loop(t, attachedBytes), blocktest.Loop(t, attachedBytes+96<<20), filepath.Join(t.TempDir(), "state")
+		s.told = s.state + "-told"
 		to := a.listen
 		if s == a {
 			to = b.listen
@@ -181,10 +183,11 @@ volumes:
     state-file: %s
     interval: 200ms
     stall-limit: 5s
+    hooks: {split-brain: [/bin/sh, -c, 'echo "$BLOCKFERRY_REPLICA $BLOCKFERRY_PEER $BLOCKFERRY_REASON" >>"$1"', hook, %s]}
     replicas:
       ebs: {device: %s, journal: 64MiB}
       far: {address: "%s", peer: %s}
-`, s.name, folders[s.name], s.listen, s.ssd, s.state, s.ebs, to, s.other))
+`, s.name, folders[s.name], s.listen, s.ssd, s.state, s.told, s.ebs, to, s.other))
 	}
 	near := func(v status.Volume) bool { return replicaNamed(t, v, "ebs").Disk == "UpToDate" }
 	a.dir = blocktest.FileSystem(t, "ext4", a.ssd)
@@ -229,6 +232,9 @@ volumes:
 		}
 		s.refused(t, 6, []string{"far"}, "sync", "--timeout", "2s")
 		s.await(t, "up to date beside it", time.Minute, near)
+		if told := mustRead(t, s.told); strings.Count(told, "\n") != 1 || !strings.HasPrefix(told, "far "+s.other+" ") || !strings.Contains(told, "went on separately from") {
+			t.Errorf("the hook at %s was told: %s", s.name, told)
+		}
 		stopAll(t, s.cli)
 		if err := unix.Unmount(s.dir, 0); err != nil {
 			t.Fatal(err)

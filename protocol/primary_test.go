@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -278,10 +279,16 @@ func syncedRig(t *testing.T, grain, written int64) (*memSource, *node, *rig) {
 	return src, n, r
 }
 
-func (r *rig) last(name string) EpochStats {
+// epochs are all that were committed; the newest may be an empty one, as cuts come
+// by themselves.
+func (r *rig) epochs(name string) []EpochStats {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.epoch[name]
+	return slices.Clone(r.epoch[name])
+}
+
+func (r *rig) last(name string) EpochStats {
+	e := r.epochs(name)
 	return e[len(e)-1]
 }
 

@@ -60,6 +60,11 @@ func (m *managed) heardOf(node, reason string) {
 	if news {
 		m.log.Warn("another primary", "node", node, "reason", reason)
 		m.agent.hub.publish(m.config.Name, "", "split-brain", "node "+node+": "+reason)
+		for _, r := range m.config.Replicas {
+			if r.Peer == node {
+				m.tellSplit(r.Name, true, reason)
+			}
+		}
 	}
 }
 

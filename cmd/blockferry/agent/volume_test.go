@@ -13,9 +13,7 @@ import (
 )
 
 func aManaged(v *config.Volume) *managed {
-	if v.Hooks == nil {
-		v.Hooks = &config.Hooks{}
-	}
+	v.Hooks = &config.Hooks{}
 	return newManaged(&Agent{log: quiet(), hub: newHub(), options: Options{Config: &config.Config{}}}, v)
 }
 
