@@ -3,7 +3,6 @@ package protocol
 import (
 	"context"
 	"errors"
-	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -122,45 +121,5 @@ func TestOverwrittenWhileAwayIsSentOnce(t *testing.T) {
 	}
 	if sent != blocks*BlockSize || wire > 2*blocks*BlockSize {
 		t.Errorf("%d bytes sent, %d on the wire; %d were written %d times", sent, wire, blocks*BlockSize, times)
-	}
-}
-
-// A peer that is away for thousands of cuts costs no memory.
-func TestPeerAwayCostsNoMemory(t *testing.T) {
-	src := newMemSource(1<<20, BlockSize)
-	wroteSome(src, 0, 100)
-	near, far := newNode(t, "ebs", 1<<20, 32<<20), newNode(t, "far", 1<<20, 32<<20)
-	r := startRig(t, src, &memState{}, []*node{near, far}, func(c *PrimaryConfig) {
-		c.Interval, c.Events = time.Millisecond, PrimaryEvents{}
-	})
-	r.sync()
-	far.mu.Lock()
-	far.down = true
-	far.mu.Unlock()
-	far.cutWires()
-	cuts := func(n uint64) uint64 {
-		until := r.p.Status().Epoch + n
-		for b := int64(0); r.p.Status().Epoch < until; b++ {
-			src.write(b % 100)
-			src.mu.Lock()
-			for e := range src.images { // the test's own
-				if e+100 < src.cut {
-					delete(src.images, e)
-				}
-			}
-			src.mu.Unlock()
-			time.Sleep(time.Millisecond)
-		}
-		var m runtime.MemStats
-		runtime.GC() // pools are emptied by the second
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	before := cuts(300)
-	after := cuts(1000)
-	t.Logf("%d KiB more after 1000 cuts", (int64(after)-int64(before))>>10)
-	if after > before+(512<<10) {
-		t.Errorf("%d bytes of memory before, %d after 1000 more cuts", before, after)
 	}
 }

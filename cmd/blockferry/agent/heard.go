@@ -159,8 +159,9 @@ func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]
 }
 
 // hear joins what other nodes say now, and said before, to what is known of the
-// primary that a copy followed. It also says so in words.
-func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (protocol.Heard, string) {
+// primary that a copy followed. It also says so in words, and which nodes did not
+// answer, and why.
+func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ protocol.Heard, _ string, silent map[string]string) {
 	said, silent := s.ask(ctx, st.VolumeUUID)
 	var words []string
 	far := protocol.Heard{Lineage: st.Lineage}
@@ -170,7 +171,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (protoc
 		case !ok:
 			words = append(words, "node '"+node+"' does not say where it stands: "+silent[node])
 		case h.primary:
-			return protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, "node '" + node + "' is primary"
+			return protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, "node '" + node + "' is primary", silent
 		default:
 			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
 			if len(h.lineage) > 0 && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Ahead && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Same {
@@ -179,11 +180,11 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (protoc
 		}
 	}
 	if from := s.copy.fedBy(); from != "" {
-		return protocol.Heard{Alive: true}, "it is fed by " + from
+		return protocol.Heard{Alive: true}, "it is fed by " + from, silent
 	}
 	if len(silent) == 0 {
 		// Every node that could be primary is a replica, and what they hold is known.
-		return far, strings.Join(words, ", ")
+		return far, strings.Join(words, ", "), silent
 	}
 	// What the silent ones said last counts only from a primary: who was secondary
 	// may be primary since.
@@ -196,7 +197,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (protoc
 			last, known = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true
 		}
 	}
-	return last, strings.Join(words, ", ")
+	return last, strings.Join(words, ", "), silent
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that

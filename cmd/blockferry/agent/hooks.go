@@ -2,7 +2,9 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"blockferry/cmd/blockferry/config"
@@ -91,10 +93,28 @@ func (l *lagWatch) changed(all []protocol.ReplicaReport) (found []protocol.Repli
 
 // withHooks runs the hooks beside what the events do already.
 func (m *managed) withHooks(e protocol.PrimaryEvents) protocol.PrimaryEvents {
-	connected := e.Connected
+	connected, committed := e.Connected, e.Committed
+	var mu sync.Mutex
+	came := map[string]bool{} // and holds what the volume does from its next commit on
+	e.Committed = func(replica string, s protocol.EpochStats) {
+		committed(replica, s)
+		mu.Lock()
+		first := came[replica]
+		came[replica] = false
+		mu.Unlock()
+		if first {
+			m.unfence(replica, fmt.Sprintf("it caught up with epoch %d", s.Epoch))
+		}
+	}
 	e.Connected = func(replica string, plan protocol.Plan) {
 		connected(replica, plan)
 		m.tellSplit(replica, plan.Diverged, plan.String())
+		mu.Lock()
+		came[replica] = plan.Action != protocol.Refuse && plan.Action != protocol.Nothing
+		mu.Unlock()
+		if plan.Action == protocol.Nothing {
+			m.unfence(replica, plan.String())
+		}
 	}
 	behind := e.Behind
 	e.Behind = func(replica, reason string) {
@@ -104,6 +124,14 @@ func (m *managed) withHooks(e protocol.PrimaryEvents) protocol.PrimaryEvents {
 		}
 	}
 	return e
+}
+
+// unfence runs 'unfence-peer' for a node whose replica follows again.
+func (m *managed) unfence(replica, reason string) {
+	if info := m.about(replica); info.Peer != "" {
+		info.Reason = reason
+		m.hooks.Tell(hooks.UnfencePeer, info)
+	}
 }
 
 // tellSplit runs 'split-brain' when a replica is found to have gone its own way, or

@@ -22,9 +22,32 @@ import (
 func (s *switching) reached(ctx context.Context, at hooks.Event, position protocol.Position, words string) error {
 	s.log.Info("change of role", "at", string(at), "detail", words)
 	s.agent.hub.publish(s.config.Name, "", string(at), words)
+	if at != hooks.BeforePromote {
+		ctx = context.WithoutCancel(ctx) // it has happened, even if whoever asked for it has gone
+	}
 	err := s.managed.hooks.Run(ctx, at, hooks.Info{Device: s.managed.path(), Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: words})
 	if at == hooks.BeforePromote {
 		return err
+	}
+	return nil
+}
+
+// fence has the hook see to it that the nodes which do not answer write no more.
+func (s *switching) fence(ctx context.Context, silent map[string]string, position protocol.Position) error {
+	for _, node := range s.config.Peers {
+		why, is := silent[node]
+		if !is {
+			continue
+		}
+		info := hooks.Info{Peer: node, Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: why}
+		for _, r := range s.config.Replicas {
+			if r.Peer == node {
+				info.Replica = r.Name
+			}
+		}
+		if err := s.managed.hooks.Run(ctx, hooks.FencePeer, info); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -73,7 +96,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	heard, words := s.hear(ctx, st)
+	heard, words, silent := s.hear(ctx, st)
 	st.PendingEpochs = 0 // they are applied first
 	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard, Force: force, Fresh: protocol.Generation{1}})
 	if err != nil {
@@ -81,6 +104,9 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	}
 	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
 	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
+		return "", exit.Mark(exit.Refused, err)
+	}
+	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
 	s.copy.replica.park("it takes over")
