@@ -118,7 +118,9 @@ func checkRole(t *testing.T, disk *blocktest.Memory, tip protocol.Position, cont
 // A primary that was heard of before its last cut arrived went on from that cut: the
 // copy does not have all because it has more than what was heard.
 func TestCopyIsAheadOfWhatWasHeard(t *testing.T) {
-	line := func(epoch uint64) protocol.Lineage { return protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: epoch}} }
+	line := func(epoch uint64) protocol.Lineage {
+		return protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: epoch}}
+	}
 	behind := uint64(4096)
 	for _, c := range []struct {
 		heard   uint64 // with its open epoch
