@@ -19,7 +19,7 @@ import (
 
 const (
 	// tellEvery is how often a node tells those that watch it.
-	tellEvery = time.Second
+	tellEvery = 500 * time.Millisecond
 	// askNode is how long another node has to say where it stands.
 	askNode = 3 * time.Second
 )
@@ -158,10 +158,33 @@ func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]
 	return said, silent
 }
 
+// knowledge is what is known of the primary that a copy followed. written says that
+// it was primary when it was heard last, so it went on from whatever the copy holds.
+type knowledge struct {
+	protocol.Heard
+	written bool
+}
+
+// beside is the knowledge held against a copy, which may have got further than what
+// was heard last: there is an open epoch behind every cut of a primary.
+func (k knowledge) beside(mine protocol.Lineage) protocol.Heard {
+	if !k.written || len(k.Lineage) == 0 || len(mine) == 0 {
+		return k.Heard
+	}
+	if kind := protocol.Compare(mine, k.Lineage).Kind; kind != protocol.Same && kind != protocol.Ahead {
+		return k.Heard
+	}
+	tip := mine.Tip()
+	h := k.Heard
+	h.Lineage = mine.Extend(protocol.Position{Generation: tip.Generation, Epoch: tip.Epoch + 1})
+	h.BehindBytes = nil // that was of an earlier cut
+	return h
+}
+
 // hear joins what other nodes say now, and said before, to what is known of the
 // primary that a copy followed. It also says so in words, and which nodes did not
 // answer, and why.
-func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ protocol.Heard, _ string, silent map[string]string) {
+func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ knowledge, _ string, silent map[string]string) {
 	said, silent := s.ask(ctx, st.VolumeUUID)
 	var words []string
 	far := protocol.Heard{Lineage: st.Lineage}
@@ -171,7 +194,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ prot
 		case !ok:
 			words = append(words, "node '"+node+"' does not say where it stands: "+silent[node])
 		case h.primary:
-			return protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, "node '" + node + "' is primary", silent
+			return knowledge{protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true}, "node '" + node + "' is primary", silent
 		default:
 			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
 			if len(h.lineage) > 0 && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Ahead && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Same {
@@ -180,11 +203,11 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ prot
 		}
 	}
 	if from := s.copy.fedBy(); from != "" {
-		return protocol.Heard{Alive: true}, "it is fed by " + from, silent
+		return knowledge{protocol.Heard{Alive: true}, true}, "it is fed by " + from, silent
 	}
 	if len(silent) == 0 {
 		// Every node that could be primary is a replica, and what they hold is known.
-		return far, strings.Join(words, ", "), silent
+		return knowledge{Heard: far}, strings.Join(words, ", "), silent
 	}
 	// What the silent ones said last counts only from a primary: who was secondary
 	// may be primary since.
@@ -197,7 +220,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ prot
 			last, known = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true
 		}
 	}
-	return last, strings.Join(words, ", "), silent
+	return knowledge{last, known}, strings.Join(words, ", "), silent
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that

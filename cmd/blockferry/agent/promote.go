@@ -98,7 +98,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	}
 	heard, words, silent := s.hear(ctx, st)
 	st.PendingEpochs = 0 // they are applied first
-	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard, Force: force, Fresh: protocol.Generation{1}})
+	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force, Fresh: protocol.Generation{1}})
 	if err != nil {
 		return "", exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
 	}
@@ -149,7 +149,7 @@ func (s *switching) promotable() (protocol.ReplicaStatus, error) {
 }
 
 // takeOver has the parked replica's disk become the volume's.
-func (s *switching) takeOver(ctx context.Context, heard protocol.Heard, force bool) (did protocol.Promotion, err error) {
+func (s *switching) takeOver(ctx context.Context, heard knowledge, force bool) (did protocol.Promotion, err error) {
 	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
 		return did, err
@@ -159,11 +159,11 @@ func (s *switching) takeOver(ctx context.Context, heard protocol.Heard, force bo
 	if err != nil {
 		return did, err
 	}
-	return takeOver(ctx, disk, options, protocol.TakeOverOptions{Heard: heard, Force: force})
+	return takeOver(ctx, disk, options, heard, force)
 }
 
 // takeOver has a disk's replica become the volume that its label names.
-func takeOver(ctx context.Context, disk blockdev.Device, options protocol.OpenOptions, how protocol.TakeOverOptions) (did protocol.Promotion, err error) {
+func takeOver(ctx context.Context, disk blockdev.Device, options protocol.OpenOptions, heard knowledge, force bool) (did protocol.Promotion, err error) {
 	options.TookOver = true
 	replica, err := protocol.OpenReplica(ctx, disk, options)
 	if err != nil {
@@ -174,7 +174,7 @@ func takeOver(ctx context.Context, disk blockdev.Device, options protocol.OpenOp
 	if err != nil {
 		return did, err
 	}
-	return replica.TakeOver(ctx, takeOverState{label}, how)
+	return replica.TakeOver(ctx, takeOverState{label}, protocol.TakeOverOptions{Heard: heard.beside(replica.Status().Lineage), Force: force})
 }
 
 // secondary has the volume stand down; op is held.

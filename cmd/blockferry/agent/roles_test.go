@@ -42,7 +42,7 @@ func eitherRole(t *testing.T) (disk *blocktest.Memory, at protocol.Lineage, cont
 }
 
 func takeOverHere(disk *blocktest.Memory, at protocol.Lineage) error {
-	_, err := takeOver(context.Background(), disk, protocol.OpenOptions{}, protocol.TakeOverOptions{Heard: protocol.Heard{Lineage: at}})
+	_, err := takeOver(context.Background(), disk, protocol.OpenOptions{}, knowledge{Heard: protocol.Heard{Lineage: at}}, false)
 	return err
 }
 
@@ -113,6 +113,31 @@ func checkRole(t *testing.T, disk *blocktest.Memory, tip protocol.Position, cont
 		t.Fatal("a primary's disk opens as a replica")
 	}
 	return false
+}
+
+// A primary that was heard of before its last cut arrived went on from that cut: the
+// copy does not have all because it has more than what was heard.
+func TestCopyIsAheadOfWhatWasHeard(t *testing.T) {
+	line := func(epoch uint64) protocol.Lineage {
+		return protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: epoch}}
+	}
+	behind := uint64(4096)
+	for _, c := range []struct {
+		heard   uint64 // with its open epoch
+		written bool
+		open    uint64
+		bytes   bool
+	}{{12, true, 12, true}, {10, true, 11, false}, {9, true, 11, false}, {10, false, 10, true}} {
+		k := knowledge{protocol.Heard{Lineage: line(c.heard), BehindBytes: &behind}, c.written}
+		got := k.beside(line(10))
+		if got.Lineage.Tip().Epoch != c.open || (got.BehindBytes != nil) != c.bytes {
+			t.Errorf("heard of %+v: %+v", c, got)
+		}
+		_, err := protocol.PlanTakeOver(protocol.ReplicaStatus{State: protocol.DiskConsistent, Lineage: line(10)}, protocol.TakeOverOptions{Heard: got, Fresh: protocol.Generation{9}})
+		if c.written != errors.Is(err, protocol.ErrWouldLose) {
+			t.Errorf("heard of %+v: %v", c, err)
+		}
+	}
 }
 
 // The power fails at each step of a take-over, and of standing down: the disk is
