@@ -248,9 +248,9 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	if running == nil {
 		// It is down, and comes up as primary when it does.
 		l, err := s.onDisk()
-		return &proto.Standing{Primary: true, Lineage: l.Proto(), Whole: true}, err == nil
+		return &proto.Standing{Primary: true, Serving: m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
 	}
-	out := &proto.Standing{Primary: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
+	out := &proto.Standing{Primary: true, Serving: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
 	reports := running.primary.Status().Replicas
 	for _, c := range s.config.Replicas {
 		for i := range reports {
@@ -260,6 +260,15 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 		}
 	}
 	return out, true
+}
+
+// leftUp says whether the stack is there, though it is not managed, or may be.
+func (m *managed) leftUp() bool {
+	if m.agent.dm == nil {
+		return false
+	}
+	exists, err := m.stackExists()
+	return exists || err != nil
 }
 
 // onDisk is the history that the label tells.
