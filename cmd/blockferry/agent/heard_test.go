@@ -23,11 +23,11 @@ func TestSecondPrimaryStaysDown(t *testing.T) {
 		h           heard
 		refused     bool
 	}{
-		"it took over while this one began anew":           {history(1, 10, 2, 11), history(1, 10, 3, 13), serving, true},
-		"the same, and it is down":                         {history(1, 10, 2, 11), history(1, 10, 3, 13), down, false},
-		"the same, and it is secondary":                    {history(1, 10, 2, 11), history(1, 10, 3, 13), heard{}, false},
-		"it took over from what this one went on from":     {history(1, 11), history(1, 10, 3, 13), down, true},
-		"it went on":                                       {history(1, 10), history(1, 10, 3, 13), heard{}, true},
+		"it took over while this one began anew":       {history(1, 10, 2, 11), history(1, 10, 3, 13), serving, true},
+		"the same, and it is down":                     {history(1, 10, 2, 11), history(1, 10, 3, 13), down, false},
+		"the same, and it is secondary":                {history(1, 10, 2, 11), history(1, 10, 3, 13), heard{}, false},
+		"it took over from what this one went on from": {history(1, 11), history(1, 10, 3, 13), down, true},
+		"it went on": {history(1, 10), history(1, 10, 3, 13), heard{}, true},
 		"this one took over from it, which went on":        {history(1, 10, 3, 13), history(1, 11), down, false},
 		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, false},
 		"it says nothing of its history":                   {history(1, 10), nil, serving, false},

@@ -273,7 +273,9 @@ func (s *secondary) become(ctx context.Context, node string, a protocol.Admissio
 		return format, err
 	}}
 	if s.roles != nil {
-		one.label = func(disk *blockdev.File) (protocol.FormatOptions, error) { return s.roles.label(disk, size, a.VolumeUUID) }
+		one.label = func(disk *blockdev.File) (protocol.FormatOptions, error) {
+			return s.roles.label(disk, size, a.VolumeUUID)
+		}
 	}
 	err := s.format(ctx, one, a.VolumeUUID)
 	if err != nil {

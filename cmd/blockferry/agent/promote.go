@@ -59,13 +59,12 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	case roleUnknown:
 		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
 	case rolePrimary:
-		s.mu.Lock()
-		s.decided = s.decided || force // also where another node went on from what it has
-		s.mu.Unlock()
+		s.decide(force) // also where another node went on from what it has
 		message, err := s.managed.up(ctx)
 		if err != nil {
 			return "", err
 		}
+		s.decide(false) // it may have been up
 		return "is primary already: " + message, nil
 	}
 	begun := time.Now()
@@ -89,9 +88,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
-	s.mu.Lock()
-	s.decided = true
-	s.mu.Unlock()
+	s.decide(force)
 	s.set(rolePrimary, st.VolumeUUID)
 	s.managed.set(stageStarting, "it took over", "")
 	up, err := s.managed.up(ctx)
@@ -176,9 +173,9 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 		return "", exit.Mark(exit.Refused, err)
 	}
 	s.mu.Lock()
-	s.decided = false
 	clear(s.heard)
 	s.mu.Unlock()
+	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
 	message := fmt.Sprintf("secondary at %v", h.Lineage.Tip())
 	switch {
@@ -242,6 +239,8 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	}
 	m.set(stageStarting, err.Error(), "")
 	m.log.Warn("it does not stand down", "error", err, "stack-gone", gone)
+	s.decide(true) // it goes on as it was
+	defer s.decide(false)
 	if up := m.bringUp(nil); up != nil {
 		return nil, errors.Join(err, up)
 	}

@@ -44,7 +44,7 @@ type switching struct {
 	mu      sync.Mutex
 	role    role
 	uuid    volume.UUID // zero: not known
-	decided bool        // this process made it primary, whatever other nodes say
+	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
 	change  chan struct{} // closed and replaced when role or uuid change
 }
@@ -64,6 +64,17 @@ func (s *switching) at() role {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.role
+}
+
+// decide has the next start ask no other node, or asks again. That is the operator's word,
+// and counts until the volume is up. A nil s does nothing.
+func (s *switching) decide(decided bool) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.decided = decided
 }
 
 func (s *switching) set(r role, uuid volume.UUID) {

@@ -90,6 +90,7 @@ type labelState struct{ protocol.StateStore }
 func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
+	m.roles.decide(false)
 	if m.config.Attach {
 		return m.detach(ctx, force)
 	}

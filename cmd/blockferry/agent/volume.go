@@ -273,6 +273,7 @@ func (m *managed) nowUp(stack raised, r *running) {
 	m.mu.Lock()
 	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
 	m.mu.Unlock()
+	m.roles.decide(false)
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}
