@@ -449,8 +449,14 @@ func (m *managed) overtaken(id volume.UUID, disk protocol.Lineage) error {
 		if !open || s.VolumeUUID != id || s.State != protocol.DiskConsistent {
 			continue
 		}
-		switch relation := protocol.Compare(disk, s.Lineage); relation.Kind {
-		case protocol.Behind, protocol.Diverged:
+		relation := protocol.Compare(disk, s.Lineage)
+		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged
+		if m.roles != nil {
+			// A volume that comes back from another node left the replica's line, which
+			// is the replica's to settle: its plan refuses, or gives it up.
+			behind = protocol.Superseded(disk, s.Lineage)
+		}
+		if behind {
 			return &overtakenError{fmt.Sprintf("%s is out of date: it holds history [%v], replica '%s' on %s holds [%v]: %v",
 				m.config.Device, disk, r.config.Name, r.config.Device, s.Lineage, relation), r.config.Name}
 		}
