@@ -72,15 +72,23 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	heard, words := s.hear(ctx, st)
-	st.PendingEpochs = 0 // they are applied first
-	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard, Force: force, Fresh: protocol.Generation{1}})
+	// Of two that are asked to take over at once, at least one hears of the other.
+	s.promote(st.Lineage)
+	defer s.promote(nil)
+	heard, plan, words, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
-		return "", exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
+		return "", err
 	}
 	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
 	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
+	}
+	// The hook may have taken long.
+	if st, err = s.promotable(); err != nil {
+		return "", err
+	}
+	if heard, _, _, err = s.planTakeOver(ctx, st, force); err != nil {
+		return "", err
 	}
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
@@ -97,6 +105,18 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	}
 	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
 	return message, s.reached(ctx, hooks.AfterPromote, st.Lineage.Tip(), message)
+}
+
+// planTakeOver asks the other nodes and says what taking over would lose, or why it is
+// refused.
+func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool) (protocol.Heard, protocol.Promotion, string, error) {
+	heard, words := s.hear(ctx, st)
+	st.PendingEpochs = 0 // they are applied first
+	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard, Force: force, Fresh: protocol.Generation{1}})
+	if err != nil {
+		err = exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
+	}
+	return heard, plan, words, err
 }
 
 // promotable is the state of a copy that may take over as far as it knows itself.

@@ -45,7 +45,38 @@ func TestForceCountsOnce(t *testing.T) {
 		t.Error("after it came up")
 	}
 	s.decide(true)
-	if _, err := s.primary(t.Context(), false); err != nil || s.decided {
+	if _, err := s.primary(t.Context(), true); err != nil || s.decided {
 		t.Errorf("after 'primary' of one that is up: %v, %v", s.decided, err)
+	}
+}
+
+// While a copy takes over, whoever asks hears of a primary, also once it is parked; so two
+// that are asked to take over at once do not both.
+func TestOneThatTakesOverSaysPrimary(t *testing.T) {
+	s := aSwitching(t, nil)
+	at := history(1, 10)
+	s.role, s.uuid = roleSecondary, volume.UUID{1}
+	s.copy.replica = replicaAt(t, "here", at)
+	ask := func() bool {
+		t.Helper()
+		said, known := s.standing("node-b")
+		if !known {
+			t.Fatal("it says nothing")
+		}
+		return said.Primary
+	}
+	if ask() {
+		t.Error("a secondary says that it is primary")
+	}
+	s.promote(at)
+	s.copy.replica.mu.Lock()
+	s.copy.replica.replica = nil
+	s.copy.replica.mu.Unlock()
+	if !ask() {
+		t.Error("once it is parked it is not heard of as primary")
+	}
+	s.promote(nil)
+	if said, known := s.standing("node-b"); known && said.Primary {
+		t.Error("it still says primary after that")
 	}
 }

@@ -46,7 +46,8 @@ type switching struct {
 	uuid    volume.UUID // zero: not known
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
-	change  chan struct{} // closed and replaced when role or uuid change
+	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	change  chan struct{}    // closed and replaced when role or uuid change
 }
 
 func newSwitching(m *managed, c *secondary) *switching {
@@ -75,6 +76,14 @@ func (s *switching) decide(decided bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.decided = decided
+}
+
+// promote has other nodes hear of a primary while the copy here takes over from at; nil
+// ends that.
+func (s *switching) promote(at protocol.Lineage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taking = at.Clone()
 }
 
 func (s *switching) set(r role, uuid volume.UUID) {
@@ -245,6 +254,12 @@ func (s takeOverState) Save(state []byte) error {
 // standing is what other nodes are told of the volume; false: nothing is known.
 func (s *switching) standing(node string) (*proto.Standing, bool) {
 	r, uuid, _ := s.look()
+	s.mu.Lock()
+	taking := s.taking
+	s.mu.Unlock()
+	if r == roleSecondary && len(taking) > 0 {
+		return &proto.Standing{Primary: true, Lineage: taking.Proto(), Whole: true}, true
+	}
 	if r == roleSecondary {
 		st, open, _, _ := s.copy.replica.status()
 		if !open || st.VolumeUUID != uuid {
