@@ -97,14 +97,23 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		return "", exit.Mark(exit.Refused, err)
 	}
 	s.decide(force)
-	s.set(rolePrimary, st.VolumeUUID)
-	s.managed.set(stageStarting, "it took over", "")
-	up, err := s.managed.up(ctx)
+	up, err := s.startTaken(st.VolumeUUID)
 	if err != nil {
 		return "", fmt.Errorf("it is primary, and not up: %w", err)
 	}
 	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
 	return message, s.reached(ctx, hooks.AfterPromote, st.Lineage.Tip(), message)
+}
+
+// startTaken brings up what took over. The volume's own look comes after that: a stack
+// is adopted once.
+func (s *switching) startTaken(uuid volume.UUID) (string, error) {
+	m := s.managed
+	m.op.Lock()
+	defer m.op.Unlock()
+	m.set(stageStarting, "it took over", "")
+	s.set(rolePrimary, uuid)
+	return m.upHeld()
 }
 
 // planTakeOver asks the other nodes and says what taking over would lose, or why it is

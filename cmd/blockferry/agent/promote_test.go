@@ -3,6 +3,7 @@ package agent
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"blockferry/blockdev/volume"
@@ -78,5 +79,23 @@ func TestOneThatTakesOverSaysPrimary(t *testing.T) {
 	s.promote(nil)
 	if said, known := s.standing("node-b"); known && said.Primary {
 		t.Error("it still says primary after that")
+	}
+}
+
+// What waited for a change of role does nothing to the disk of a volume that is
+// secondary by then.
+func TestNothingIsDoneToASecondary(t *testing.T) {
+	s := aSwitching(t, nil)
+	s.role = roleSecondary
+	m := s.managed
+	m.config.Attach = true // needs no mapper
+	for name, do := range map[string]func() error{
+		"up":      func() error { _, err := m.up(t.Context()); return err },
+		"down":    func() error { _, err := m.down(t.Context(), true); return err },
+		"restore": func() error { return m.restoreVolume(t.Context(), "", true, nil) },
+	} {
+		if err := do(); err == nil || !strings.Contains(err.Error(), "is secondary here") || m.at() != stageStarting {
+			t.Errorf("%s: %v, %s", name, err, stageWords[m.at()])
+		}
 	}
 }

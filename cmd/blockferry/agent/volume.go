@@ -509,6 +509,14 @@ func (m *managed) letGo() error {
 func (m *managed) up(context.Context) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
+	if err := m.notSecondary(); err != nil { // since it was asked
+		return "", err
+	}
+	return m.upHeld()
+}
+
+// upHeld is up with op held.
+func (m *managed) upHeld() (string, error) {
 	if m.at() == stageUp {
 		return "is up already", nil
 	}
