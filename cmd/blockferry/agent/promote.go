@@ -93,6 +93,10 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
+		if s.roleOnDisk() == rolePrimary { // what failed came after the label
+			s.set(rolePrimary, st.VolumeUUID)
+			return "", fmt.Errorf("it is primary, and is brought up by itself: %w", err)
+		}
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
@@ -114,6 +118,16 @@ func (s *switching) startTaken(uuid volume.UUID) (string, error) {
 	m.set(stageStarting, "it took over", "")
 	s.set(rolePrimary, uuid)
 	return m.upHeld()
+}
+
+// roleOnDisk is the role that counts after an error; unknown: it can't be read.
+func (s *switching) roleOnDisk() role {
+	r, _, err := s.read()
+	if err != nil {
+		s.log.Warn("the role can't be read from the disk", "error", err)
+		return roleUnknown
+	}
+	return r
 }
 
 // planTakeOver asks the other nodes and says what taking over would lose, or why it is
@@ -194,6 +208,11 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	}
 	m.set(stageDown, "it stands down", "")
 	h, err := s.standDown(force)
+	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
+		s.decide(false)
+		s.set(roleSecondary, volume.UUID{})
+		return "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
+	}
 	if err != nil {
 		m.set(stageStarting, err.Error(), "")
 		if errors.Is(err, protocol.ErrUnclean) {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/protocol"
 )
 
 // aSwitching is a volume of both roles whose disk is a file.
@@ -97,5 +99,30 @@ func TestNothingIsDoneToASecondary(t *testing.T) {
 		if err := do(); err == nil || !strings.Contains(err.Error(), "is secondary here") || m.at() != stageStarting {
 			t.Errorf("%s: %v, %s", name, err, stageWords[m.at()])
 		}
+	}
+}
+
+// After an error the disk's label says which role it is, and a primary whose label says
+// secondary is told what to do.
+func TestLabelDecidesAfterAnError(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	for _, want := range []role{roleSecondary, rolePrimary} {
+		raw := make([]byte, disk.Size())
+		if _, err := disk.ReadAt(raw, 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := aSwitching(t, raw).roleOnDisk(); got != want {
+			t.Errorf("%v, not %v", got, want)
+		}
+		if want == roleSecondary {
+			if err := takeOverHere(disk, at); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	m := aSwitching(t, nil).managed
+	_ = m.refuse(fmt.Errorf("it does not start: %w", protocol.ErrSecondary))
+	if !strings.Contains(m.advice, "blockferry secondary data") {
+		t.Error(m.advice)
 	}
 }

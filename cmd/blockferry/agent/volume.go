@@ -309,6 +309,8 @@ func (m *managed) refuse(err error) error {
 		advice = "nothing is written; to fill it from the replica: blockferry restore --force --from " + stale.replica + " " + m.config.Name +
 			"; only if the disk's own content is the one that counts: blockferry create --replica " + stale.replica + " --discard-my-data " + m.config.Name +
 			" with the agent stopped"
+	case errors.Is(err, protocol.ErrSecondary):
+		advice = "nothing is written to it; to have it follow the node that is primary: blockferry secondary " + m.config.Name
 	case errors.As(err, &superseded):
 		advice = switchAdvice(m.config)
 	case errors.As(err, &foreign):
