@@ -273,6 +273,7 @@ type Standing struct {
 	Whole         bool                   `protobuf:"varint,3,opt,name=whole,proto3" json:"whole,omitempty"`                                      // the copy could be used: it is the primary's, or a consistent replica
 	Strayed       string                 `protobuf:"bytes,4,opt,name=strayed,proto3" json:"strayed,omitempty"`                                   // as in Welcome
 	BehindBytes   *uint64                `protobuf:"varint,5,opt,name=behind_bytes,json=behindBytes,proto3,oneof" json:"behind_bytes,omitempty"` // of a primary: what the caller's replica lacks; unset: not known
+	Serving       bool                   `protobuf:"varint,6,opt,name=serving,proto3" json:"serving,omitempty"`                                  // of a primary: the volume is up there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -340,6 +341,13 @@ func (x *Standing) GetBehindBytes() uint64 {
 		return *x.BehindBytes
 	}
 	return 0
+}
+
+func (x *Standing) GetServing() bool {
+	if x != nil {
+		return x.Serving
+	}
+	return false
 }
 
 // Position is what a copy holds: an epoch within a generation.
@@ -2847,13 +2855,14 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x10blockferry.proto\x12\rblockferry.v1\"/\n" +
 	"\fWatchRequest\x12\x1f\n" +
 	"\vvolume_uuid\x18\x01 \x01(\fR\n" +
-	"volumeUuid\"\xbf\x01\n" +
+	"volumeUuid\"\xd9\x01\n" +
 	"\bStanding\x12\x18\n" +
 	"\aprimary\x18\x01 \x01(\bR\aprimary\x120\n" +
 	"\alineage\x18\x02 \x01(\v2\x16.blockferry.v1.LineageR\alineage\x12\x14\n" +
 	"\x05whole\x18\x03 \x01(\bR\x05whole\x12\x18\n" +
 	"\astrayed\x18\x04 \x01(\tR\astrayed\x12&\n" +
-	"\fbehind_bytes\x18\x05 \x01(\x04H\x00R\vbehindBytes\x88\x01\x01B\x0f\n" +
+	"\fbehind_bytes\x18\x05 \x01(\x04H\x00R\vbehindBytes\x88\x01\x01\x12\x18\n" +
+	"\aserving\x18\x06 \x01(\bR\aservingB\x0f\n" +
 	"\r_behind_bytes\"@\n" +
 	"\bPosition\x12\x1e\n" +
 	"\n" +

@@ -15,7 +15,8 @@ func (p *Primary) Behind() []string {
 
 // Superseded says whether a primary's copy was left behind by another: that went
 // on from what the copy holds, or took over from it while it went on as before. Of two
-// that both took over from a third neither is.
+// that both took over from a third neither is, nor of two where one took over and the
+// other began anew in a generation of its own: whether one serves decides there.
 func Superseded(mine, other Lineage) bool {
 	switch rel := Compare(mine, other); rel.Kind {
 	case Behind:

@@ -206,16 +206,24 @@ func (a *Agent) one(name string) (*managed, error) {
 	}
 	for _, m := range a.volumes {
 		switch {
-		case m.config == v && m.roles.at() == roleSecondary:
-			return nil, exit.Errorf(exit.Refused, "volume '%s' is secondary here: that is said to the node that writes it, one of %s; to write it here: blockferry primary %[1]s", v.Name, strings.Join(v.Peers, ", "))
 		case m.config == v:
-			return m, nil
+			return m, m.notSecondary()
 		}
 	}
 	if v.Secondary() {
 		return nil, exit.Errorf(exit.Refused, "volume '%s' is only a replica here ('role: secondary'): that is said to the node that writes it, one of %s", v.Name, strings.Join(v.Peers, ", "))
 	}
 	return nil, fmt.Errorf("volume '%s' is not managed", name)
+}
+
+// notSecondary refuses what is for a primary. The role changes with op held: what acts on
+// the volume asks again then.
+func (m *managed) notSecondary() error {
+	if m.roles.at() != roleSecondary {
+		return nil
+	}
+	return exit.Errorf(exit.Refused, "volume '%s' is secondary here: that is said to the node that writes it, one of %s; to write it here: blockferry primary %[1]s",
+		m.config.Name, strings.Join(m.config.Peers, ", "))
 }
 
 // statuses are those of all volumes, or of one, in the order of their names.

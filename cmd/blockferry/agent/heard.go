@@ -70,6 +70,7 @@ func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_Watch
 // heard is what another node said of the volume last.
 type heard struct {
 	primary bool
+	serving bool // as primary, the volume is up
 	whole   bool
 	lineage protocol.Lineage
 	behind  *uint64
@@ -119,7 +120,7 @@ func (s *switching) hearFrom(ctx context.Context, node string, uuid volume.UUID,
 		if m, err = stream.Recv(); err != nil {
 			break
 		}
-		h := heard{primary: m.Primary, whole: m.Whole && m.Strayed == "", behind: m.BehindBytes, at: time.Now()}
+		h := heard{primary: m.Primary, serving: m.Serving, whole: m.Whole && m.Strayed == "", behind: m.BehindBytes, at: time.Now()}
 		if h.lineage, err = protocol.LineageFromProto(m.Lineage); err == nil && !told(h) {
 			return nil
 		}
@@ -239,14 +240,29 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	defer cancel()
 	said, silent := s.ask(ctx, uuid)
 	for node, h := range said {
-		if len(h.lineage) > 0 && protocol.Superseded(disk, h.lineage) {
-			return &supersededError{fmt.Sprintf("%s is out of date: it holds history [%v], node '%s' [%v]: that node took over", s.config.Device, disk, node, h.lineage)}
+		if why := h.supersedes(disk, node); why != "" {
+			return &supersededError{s.config.Device + " " + why}
 		}
 	}
 	for node, why := range silent {
 		s.log.Info("another node does not say where it stands", "node", node, "reason", why)
 	}
 	return nil
+}
+
+// supersedes says why a primary's disk is not written beside what another node said;
+// "": it may be. Of two that went their own ways from where both were, none is out of
+// date; but one that serves is not joined by a second.
+func (h heard) supersedes(disk protocol.Lineage, node string) string {
+	switch {
+	case len(h.lineage) == 0:
+		return ""
+	case protocol.Superseded(disk, h.lineage):
+		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: that node took over", disk, node, h.lineage)
+	case h.primary && h.serving && protocol.Compare(disk, h.lineage).Kind == protocol.Diverged:
+		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up", disk, node, h.lineage)
+	}
+	return ""
 }
 
 type supersededError struct{ why string }

@@ -82,13 +82,12 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	case roleUnknown:
 		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
 	case rolePrimary:
-		s.mu.Lock()
-		s.decided = s.decided || force // also where another node went on from what it has
-		s.mu.Unlock()
+		s.decide(force) // also where another node went on from what it has
 		message, err := s.managed.up(ctx)
 		if err != nil {
 			return "", err
 		}
+		s.decide(false) // it may have been up
 		return "is primary already: " + message, nil
 	}
 	begun := time.Now()
@@ -96,11 +95,12 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	heard, words, silent := s.hear(ctx, st)
-	st.PendingEpochs = 0 // they are applied first
-	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force, Fresh: protocol.Generation{1}})
+	// Of two that are asked to take over at once, at least one hears of the other.
+	s.promote(st.Lineage)
+	defer s.promote(nil)
+	_, plan, words, silent, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
-		return "", exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
+		return "", err
 	}
 	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
 	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
@@ -109,23 +109,64 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
+	// The hooks may have taken long.
+	if st, err = s.promotable(); err != nil {
+		return "", err
+	}
+	heard, _, _, _, err := s.planTakeOver(ctx, st, force)
+	if err != nil {
+		return "", err
+	}
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
+		if s.roleOnDisk() == rolePrimary { // what failed came after the label
+			s.set(rolePrimary, st.VolumeUUID)
+			return "", fmt.Errorf("it is primary, and is brought up by itself: %w", err)
+		}
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
-	s.mu.Lock()
-	s.decided = true
-	s.mu.Unlock()
-	s.set(rolePrimary, st.VolumeUUID)
-	s.managed.set(stageStarting, "it took over", "")
-	up, err := s.managed.up(ctx)
+	s.decide(force)
+	up, err := s.startTaken(st.VolumeUUID)
 	if err != nil {
 		return "", fmt.Errorf("it is primary, and not up: %w", err)
 	}
 	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
 	return message, s.reached(ctx, hooks.AfterPromote, st.Lineage.Tip(), message)
+}
+
+// startTaken brings up what took over. The volume's own look comes after that: a stack
+// is adopted once.
+func (s *switching) startTaken(uuid volume.UUID) (string, error) {
+	m := s.managed
+	m.op.Lock()
+	defer m.op.Unlock()
+	m.set(stageStarting, "it took over", "")
+	s.set(rolePrimary, uuid)
+	return m.upHeld()
+}
+
+// roleOnDisk is the role that counts after an error; unknown: it can't be read.
+func (s *switching) roleOnDisk() role {
+	r, _, err := s.read()
+	if err != nil {
+		s.log.Warn("the role can't be read from the disk", "error", err)
+		return roleUnknown
+	}
+	return r
+}
+
+// planTakeOver asks the other nodes and says what taking over would lose, or why it is
+// refused; words tell what they said, and silent why some did not.
+func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool) (_ knowledge, _ protocol.Promotion, words string, silent map[string]string, err error) {
+	heard, words, silent := s.hear(ctx, st)
+	st.PendingEpochs = 0 // they are applied first
+	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force, Fresh: protocol.Generation{1}})
+	if err != nil {
+		err = exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
+	}
+	return heard, plan, words, silent, err
 }
 
 // promotable is the state of a copy that may take over as far as it knows itself.
@@ -194,6 +235,11 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	}
 	m.set(stageDown, "it stands down", "")
 	h, err := s.standDown(force)
+	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
+		s.decide(false)
+		s.set(roleSecondary, volume.UUID{})
+		return "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
+	}
 	if err != nil {
 		m.set(stageStarting, err.Error(), "")
 		if errors.Is(err, protocol.ErrUnclean) {
@@ -202,9 +248,9 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 		return "", exit.Mark(exit.Refused, err)
 	}
 	s.mu.Lock()
-	s.decided = false
 	clear(s.heard)
 	s.mu.Unlock()
+	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
 	message := fmt.Sprintf("secondary at %v", h.Lineage.Tip())
 	switch {
@@ -268,6 +314,8 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	}
 	m.set(stageStarting, err.Error(), "")
 	m.log.Warn("it does not stand down", "error", err, "stack-gone", gone)
+	s.decide(true) // it goes on as it was
+	defer s.decide(false)
 	if up := m.bringUp(nil); up != nil {
 		return nil, errors.Join(err, up)
 	}

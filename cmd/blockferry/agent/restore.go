@@ -38,6 +38,9 @@ func (m *managed) restoreVolume(ctx context.Context, from string, force bool, se
 		return exit.Errorf(exit.Refused, "volume '%s' is being brought up, taken down or restored at this moment; see 'blockferry status'", m.config.Name)
 	}
 	defer m.op.Unlock()
+	if err := m.notSecondary(); err != nil { // since it was asked
+		return err
+	}
 	return m.restoreHere(ctx, from, force, send)
 }
 

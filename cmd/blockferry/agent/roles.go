@@ -44,9 +44,10 @@ type switching struct {
 	mu      sync.Mutex
 	role    role
 	uuid    volume.UUID // zero: not known
-	decided bool        // this process made it primary, whatever other nodes say
+	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
-	change  chan struct{} // closed and replaced when role or uuid change
+	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	change  chan struct{}    // closed and replaced when role or uuid change
 }
 
 func newSwitching(m *managed, c *secondary) *switching {
@@ -64,6 +65,25 @@ func (s *switching) at() role {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.role
+}
+
+// decide has the next start ask no other node, or asks again. That is the operator's word,
+// and counts until the volume is up. A nil s does nothing.
+func (s *switching) decide(decided bool) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.decided = decided
+}
+
+// promote has other nodes hear of a primary while the copy here takes over from at; nil
+// ends that.
+func (s *switching) promote(at protocol.Lineage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taking = at.Clone()
 }
 
 func (s *switching) set(r role, uuid volume.UUID) {
@@ -234,6 +254,12 @@ func (s takeOverState) Save(state []byte) error {
 // standing is what other nodes are told of the volume; false: nothing is known.
 func (s *switching) standing(node string) (*proto.Standing, bool) {
 	r, uuid, _ := s.look()
+	s.mu.Lock()
+	taking := s.taking
+	s.mu.Unlock()
+	if r == roleSecondary && len(taking) > 0 {
+		return &proto.Standing{Primary: true, Lineage: taking.Proto(), Whole: true}, true
+	}
 	if r == roleSecondary {
 		st, open, _, _ := s.copy.replica.status()
 		if !open || st.VolumeUUID != uuid {
@@ -248,9 +274,9 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	if running == nil {
 		// It is down, and comes up as primary when it does.
 		l, err := s.onDisk()
-		return &proto.Standing{Primary: true, Lineage: l.Proto(), Whole: true}, err == nil
+		return &proto.Standing{Primary: true, Serving: m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
 	}
-	out := &proto.Standing{Primary: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
+	out := &proto.Standing{Primary: true, Serving: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
 	reports := running.primary.Status().Replicas
 	for _, c := range s.config.Replicas {
 		for i := range reports {
@@ -260,6 +286,15 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 		}
 	}
 	return out, true
+}
+
+// leftUp says whether the stack is there, though it is not managed, or may be.
+func (m *managed) leftUp() bool {
+	if m.agent.dm == nil {
+		return false
+	}
+	exists, err := m.stackExists()
+	return exists || err != nil
 }
 
 // onDisk is the history that the label tells.

@@ -90,6 +90,10 @@ type labelState struct{ protocol.StateStore }
 func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
+	if err := m.notSecondary(); err != nil { // since it was asked
+		return "", err
+	}
+	m.roles.decide(false)
 	if m.config.Attach {
 		return m.detach(ctx, force)
 	}

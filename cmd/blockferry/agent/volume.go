@@ -273,6 +273,7 @@ func (m *managed) nowUp(stack raised, r *running) {
 	m.mu.Lock()
 	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
 	m.mu.Unlock()
+	m.roles.decide(false)
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}
@@ -308,6 +309,8 @@ func (m *managed) refuse(err error) error {
 		advice = "nothing is written; to fill it from the replica: blockferry restore --force --from " + stale.replica + " " + m.config.Name +
 			"; only if the disk's own content is the one that counts: blockferry create --replica " + stale.replica + " --discard-my-data " + m.config.Name +
 			" with the agent stopped"
+	case errors.Is(err, protocol.ErrSecondary):
+		advice = "nothing is written to it; to have it follow the node that is primary: blockferry secondary " + m.config.Name
 	case errors.As(err, &superseded):
 		advice = switchAdvice(m.config)
 	case errors.As(err, &foreign):
@@ -448,8 +451,14 @@ func (m *managed) overtaken(id volume.UUID, disk protocol.Lineage) error {
 		if !open || s.VolumeUUID != id || s.State != protocol.DiskConsistent {
 			continue
 		}
-		switch relation := protocol.Compare(disk, s.Lineage); relation.Kind {
-		case protocol.Behind, protocol.Diverged:
+		relation := protocol.Compare(disk, s.Lineage)
+		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged
+		if m.roles != nil {
+			// A volume that comes back from another node left the replica's line, which
+			// is the replica's to settle: its plan refuses, or gives it up.
+			behind = protocol.Superseded(disk, s.Lineage)
+		}
+		if behind {
 			return &overtakenError{fmt.Sprintf("%s is out of date: it holds history [%v], replica '%s' on %s holds [%v]: %v",
 				m.config.Device, disk, r.config.Name, r.config.Device, s.Lineage, relation), r.config.Name}
 		}
@@ -502,6 +511,14 @@ func (m *managed) letGo() error {
 func (m *managed) up(context.Context) (string, error) {
 	m.op.Lock()
 	defer m.op.Unlock()
+	if err := m.notSecondary(); err != nil { // since it was asked
+		return "", err
+	}
+	return m.upHeld()
+}
+
+// upHeld is up with op held.
+func (m *managed) upHeld() (string, error) {
 	if m.at() == stageUp {
 		return "is up already", nil
 	}

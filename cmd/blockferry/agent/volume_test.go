@@ -69,3 +69,28 @@ func TestOneAdviceForLostTracking(t *testing.T) {
 		}
 	}
 }
+
+// A disk that a replica here left behind is refused. With both roles, one that took over
+// at another node is not, though the replica went further on the line before.
+func TestFailbackWithLocalReplica(t *testing.T) {
+	for _, c := range []struct {
+		disk, replica protocol.Lineage
+		both, refused bool
+	}{
+		{history(1, 10, 2, 30, 3, 31), history(1, 15), true, false},
+		{history(1, 10, 2, 30, 3, 31), history(1, 15), false, true},
+		{history(1, 10), history(1, 15), true, true},
+		{history(1, 20), history(1, 15, 2, 16), true, true},
+		{history(1, 20), history(1, 15), true, false},
+	} {
+		m := aManaged(&config.Volume{Name: "data", Device: "/dev/a", Replicas: []*config.Replica{{Name: "ebs", Device: "/dev/b"}}})
+		m.replicas[0] = replicaAt(t, "ebs", c.replica)
+		if c.both {
+			m.roles = &switching{}
+		}
+		st, _, _, _ := m.replicas[0].status()
+		if err := m.overtaken(st.VolumeUUID, c.disk); (err != nil) != c.refused {
+			t.Errorf("[%v], [%v], both roles %v: %v", c.disk, c.replica, c.both, err)
+		}
+	}
+}

@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/protocol"
+)
+
+// aSwitching is a volume of both roles whose disk is a file.
+func aSwitching(t *testing.T, disk []byte, replicas ...*config.Replica) *switching {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, disk, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := aManaged(&config.Volume{Name: "data", Device: path, Replicas: replicas})
+	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, heard: map[string]heard{}, change: make(chan struct{}), role: rolePrimary}
+	s.copy = &secondary{roles: s, config: m.config, replica: newLocalReplica(m.agent, m.config, &config.Replica{Name: "here", Device: path})}
+	s.copy.replica.parked = true
+	m.roles = s
+	return s
+}
+
+// fakeStack is one that is up, as far as is asked here.
+type fakeStack struct{ raised }
+
+func (fakeStack) Size() int64          { return 4096 }
+func (fakeStack) UUID() volume.UUID    { return volume.UUID{7} }
+func (fakeStack) TrackingLost() string { return "" }
+
+// 'primary --force' counts for one start: after that, other nodes are asked again.
+func TestForceCountsOnce(t *testing.T) {
+	s := aSwitching(t, nil)
+	s.config.Attach = true // needs no mapper
+	s.decide(true)
+	if _, err := s.managed.down(t.Context(), true); err != nil || s.decided {
+		t.Errorf("after a down: %v, %v", s.decided, err)
+	}
+	s.decide(true)
+	s.managed.nowUp(fakeStack{}, nil)
+	if s.decided {
+		t.Error("after it came up")
+	}
+	s.decide(true)
+	if _, err := s.primary(t.Context(), true); err != nil || s.decided {
+		t.Errorf("after 'primary' of one that is up: %v, %v", s.decided, err)
+	}
+}
+
+// While a copy takes over, whoever asks hears of a primary, also once it is parked; so two
+// that are asked to take over at once do not both.
+func TestOneThatTakesOverSaysPrimary(t *testing.T) {
+	s := aSwitching(t, nil)
+	at := history(1, 10)
+	s.role, s.uuid = roleSecondary, volume.UUID{1}
+	s.copy.replica = replicaAt(t, "here", at)
+	ask := func() bool {
+		t.Helper()
+		said, known := s.standing("node-b")
+		if !known {
+			t.Fatal("it says nothing")
+		}
+		return said.Primary
+	}
+	if ask() {
+		t.Error("a secondary says that it is primary")
+	}
+	s.promote(at)
+	s.copy.replica.mu.Lock()
+	s.copy.replica.replica = nil
+	s.copy.replica.mu.Unlock()
+	if !ask() {
+		t.Error("once it is parked it is not heard of as primary")
+	}
+	s.promote(nil)
+	if said, known := s.standing("node-b"); known && said.Primary {
+		t.Error("it still says primary after that")
+	}
+}
+
+// What waited for a change of role does nothing to the disk of a volume that is
+// secondary by then.
+func TestNothingIsDoneToASecondary(t *testing.T) {
+	s := aSwitching(t, nil)
+	s.role = roleSecondary
+	m := s.managed
+	m.config.Attach = true // needs no mapper
+	for name, do := range map[string]func() error{
+		"up":      func() error { _, err := m.up(t.Context()); return err },
+		"down":    func() error { _, err := m.down(t.Context(), true); return err },
+		"restore": func() error { return m.restoreVolume(t.Context(), "", true, nil) },
+	} {
+		if err := do(); err == nil || !strings.Contains(err.Error(), "is secondary here") || m.at() != stageStarting {
+			t.Errorf("%s: %v, %s", name, err, stageWords[m.at()])
+		}
+	}
+}
+
+// After an error the disk's label says which role it is, and a primary whose label says
+// secondary is told what to do.
+func TestLabelDecidesAfterAnError(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	for _, want := range []role{roleSecondary, rolePrimary} {
+		raw := make([]byte, disk.Size())
+		if _, err := disk.ReadAt(raw, 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := aSwitching(t, raw).roleOnDisk(); got != want {
+			t.Errorf("%v, not %v", got, want)
+		}
+		if want == roleSecondary {
+			if err := takeOverHere(disk, at); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	m := aSwitching(t, nil).managed
+	_ = m.refuse(fmt.Errorf("it does not start: %w", protocol.ErrSecondary))
+	if !strings.Contains(m.advice, "blockferry secondary data") {
+		t.Error(m.advice)
+	}
+}
