@@ -189,8 +189,10 @@ func settle(disk blockdev.Device) error {
 	}
 	st, err := protocol.PeekReplica(disk)
 	switch {
-	case err == nil && (st.VolumeUUID == protocol.AnyVolume || st.VolumeUUID == label.UUID && st.TookOver.IsZero()):
+	case err == nil && st.VolumeUUID == protocol.AnyVolume:
 		return nil
+	case err == nil && st.VolumeUUID == label.UUID && st.TookOver.IsZero():
+		return stoodDown(o)
 	case err != nil && !errors.Is(err, protocol.ErrNoSuperblock):
 		return err
 	case err != nil && len(state.Effective()) == 0:
@@ -205,7 +207,7 @@ func settle(disk blockdev.Device) error {
 // of the node to follow, if that is known.
 func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage, stray bool) (*protocol.Holding, error) {
 	label := o.Label()
-	return protocol.StandDown(offlineState{o}, disk, protocol.StandDownOptions{
+	h, err := protocol.StandDown(offlineState{o}, disk, protocol.StandDownOptions{
 		Format: layout.OnLabelled(&label), Follow: follow, Stray: stray,
 		ChangedSince: func(epoch uint64) ([]protocol.Range, error) {
 			extents, err := o.ChangedSince(epoch)
@@ -215,6 +217,26 @@ func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage,
 			return ranges(extents), err
 		},
 	})
+	if err == nil {
+		err = stoodDown(o)
+	}
+	return h, err
+}
+
+// stoodDown takes from a label what the disk held as primary: the superblocks say what
+// it holds from now on. Were both lost later, what the label says would be too old, and
+// taken for a stand-down that was cut off.
+func stoodDown(o *volume.Offline) error {
+	label := o.Label()
+	state, err := protocol.DecodeSourceState(label.State)
+	if err != nil || len(state.Effective()) == 0 {
+		return err
+	}
+	raw, err := protocol.SourceState{Secondary: true}.Encode()
+	if err != nil {
+		return err
+	}
+	return o.SetState(raw)
 }
 
 // takeOverState is the label of a disk whose replica takes over: with the state

@@ -178,6 +178,57 @@ func TestRolesSurvivePowerCuts(t *testing.T) {
 	}
 }
 
+// A replica that lost both superblocks is refused, whatever it stood down with: what it
+// holds now nobody knows.
+func TestSettleWithoutSuperblocks(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	closeCleanly(t, disk)
+	stoodDownWith := func() (*volume.Offline, []byte) {
+		o, err := volume.OfflineOn(disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o, o.Label().State
+	}
+	o, before := stoodDownWith()
+	if _, err := standDown(disk, o, nil, false); err != nil {
+		t.Fatal(err)
+	}
+	zero := func(d *blocktest.Memory) {
+		if err := d.ZeroOut(d.Size()-1<<20, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost := disk.Clone()
+	zero(lost)
+	if err := settle(lost); !errors.Is(err, protocol.ErrNoSuperblock) {
+		t.Errorf("without superblocks it is settled: %v", err)
+	}
+	// The power failed after the superblocks were written, and before the label was.
+	old, err := protocol.DecodeSourceState(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.Secondary = true
+	raw, err := old.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o, _ = stoodDownWith(); o.SetState(raw) != nil {
+		t.Fatal("the label is not written")
+	}
+	if err := settle(disk); err != nil {
+		t.Fatal(err)
+	}
+	zero(disk)
+	if err := settle(disk); !errors.Is(err, protocol.ErrNoSuperblock) {
+		t.Errorf("without superblocks, after it was settled, it is settled again: %v", err)
+	}
+}
+
 // eachCut does something with a disk that fails at each write, flush and
 // zeroing in turn, and looks at what a power cut then leaves.
 func eachCut(t *testing.T, disk *blocktest.Memory, do func(*blocktest.Memory) error, look func(*blocktest.Memory)) {
