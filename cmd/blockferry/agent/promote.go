@@ -259,6 +259,11 @@ func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
 	if err != nil {
 		return nil, err
 	}
+	s.know(o.Label().UUID)
+	outside, err := o.ChangedOutside(s.config.MetadataDevice)
+	if err != nil {
+		return nil, err
+	}
 	var follow protocol.Lineage
 	if label := o.Label(); force {
 		// A node that took over meanwhile: what changed since it did is worth knowing.
@@ -271,7 +276,7 @@ func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
 			}
 		}
 	}
-	return standDown(disk, o, follow, force)
+	return standDown(disk, o, follow, outside, force)
 }
 
 // switchAdvice says what to do about a primary that another has left behind.
