@@ -37,7 +37,7 @@ func TestAdviceNamesCommands(t *testing.T) {
 			t.Errorf("%s\n%s, want %s", s.Reason, s.Advice, c.far)
 		}
 	}
-	if got := m.replicas[0].advise(fmt.Errorf("/dev/b: %w", protocol.ErrTookOver)); !strings.Contains(got, "blockferry primary data") || !strings.Contains(got, "blockferry secondary --force data") {
+	if got := m.replicas[0].advise(fmt.Errorf("/dev/b: %w", protocol.ErrTookOver)); !strings.Contains(got, "blockferry primary data") || !strings.Contains(got, "blockferry secondary data") {
 		t.Error(got)
 	}
 }
