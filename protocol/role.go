@@ -184,6 +184,9 @@ type StandDownOptions struct {
 	ChangedSince func(epoch uint64) ([]Range, error)
 	// Follow is the lineage of the node to follow; empty: not known yet.
 	Follow Lineage
+	// Outside says, in words, that the device was written past its tracker; "": it was not.
+	// The end was not clean then, and what changed is not known.
+	Outside string
 	// Stray: also when the end was not clean. The copy then counts as strayed.
 	Stray bool
 	// CutUnixNanos is the wall clock of the last cut, for people only.
@@ -205,13 +208,21 @@ func PlanStandDown(s SourceState, o StandDownOptions) (*Holding, error) {
 		return nil, errors.New("it was never primary: format it as a blank replica")
 	}
 	changed := func(since uint64) ([]Range, error) {
-		if o.ChangedSince == nil || since == 0 {
+		if o.ChangedSince == nil || since == 0 || o.Outside != "" {
 			return nil, ErrTrackingLost
 		}
 		return o.ChangedSince(since)
 	}
 	h := &Holding{Lineage: s.Lineage.Clone(), CutUnixNanos: o.CutUnixNanos}
-	if !s.Clean {
+	if o.Outside != "" {
+		if s.Clean { // an epoch tells the content from the last cut
+			s.Clean, s.OpenEpoch = false, tip.Epoch+1
+		}
+		h.Lineage, h.Strayed = s.Effective(), o.Outside[:min(len(o.Outside), MaxStrayedReason)]
+		if !o.Stray {
+			return nil, fmt.Errorf("%w: %s", ErrUnclean, o.Outside)
+		}
+	} else if !s.Clean {
 		after, err := changed(tip.Epoch)
 		if err != nil && !errors.Is(err, ErrTrackingLost) {
 			return nil, err

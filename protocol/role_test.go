@@ -103,6 +103,8 @@ func TestPlanStandDown(t *testing.T) {
 	}{
 		{"clean", clean, StandDownOptions{}, nil, line(1, 10), false, 10, 0},
 		{"clean, allowed to stray", clean, StandDownOptions{Stray: true}, nil, line(1, 10), false, 10, 0},
+		{"clean, written outside", clean, StandDownOptions{Outside: "by hand"}, ErrUnclean, nil, false, 0, 0},
+		{"clean, written outside, strays", clean, StandDownOptions{Outside: "by hand", Stray: true, ChangedSince: asked(10)}, nil, line(1, 11), true, 0, 0},
 		{"unclean, no tracker", opened, StandDownOptions{}, ErrUnclean, nil, false, 0, 0},
 		{"unclean, tracking lost", opened, StandDownOptions{ChangedSince: lost}, ErrUnclean, nil, false, 0, 0},
 		{"unclean, written", opened, StandDownOptions{ChangedSince: knows(Range{0, 4096})}, ErrUnclean, nil, false, 0, 0},

@@ -387,7 +387,11 @@ func (v *Volume) openStack() error {
 	if _, err = v.ctl.EnsureNode(v.options.Name); err != nil {
 		return err
 	}
-	if v.limits, err = v.watchLimits(); err != nil {
+	v.limits, err = v.watchLimits()
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+		v.log.Warn("limits of discards that somebody raises and puts back between two cuts are not noticed", "error", err,
+			"advice", "raise the sysctl fs.inotify.max_user_instances; it is tried again when the agent starts")
+	} else if err != nil {
 		return err
 	}
 	v.openFine()

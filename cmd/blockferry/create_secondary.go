@@ -33,13 +33,15 @@ func (g *globalOptions) createSecondary(system *doctor.System, c *config.Config,
 			return exit.Mark(exit.Refused, err)
 		}
 		defer f.Close()
+		// First what an old replica's superblocks say: without its label that would be
+		// served as it was.
+		if err := protocol.FormatReplica(f, options); err != nil {
+			return err
+		}
 		if v.Switches() { // a label that stayed there would say which role it has
 			if err := volume.WipeLabel(f); err != nil {
 				return err
 			}
-		}
-		if err := protocol.FormatReplica(f, options); err != nil {
-			return err
 		}
 	}
 	return g.say(map[string]any{"volume": v.Name, "dry-run": o.dryRun, "replica": v.Name, "device": v.Device, "peers": v.Peers},

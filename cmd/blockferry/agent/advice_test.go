@@ -27,7 +27,7 @@ func TestAdviceNamesCommands(t *testing.T) {
 			"with the agent stopped: blockferry create --replica ebs data --discard-my-data", "at node 'node-b' with its agent stopped: blockferry create --discard-my-data data"},
 		{refused(protocol.Lineage{{Generation: protocol.Generation{3}, Epoch: 9}}, protocol.DiskConsistent), "create --replica ebs data --discard-my-data", "create --discard-my-data data"},
 		{refused(other, protocol.DiskConsistent), "blockferry discard --replica ebs data", "at node 'node-b': blockferry discard data"},
-		{two, "blockferry secondary data, then blockferry discard data", "blockferry secondary data, then blockferry discard data"},
+		{two, "blockferry secondary --force data, then blockferry discard data", "blockferry secondary --force data, then blockferry discard data"},
 	} {
 		report := []protocol.ReplicaReport{{Name: "ebs", Reason: c.reason}, {Name: "zone-b", Reason: c.reason}}
 		if s := m.replicaStatus(m.replicas[0], protocol.PrimaryStatus{Replicas: report}); !strings.Contains(s.Advice, c.near) || s.Reason != c.reason {

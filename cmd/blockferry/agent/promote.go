@@ -184,7 +184,7 @@ func (s *switching) promotable() (protocol.ReplicaStatus, error) {
 		return refuse("%w; it is opened again by itself", st.Err)
 	case st.DataOffset == 0:
 		return refuse("its disk was formatted when it was only a replica here, and has no room for a label; make it anew, which loses this copy until it is filled again: "+
-			"stop the agent, blockferry create --discard-my-data %s, start the agent", s.config.Name)
+			"stop the agent, have 'role: secondary' in the configuration, blockferry create --discard-my-data %s, start the agent", s.config.Name)
 	}
 	return st, nil
 }
@@ -333,6 +333,11 @@ func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
 	if err != nil {
 		return nil, err
 	}
+	s.know(o.Label().UUID)
+	outside, err := o.ChangedOutside(s.config.MetadataDevice)
+	if err != nil {
+		return nil, err
+	}
 	var follow protocol.Lineage
 	if label := o.Label(); force {
 		// A node that took over meanwhile: what changed since it did is worth knowing.
@@ -345,10 +350,10 @@ func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
 			}
 		}
 	}
-	return standDown(disk, o, follow, force)
+	return standDown(disk, o, follow, outside, force)
 }
 
 // switchAdvice says what to do about a primary that another has left behind.
 func switchAdvice(v *config.Volume) string {
-	return "nothing is written to it; to follow the other node: blockferry secondary " + v.Name + " (--force keeps what only this disk has for its rescue); only if this disk's content is the one that counts: blockferry primary --force " + v.Name
+	return "nothing is written to it; to follow the other node: blockferry secondary " + v.Name + " (--force keeps what only this disk has for its rescue), then blockferry discard " + v.Name + "; only if this disk's content is the one that counts: blockferry primary --force " + v.Name
 }

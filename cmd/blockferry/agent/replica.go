@@ -276,6 +276,9 @@ func (l *localReplica) advise(err error) string {
 // formatCommand formats the replica's disk, and nothing else.
 func (l *localReplica) formatCommand() string {
 	if l.config == l.volume.Copy {
+		if l.volume.Switches() && !l.volume.BeginsSecondary { // else it would be a new volume
+			return "with 'role: secondary' of volume '" + l.volume.Name + "' in the configuration: blockferry create " + l.volume.Name
+		}
 		return "blockferry create " + l.volume.Name
 	}
 	return "blockferry create --replica " + l.config.Name + " " + l.volume.Name

@@ -102,6 +102,21 @@ func (s *switching) set(r role, uuid volume.UUID) {
 	}
 }
 
+// know notes the volume's id once it is known: the agent may have begun before the disk
+// had a label.
+func (s *switching) know(uuid volume.UUID) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.uuid != uuid {
+		s.uuid = uuid
+		close(s.change)
+		s.change = make(chan struct{})
+	}
+}
+
 // look is the role, the volume's id, and what is closed when one changes.
 func (s *switching) look() (role, volume.UUID, <-chan struct{}) {
 	s.mu.Lock()
@@ -181,11 +196,7 @@ func (s *switching) label(disk *blockdev.File, size int64, uuid volume.UUID) (pr
 	if err != nil {
 		return protocol.FormatOptions{}, exit.Errorf(exit.Refused, "%w; it needs a larger disk", err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.uuid = uuid
-	close(s.change)
-	s.change = make(chan struct{})
+	s.know(uuid)
 	return layout.OnLabelled(l), nil
 }
 
@@ -209,24 +220,29 @@ func settle(disk blockdev.Device) error {
 	}
 	st, err := protocol.PeekReplica(disk)
 	switch {
-	case err == nil && (st.VolumeUUID == protocol.AnyVolume || st.VolumeUUID == label.UUID && st.TookOver.IsZero()):
+	case err == nil && st.VolumeUUID == protocol.AnyVolume:
 		return nil
+	case err == nil && st.VolumeUUID == label.UUID && st.TookOver.IsZero():
+		return stoodDown(o)
 	case err != nil && !errors.Is(err, protocol.ErrNoSuperblock):
 		return err
 	case err != nil && len(state.Effective()) == 0:
 		return err // it was to be formatted, or both superblocks are lost
 	}
 	// Whether it may stray was decided before the label said secondary.
-	_, err = standDown(disk, o, nil, true)
+	outside, err := o.ChangedOutside("")
+	if err == nil {
+		_, err = standDown(disk, o, nil, outside, true)
+	}
 	return err
 }
 
 // standDown makes a disk whose volume is down a replica. follow is the history
-// of the node to follow, if that is known.
-func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage, stray bool) (*protocol.Holding, error) {
+// of the node to follow, if that is known; outside what ChangedOutside said.
+func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage, outside string, stray bool) (*protocol.Holding, error) {
 	label := o.Label()
-	return protocol.StandDown(offlineState{o}, disk, protocol.StandDownOptions{
-		Format: layout.OnLabelled(&label), Follow: follow, Stray: stray,
+	h, err := protocol.StandDown(offlineState{o}, disk, protocol.StandDownOptions{
+		Format: layout.OnLabelled(&label), Follow: follow, Outside: outside, Stray: stray,
 		ChangedSince: func(epoch uint64) ([]protocol.Range, error) {
 			extents, err := o.ChangedSince(epoch)
 			if errors.Is(err, volume.ErrTrackingLost) {
@@ -235,6 +251,26 @@ func standDown(disk blockdev.Device, o *volume.Offline, follow protocol.Lineage,
 			return ranges(extents), err
 		},
 	})
+	if err == nil {
+		err = stoodDown(o)
+	}
+	return h, err
+}
+
+// stoodDown takes from a label what the disk held as primary: the superblocks say what
+// it holds from now on. Were both lost later, what the label says would be too old, and
+// taken for a stand-down that was cut off.
+func stoodDown(o *volume.Offline) error {
+	label := o.Label()
+	state, err := protocol.DecodeSourceState(label.State)
+	if err != nil || len(state.Effective()) == 0 {
+		return err
+	}
+	raw, err := protocol.SourceState{Secondary: true}.Encode()
+	if err != nil {
+		return err
+	}
+	return o.SetState(raw)
 }
 
 // takeOverState is the label of a disk whose replica takes over: with the state

@@ -4,9 +4,15 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
+	"log/slog"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/blocktest"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -177,7 +183,7 @@ func TestRolesSurvivePowerCuts(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		_, err = standDown(d, o, nil, false)
+		_, err = standDown(d, o, nil, "", false)
 		return err
 	}
 	eachCut(t, was, down, func(after *blocktest.Memory) {
@@ -200,6 +206,129 @@ func TestRolesSurvivePowerCuts(t *testing.T) {
 	})
 	if seen[true] == 0 || seen[false] == 0 {
 		t.Errorf("not all outcomes of standing down came: %v", seen)
+	}
+}
+
+// fakeStack is a volume that is up, as far as its id goes.
+type fakeStack struct{ raised }
+
+func (fakeStack) UUID() volume.UUID    { return volume.UUID{7} }
+func (fakeStack) Size() int64          { return 4 << 20 }
+func (fakeStack) TrackingLost() string { return "" }
+
+// The agent began before the disk had a label: the volume's id is known once it is up.
+func TestIDIsKnownAfterCreate(t *testing.T) {
+	a := &Agent{log: slog.New(slog.DiscardHandler), hub: newHub(), options: Options{Config: &config.Config{}}}
+	m := newManaged(a, &config.Volume{Name: "data", Hooks: &config.Hooks{}})
+	m.roles = &switching{agent: a, config: m.config, log: a.log, managed: m, role: rolePrimary, change: make(chan struct{})}
+	_, _, change := m.roles.look()
+	m.nowUp(fakeStack{}, nil)
+	if _, id, _ := m.roles.look(); id != (volume.UUID{7}) {
+		t.Errorf("its id is %v", id)
+	}
+	select {
+	case <-change:
+	default:
+		t.Error("who waits for it is not told")
+	}
+}
+
+// An SSD that was written past its volume after that went down does not count as whole;
+// with --force it is a replica that strayed. What it stands down with names the volume.
+func TestStandDownChangedOutside(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	tip := closeCleanly(t, disk).Tip()
+	path := filepath.Join(t.TempDir(), "ssd")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := io.Copy(f, io.NewSectionReader(disk, 0, disk.Size())); err != nil {
+		t.Fatal(err)
+	}
+	on, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer on.Close()
+	o, err := volume.OfflineOn(on)
+	if err == nil {
+		err = o.Remember(o.Label().Cuts[len(o.Label().Cuts)-1].Number)
+	}
+	if err == nil {
+		_, err = o.WriteAt(make([]byte, 64<<10), 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &switching{agent: &Agent{}, config: &config.Volume{Name: "data", Device: path}, change: make(chan struct{})}
+	if h, err := s.standDown(false); !errors.Is(err, protocol.ErrUnclean) || !strings.Contains(err.Error(), "past its volume") {
+		t.Fatalf("it stands down: %+v, %v", h, err)
+	}
+	if _, id, _ := s.look(); id != (volume.UUID{7}) {
+		t.Errorf("its id is %v", id)
+	}
+	h, err := s.standDown(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(h.Strayed, "past its volume") || h.Lineage.Tip() == tip || h.Since != 0 {
+		t.Errorf("it holds %+v", h)
+	}
+}
+
+// A replica that lost both superblocks is refused, whatever it stood down with: what it
+// holds now nobody knows.
+func TestSettleWithoutSuperblocks(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	closeCleanly(t, disk)
+	stoodDownWith := func() (*volume.Offline, []byte) {
+		o, err := volume.OfflineOn(disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o, o.Label().State
+	}
+	o, before := stoodDownWith()
+	if _, err := standDown(disk, o, nil, "", false); err != nil {
+		t.Fatal(err)
+	}
+	zero := func(d *blocktest.Memory) {
+		if err := d.ZeroOut(d.Size()-1<<20, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost := disk.Clone()
+	zero(lost)
+	if err := settle(lost); !errors.Is(err, protocol.ErrNoSuperblock) {
+		t.Errorf("without superblocks it is settled: %v", err)
+	}
+	// The power failed after the superblocks were written, and before the label was.
+	old, err := protocol.DecodeSourceState(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.Secondary = true
+	raw, err := old.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o, _ = stoodDownWith(); o.SetState(raw) != nil {
+		t.Fatal("the label is not written")
+	}
+	if err := settle(disk); err != nil {
+		t.Fatal(err)
+	}
+	zero(disk)
+	if err := settle(disk); !errors.Is(err, protocol.ErrNoSuperblock) {
+		t.Errorf("without superblocks, after it was settled, it is settled again: %v", err)
 	}
 }
 

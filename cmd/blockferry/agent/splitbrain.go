@@ -82,7 +82,7 @@ func (m *managed) otherWords() (reason, advice string) {
 // twoPrimariesAdvice names what ends it: at the node whose writes are given up, both
 // commands.
 func (m *managed) twoPrimariesAdvice() string {
-	return "nothing is sent either way, and writes go on; at the node whose writes are given up: blockferry secondary " + m.config.Name +
+	return "nothing is sent either way, and writes go on; at the node whose writes are given up, with its file systems unmounted: blockferry secondary --force " + m.config.Name +
 		", then blockferry discard " + m.config.Name + "; what only it has is saved first"
 }
 
@@ -94,11 +94,17 @@ func (m *managed) adviseSplit(c *config.Replica, reason string) string {
 		return m.twoPrimariesAdvice()
 	}
 	if c.Address == "" {
+		// A restore overwrites the volume, and keeps nothing of it.
 		return "writes go on and are marked; to give up what only that copy has, which is saved first: blockferry discard --replica " + c.Name + " " + name +
-			"; if it is the one that counts: blockferry down " + name + ", then blockferry restore --force --from " + c.Name + " " + name
+			"; if it is the one that counts: blockferry down " + name + ", then blockferry restore --force --from " + c.Name + " " + name +
+			", which overwrites what only the volume has, and saves nothing of it"
 	}
-	return "writes go on and are marked; to give up what only that copy has, which is saved first, at node '" + c.Peer + "': blockferry discard " + name +
-		"; if it is the one that counts: blockferry secondary " + name + " here, then blockferry primary " + name + " there"
+	discard := "writes go on and are marked; to give up what only that copy has, which is saved first, at node '" + c.Peer + "': blockferry discard " + name
+	if !m.config.Switches() {
+		return discard // no role changes here
+	}
+	return discard +
+		"; if it is the one that counts: blockferry secondary --force " + name + " here, then blockferry primary " + name + " there"
 }
 
 // giveUp is the operator's word for a copy that is here: of a volume that is only a

@@ -277,6 +277,7 @@ func (m *managed) nowUp(stack raised, r *running) {
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}
+	m.roles.know(stack.UUID())
 	m.set(stageUp, "", "")
 }
 
