@@ -110,6 +110,9 @@ func TestEnvironment(t *testing.T) {
 	if strings.Contains(r.file("env"), "NOTIFY_SOCKET") || r.file("pwd") != "/\n" || r.file("in") != "" {
 		t.Errorf("it got %q in %q, and %q to read", got, r.file("pwd"), r.file("in"))
 	}
+	if got := oneLine("a" + strings.Repeat("\xff", maxValue-1)); got != "a" { // each would become three bytes
+		t.Errorf("%d bytes of what is no text", len(got))
+	}
 	if err := r.runner.Run(t.Context(), AfterPromote, Info{}); err != nil {
 		t.Fatal(err)
 	}
