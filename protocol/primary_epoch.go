@@ -88,16 +88,11 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		if a.liveNext {
 			wish = wishBarrier
 		}
-		var patience time.Duration
-		if a.withdrawn {
-			// It holds up the others for a small part of its own delay.
-			patience = w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
-		}
 		since := a.base
 		if a.whole {
 			since = 0
 		}
-		h, err := w.await(ctx, wish, since, a.live, urgent, patience)
+		h, err := w.await(ctx, wish, since, a.live, urgent, a.patience())
 		if err != nil {
 			return nil, err
 		}
@@ -114,6 +109,16 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		}
 		urgent = true
 	}
+}
+
+// patience is for how long the attempt may hold up the others: for a small part of
+// its own delay, once its view was withdrawn; not while its own limit makes that
+// delay, of hours perhaps.
+func (a *attempt) patience() time.Duration {
+	if !a.withdrawn || a.w.cfg.Link.Pace.Holding() {
+		return 0
+	}
+	return a.w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
 }
 
 // step does one round. The lineage is not nil when the epoch is committed.
@@ -271,7 +276,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		a.whole, a.base, a.rest = false, h.rec.epoch, rest
 		a.liveNext, a.live, a.withdrawn = true, 0, true
 		w.update(func() {
-			w.reason = w.limited() + fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
+			w.reason = fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
 				totalBytes(rest)>>20, h.rec.epoch)
 		})
 		return nil, nil

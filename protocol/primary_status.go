@@ -36,7 +36,7 @@ type ReplicaReport struct {
 	LagIsMinimum bool        `json:"lag-is-minimum,omitempty"`
 	Reason       string      `json:"reason,omitempty"`                 // why it is behind, in words
 	LimitBytes   int64       `json:"limit-bytes-per-second,omitempty"` // of what is sent, that in force now; 0: none
-	Limited      bool        `json:"limited,omitempty"`                // that limit holds it back just now
+	Limited      bool        `json:"limited,omitempty"`                // that limit holds it back just now: it is late or being synced
 	Plan         string      `json:"plan,omitempty"`                   // the last decision about it, with its evidence
 	JournalFree  *uint64     `json:"journal-free-bytes,omitempty"`
 	Sync         *SyncReport `json:"sync,omitempty"`
@@ -126,11 +126,8 @@ func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 		if late && (r.Reason == "" || w.stuck() != "") {
 			r.Reason = w.slowReason()
 		}
-		if words := w.limited(); words != "" {
-			r.Limited = true
-			if (late || w.sync != nil) && !strings.Contains(r.Reason, ReasonLimit) {
-				r.Reason = strings.TrimSuffix(words+r.Reason, "; ")
-			}
+		if words := w.limited(); words != "" && (late || w.sync != nil) {
+			r.Limited, r.Reason = true, strings.TrimSuffix(words+r.Reason, "; ")
 		}
 		if w.disk == DiskConsistent && p.lastCut != nil && w.holds == p.lastCut.epoch {
 			r.Disk = "UpToDate"

@@ -268,18 +268,20 @@ func (e *SourceReadError) Unwrap() error { return e.Err }
 
 // compareBatch asks the replica which blocks of a batch differ.
 func (l *Link) compareBatch(ctx context.Context, batch []Range, data []byte) ([]Range, error) {
-	answer := make(chan *proto.Differences, 1)
 	l.mu.Lock()
 	l.lastID++
 	id := l.lastID
-	l.pending[id] = answer
 	l.mu.Unlock()
 	ask := question(l.hasher, id, batch, data)
 	asked := pb.Size(ask)
-	l.count.check.Add(uint64(asked))
 	if err := l.cfg.Pace.take(ctx, asked); err != nil {
 		return nil, err
 	}
+	l.count.check.Add(uint64(asked))
+	answer := make(chan *proto.Differences, 1)
+	l.mu.Lock()
+	l.pending[id] = answer // from here on an answer may come
+	l.mu.Unlock()
 	if err := l.send(&proto.FromPrimary{Message: &proto.FromPrimary_Compare{Compare: ask}}); err != nil {
 		return nil, err
 	}

@@ -80,10 +80,11 @@ type lagWatch struct {
 }
 
 // changed lists the replicas that became late, or are not any more: half the
-// lag ends it, lest it begin again and again.
+// lag ends it, lest it begin again and again. A lag that is only known to be no
+// less, as after down and up, ends nothing.
 func (l *lagWatch) changed(all []protocol.ReplicaReport) (found []protocol.ReplicaReport) {
 	for _, r := range all {
-		if late := l.late[r.Name]; !late && r.LagSeconds >= l.after || late && r.LagSeconds < l.after/2 {
+		if late := l.late[r.Name]; !late && r.LagSeconds >= l.after || late && r.LagSeconds < l.after/2 && !r.LagIsMinimum {
 			l.late[r.Name] = !late
 			found = append(found, r)
 		}

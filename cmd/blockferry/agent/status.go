@@ -136,7 +136,7 @@ func (m *managed) transfer(s *status.Replica, r *protocol.ReplicaReport) {
 		s.BehindSeconds, s.BehindBytes, s.BehindIsMinimum = &r.LagSeconds, &r.LagBytes, r.LagIsMinimum
 	}
 	s.JournalFreeBytes = r.JournalFree
-	if s.Limited = r.Limited; strings.Contains(r.Reason, protocol.ReasonLimit) {
+	if s.Limited = r.Limited; r.Limited && s.Advice == "" {
 		s.Advice = "if it has to be quicker: raise 'rate' of replica '" + r.Name + "' in the configuration and restart the agent; writes go on and are marked"
 	}
 	if r.LimitBytes > 0 {

@@ -16,6 +16,8 @@ import (
 )
 
 const (
+	// umask is the usual one of system services, not the agent's.
+	umask = 0o022
 	// grace is between SIGTERM and SIGKILL.
 	grace = 2 * time.Second
 	// maxLines of a hook are logged.
@@ -23,25 +25,31 @@ const (
 	// drain is how long output is read on after a hook's group was ended: what
 	// left the group may hold the pipe.
 	drain = time.Second
+	// stuckAfter SIGKILL a command that has not ended is waited for no longer: a
+	// disk that does not answer can keep it in the kernel for ever.
+	stuckAfter = 5 * time.Second
 )
 
-// execute runs a command in a process group of its own, which ends with it: at
-// the latest after timeout, when ctx ends, or when this process is killed. say is
-// told each line it writes, to either output; last is the last of them. The error
-// says how it ended, nil: with status 0 and in time.
-func execute(ctx context.Context, command, env []string, timeout time.Duration, say func(string)) (last string, err error) {
+// execute runs a command in a process group of its own, which is killed when the
+// command ends: at the latest after timeout, or when ctx ends. When this process is
+// killed the kernel kills the command, not what that has started. say is told each
+// line it writes, to either output; last is the last of them. The error says how it
+// ended, nil: with status 0 and in time; or that SIGKILL did not end it. gone is
+// called once it has ended, perhaps long after that.
+func execute(ctx context.Context, command, env []string, timeout time.Duration, say func(string), gone func()) (last string, err error) {
 	out, in, err := os.Pipe()
 	if err != nil {
+		gone()
 		return "", err
 	}
 	read := make(chan string, 1)
 	go func() { read <- lines(out, say) }()
 	ended := make(chan error, 1)
 	go func() {
-		// The kernel ends the command with the thread that started it.
+		// The kernel ends the command with the thread that started it. That ends
+		// with this goroutine: nothing else may run with its umask.
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		ended <- group(ctx, command, env, timeout, in)
+		ended <- group(ctx, command, env, timeout, in, gone)
 	}()
 	err = <-ended
 	_ = in.Close()
@@ -71,17 +79,25 @@ func lines(r io.Reader, say func(string)) (last string) {
 	}
 }
 
-// group starts the command and waits until it and its group have ended.
-func group(ctx context.Context, command, env []string, timeout time.Duration, out *os.File) error {
+// group starts the command and waits until it has ended and its group was killed;
+// the thread is its own.
+func group(ctx context.Context, command, env []string, timeout time.Duration, out *os.File, gone func()) error {
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		gone()
+		return fmt.Errorf("could not be started: a umask of its own: %w", err)
+	}
+	unix.Umask(umask)
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Env, cmd.Dir, cmd.Stdout, cmd.Stderr = env, "/", out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 	limit := time.NewTimer(timeout)
 	defer limit.Stop()
 	if err := cmd.Start(); err != nil {
+		gone()
 		return fmt.Errorf("could not be started: %w", err)
 	}
 	pid := cmd.Process.Pid
+	mayBeKilled(pid)
 	exited := make(chan struct{})
 	go func() {
 		defer close(exited)
@@ -107,8 +123,20 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 		}
 	}
 	_ = unix.Kill(-pid, unix.SIGKILL)
-	<-exited
+	stuck := time.NewTimer(stuckAfter)
+	defer stuck.Stop()
+	select {
+	case <-exited:
+	case <-stuck.C:
+		go func() {
+			<-exited
+			_ = cmd.Wait()
+			gone()
+		}()
+		return fmt.Errorf("%w; SIGKILL did not end process %d within %v: it hangs in the kernel, see /proc/%d/stack; no other hook of this event runs before it has ended", why, pid, stuckAfter, pid)
+	}
 	err := cmd.Wait()
+	gone()
 	var status *exec.ExitError
 	switch {
 	case why != nil:
@@ -117,4 +145,12 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 		return fmt.Errorf("ended with %s", status)
 	}
 	return err
+}
+
+// mayBeKilled takes from a process this one's shelter from the kernel's killer, if
+// it has one: when memory is short a hook goes first.
+func mayBeKilled(pid int) {
+	if own, err := os.ReadFile("/proc/self/oom_score_adj"); err == nil && own[0] == '-' {
+		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("0"), 0) // it may have ended
+	}
 }

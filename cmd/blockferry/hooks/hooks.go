@@ -94,8 +94,14 @@ func (r *Runner) Has(e Event) bool { return len(r.commands[e]) > 0 }
 
 // Run runs a hook and waits for it; without one it returns nil. An error says
 // that it could not be run, that its time was over, or how it ended, with the last
-// line that it wrote. When ctx ends so does the hook.
+// line that it wrote. When ctx ends so does the hook. It waits for its turn as long
+// as a hook may take, and gives up then.
 func (r *Runner) Run(ctx context.Context, e Event, info Info) error {
+	return r.run(ctx, e, info, r.timeout)
+}
+
+// run waits for its turn for that long; 0: until ctx ends.
+func (r *Runner) run(ctx context.Context, e Event, info Info, patience time.Duration) error {
 	command := r.commands[e]
 	if len(command) == 0 {
 		return nil
@@ -106,20 +112,37 @@ func (r *Runner) Run(ctx context.Context, e Event, info Info) error {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("volume '%s': hook %s (%s) "+format, append([]any{r.volume, e, command[0]}, args...)...)
 	}
-	limit := time.NewTimer(r.timeout)
-	defer limit.Stop()
+	r.mu.Lock()
+	if r.ended {
+		r.mu.Unlock()
+		return fail("was not run: %w", context.Canceled)
+	}
+	r.work.Add(1) // Close waits for it
+	r.mu.Unlock()
+	defer r.work.Done()
+	var limit <-chan time.Time
+	if patience > 0 {
+		timer := time.NewTimer(patience)
+		defer timer.Stop()
+		limit = timer.C
+	}
+	turn := r.turns[e]
 	select {
-	case r.turns[e] <- struct{}{}:
-		defer func() { <-r.turns[e] }()
-	case <-limit.C:
-		return fail("was not run: the one before it has not ended for %v", r.timeout)
+	case turn <- struct{}{}:
+	case <-limit:
+		return fail("was not run: the one before it has not ended for %v", patience)
 	case <-ctx.Done():
 		return fail("was not run: %w", ctx.Err())
+	}
+	release := func() { <-turn }
+	if err := ctx.Err(); err != nil { // select may choose either
+		release()
+		return fail("was not run: %w", err)
 	}
 	log := r.log.With("hook", string(e), "replica", info.Replica)
 	log.Info("hook started", "command", command[0], "reason", info.Reason)
 	begun := time.Now()
-	last, err := execute(ctx, command, r.environment(e, info), r.timeout, func(line string) { log.Info("hook says", "line", line) })
+	last, err := execute(ctx, command, r.environment(e, info), r.timeout, func(line string) { log.Info("hook says", "line", line) }, release)
 	if err != nil {
 		log.Warn("hook failed", "error", err, "seconds", time.Since(begun).Seconds())
 		if last != "" {
@@ -160,12 +183,15 @@ func (r *Runner) Tell(e Event, info Info) {
 				return
 			}
 			r.mu.Unlock()
-			_ = r.Run(r.ctx, next.event, next.info) // logged
+			// What it was told is not forgotten because another replica's hook hangs.
+			if err := r.run(r.ctx, next.event, next.info, 0); err != nil {
+				r.log.Warn("told in vain", "hook", string(next.event), "replica", next.info.Replica, "error", err)
+			}
 		}
 	})
 }
 
-// Close ends what runs and waits for it; nothing is run any more.
+// Close ends what runs, whoever runs it, and waits for it; nothing is run any more.
 func (r *Runner) Close() {
 	r.mu.Lock()
 	r.ended = true
@@ -207,8 +233,8 @@ const maxValue = 1024
 
 // oneLine keeps what another node said from being more than one line.
 func oneLine(s string) string {
-	if len(s) > maxValue {
-		s = strings.ToValidUTF8(s[:maxValue], "")
+	if s = strings.ToValidUTF8(s, ""); len(s) > maxValue {
+		s = strings.ToValidUTF8(s[:maxValue], "") // of the last one a part
 	}
 	return strings.Map(func(c rune) rune {
 		if unicode.IsControl(c) {
