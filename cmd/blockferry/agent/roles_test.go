@@ -209,13 +209,6 @@ func TestRolesSurvivePowerCuts(t *testing.T) {
 	}
 }
 
-// fakeStack is a volume that is up, as far as its id goes.
-type fakeStack struct{ raised }
-
-func (fakeStack) UUID() volume.UUID    { return volume.UUID{7} }
-func (fakeStack) Size() int64          { return 4 << 20 }
-func (fakeStack) TrackingLost() string { return "" }
-
 // The agent began before the disk had a label: the volume's id is known once it is up.
 func TestIDIsKnownAfterCreate(t *testing.T) {
 	a := &Agent{log: slog.New(slog.DiscardHandler), hub: newHub(), options: Options{Config: &config.Config{}}}
