@@ -34,6 +34,12 @@ func (m mapperOf) Resume(name string) error {
 	return err
 }
 
+// resumedSoFar is in which order they were.
+func (f *fakeDevices) resumedSoFar() (names []string) {
+	f.set(func() { names = slices.Clone(f.resumed) })
+	return names
+}
+
 func orphansOf(t *testing.T, a *agent) *orphans {
 	t.Helper()
 	h, err := openHolds(a.notes)
@@ -54,15 +60,16 @@ func TestOrphansOfTheLivingAreLeft(t *testing.T) {
 	if held := o.resume(); !slices.Equal(held, []string{"held", "inner"}) {
 		t.Fatalf("held are %v", held)
 	}
-	if got := a.devices.resumed; !slices.Equal(got, []string{"left"}) {
+	if got := a.devices.resumedSoFar(); !slices.Equal(got, []string{"left"}) {
 		t.Fatalf("resumed %v, want the one that was left", got)
 	}
 	a.say("RESUME", "IN-TIME")
 
 	// Nobody's any more: the agent suspended it when it had given up.
 	a.devices.suspend("held")
-	if held := o.resume(); len(held) != 0 || a.devices.resumed[len(a.devices.resumed)-1] != "held" {
-		t.Fatalf("held are %v, resumed %v", held, a.devices.resumed)
+	held, got := o.resume(), a.devices.resumedSoFar()
+	if len(held) != 0 || got[len(got)-1] != "held" {
+		t.Fatalf("held are %v, resumed %v", held, got)
 	}
 }
 
@@ -80,8 +87,8 @@ func TestOrphansOfTheStoppedAreResumed(t *testing.T) {
 		return now
 	}
 	o.await(context.Background(), held)
-	if !slices.Equal(a.devices.resumed, []string{"stopped"}) {
-		t.Fatalf("resumed %v", a.devices.resumed)
+	if got := a.devices.resumedSoFar(); !slices.Equal(got, []string{"stopped"}) {
+		t.Fatalf("resumed %v", got)
 	}
 }
 
