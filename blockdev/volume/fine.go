@@ -112,8 +112,9 @@ func (c *Cut) changedFine(since uint64) ([]blockdev.Extent, bool) {
 	return blockdev.Clip(extents, c.volume.Size()), true
 }
 
-// marks is the block of the metadata snapshot to read the era's marks from. It is
-// taken when the cut is asked: outside of any barrier, so that it names too much.
+// marks is the block of the metadata snapshot to read the era's marks from. A
+// cut that began no era takes one when it is asked: outside of any barrier, so
+// that it names too much.
 func (c *Cut) marks() (uint64, error) {
 	c.marksMu.Lock()
 	defer c.marksMu.Unlock()

@@ -200,19 +200,6 @@ func (v *Volume) eraStatus() (eraStatus, error) {
 	return s, nil
 }
 
-// beginEra begins an era, with writes going on, and says which one is the present
-// then. For a cut that follows that is as good as with writers stopped, and they need
-// not wait for its commits: a write in flight that bears an earlier era's mark is
-// completed before the cut, and what begins after the cut is marked with this era or
-// a later one. What comes between the two counts as changed after the cut, too.
-func (v *Volume) beginEra() (uint32, error) {
-	if err := v.ctl.Message(deviceName(v.options.Name, roleEra), 0, "checkpoint"); err != nil {
-		return 0, err
-	}
-	status, err := v.eraStatus()
-	return status.era, err
-}
-
 // heldSnapshot is the block of the metadata snapshot that was just taken.
 func (v *Volume) heldSnapshot() (uint64, error) {
 	status, err := v.eraStatus()
