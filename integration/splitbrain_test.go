@@ -76,7 +76,7 @@ func TestSplitBrainCopyInUse(t *testing.T) {
 		return strings.Contains(r.Reason, "both went on separately") && replicaNamed(t, v, "ebs").Disk == "UpToDate"
 	}
 	r := replicaNamed(t, p.a.await(t, "aware of the split brain", time.Minute, split), "zone-b")
-	if !strings.Contains(r.Reason, "split brain") || strings.Contains(r.Reason+r.Advice, "\n") || !strings.Contains(r.Advice, "at node 'node-b': blockferry discard data") || !strings.Contains(r.Advice, "blockferry primary data") {
+	if !strings.Contains(r.Reason, "split brain") || strings.Contains(r.Reason+r.Advice, "\n") || !strings.Contains(r.Advice, "at node 'node-b': blockferry discard data") || strings.Contains(r.Advice, "blockferry primary") {
 		t.Errorf("%s\n%s", r.Reason, r.Advice)
 	}
 	if out := p.a.must(t, "status"); !strings.Contains(out, "split brain") || !strings.Contains(out, "blockferry discard data") {
@@ -221,7 +221,7 @@ volumes:
 			t.Errorf("%s: %+v", s.name, v)
 		}
 		for _, words := range []string{r.Advice, v.Advice} {
-			if !strings.Contains(words, "blockferry secondary data") || !strings.Contains(words, "blockferry discard data") {
+			if !strings.Contains(words, "blockferry secondary --force data") || !strings.Contains(words, "blockferry discard data") {
 				t.Errorf("%s: %s", s.name, words)
 			}
 		}
