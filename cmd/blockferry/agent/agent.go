@@ -205,8 +205,7 @@ func (a *Agent) one(name string) (*managed, error) {
 		return nil, err
 	}
 	for _, m := range a.volumes {
-		switch {
-		case m.config == v:
+		if m.config == v {
 			return m, m.notSecondary()
 		}
 	}

@@ -71,7 +71,6 @@ func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_Watch
 type heard struct {
 	primary bool
 	serving bool // as primary, the volume is up
-	whole   bool
 	lineage protocol.Lineage
 	behind  *uint64
 	at      time.Time
@@ -120,7 +119,7 @@ func (s *switching) hearFrom(ctx context.Context, node string, uuid volume.UUID,
 		if m, err = stream.Recv(); err != nil {
 			break
 		}
-		h := heard{primary: m.Primary, serving: m.Serving, whole: m.Whole && m.Strayed == "", behind: m.BehindBytes, at: time.Now()}
+		h := heard{primary: m.Primary, serving: m.Serving, behind: m.BehindBytes, at: time.Now()}
 		if h.lineage, err = protocol.LineageFromProto(m.Lineage); err == nil && !told(h) {
 			return nil
 		}
@@ -198,7 +197,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 			return knowledge{protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true}, "node '" + node + "' is primary", silent
 		default:
 			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
-			if len(h.lineage) > 0 && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Ahead && protocol.Compare(far.Lineage, h.lineage).Kind != protocol.Same {
+			if kind := protocol.Compare(far.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
 				far = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano()}
 			}
 		}
