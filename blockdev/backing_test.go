@@ -14,10 +14,17 @@ import (
 func TestCreateAndEmptyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	head := bytes.Repeat([]byte{7}, BlockSize)
-	for range 2 { // the second replaces the first
-		if err := CreateFile(path, head, 1<<20); err != nil {
-			t.Fatal(err)
-		}
+	if err := CreateFile(path, []byte("first"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := CreateFile(path, head, 1<<20); !errors.Is(err, fs.ErrExist) {
+		t.Fatalf("where there is one: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b[:5]) != "first" {
+		t.Fatalf("the first was touched: %q, %v", b[:5], err)
+	}
+	if err := ReplaceFile(path, head, 1<<20); err != nil {
+		t.Fatal(err)
 	}
 	f, err := OpenFile(path, OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
@@ -40,7 +47,7 @@ func TestCreateAndEmptyFile(t *testing.T) {
 	if err := f.InPlace(); err != nil {
 		t.Error(err)
 	}
-	if err := CreateFile(path, head, 1<<20); err != nil {
+	if err := ReplaceFile(path, head, 1<<20); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.InPlace(); err == nil || !strings.Contains(err.Error(), "replaced") {

@@ -8,16 +8,30 @@ import (
 )
 
 // CreateFile puts a regular file at path that begins with head and is a hole
-// from there to size bytes. One that stands there is replaced in one step. The
-// file, and its name, are durable when it returns.
-func CreateFile(path string, head []byte, size int64) (err error) {
+// from there to size bytes. The error wraps fs.ErrExist where something stands
+// already, also where another did the same at this moment: that stays as it
+// is. The file, and its name, are durable when it returns.
+func CreateFile(path string, head []byte, size int64) error {
+	return putFile(path, head, size, func(made string) error {
+		return errors.Join(os.Link(made, path), os.Remove(made)) // a rename would replace
+	})
+}
+
+// ReplaceFile does what CreateFile does, and replaces a file that stands there, in one step.
+func ReplaceFile(path string, head []byte, size int64) error {
+	return putFile(path, head, size, func(made string) error { return os.Rename(made, path) })
+}
+
+// putFile makes a file beside path, whole, and has it put into its place.
+func putFile(path string, head []byte, size int64, place func(made string) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fmt.Errorf("create file: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("create file %s: %w", path, errors.Join(err, os.Remove(f.Name())))
+			os.Remove(f.Name())
+			err = fmt.Errorf("create file %s: %w", path, err)
 		}
 	}()
 	_, err = f.Write(head)
@@ -30,7 +44,7 @@ func CreateFile(path string, head []byte, size int64) (err error) {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
+	if err := place(f.Name()); err != nil {
 		return err
 	}
 	return syncFolder(filepath.Dir(path))

@@ -44,10 +44,10 @@ type SpillFile interface {
 	Name() string
 	// Open opens it as it is; the error wraps fs.ErrNotExist when there is none.
 	Open() (SpillStore, error)
-	// Create puts a file with this content at its front into the place,
-	// instead of one that may be there; the file is durable, under its name,
-	// before Create returns.
-	Create(header []byte) (SpillStore, error)
+	// Create puts a file with this content at its front into the place; the
+	// file is durable, under its name, before Create returns. One that is
+	// there is replaced if that is asked for, else the error wraps fs.ErrExist.
+	Create(header []byte, replace bool) (SpillStore, error)
 }
 
 // SpillStore is an open spill file.
@@ -197,11 +197,13 @@ func (r *Replica) openOrMakeSpill() error {
 	sb := r.sb
 	r.mu.Unlock()
 	store, id, err := identifySpill(r.spillFile)
+	replace := false
 	switch {
 	case err == nil && id == sb.spillID():
 		r.spill = store
 	case err == nil && id.replica == sb.replica:
 		store.Close() // of a time that the superblock does not know any more
+		replace = true
 	case err == nil:
 		store.Close()
 		return fail(fmt.Errorf("it belongs to replica %x of volume %x: name another path, or remove it if that one needs it no more", id.replica, id.volume))
@@ -218,7 +220,12 @@ func (r *Replica) openOrMakeSpill() error {
 	if r.spill == nil {
 		id = sb.spillID()
 		rand.Read(id.spill[:]) // never fails
-		if r.spill, err = r.spillFile.Create(id.encode()); err != nil {
+		switch r.spill, err = r.spillFile.Create(id.encode(), replace); {
+		case errors.Is(err, fs.ErrExist): // another replica was given the same name, and made it just now
+			r.spill = nil
+			return r.openOrMakeSpill()
+		case err != nil:
+			r.spill = nil
 			return fail(err)
 		}
 	}

@@ -21,8 +21,8 @@ type testSpill struct {
 	mem   *blocktest.Memory // nil: there is no file
 	arm   func(*blocktest.Memory)
 	made  int
-	// syncing is called before each flush, nil for nothing.
-	syncing func()
+	// syncing is called before each flush, creating before a file is made; nil for nothing.
+	syncing, creating func()
 }
 
 type testSpillStore struct {
@@ -56,7 +56,13 @@ func (s *testSpill) Open() (SpillStore, error) {
 	return testSpillStore{s.mem, s}, nil
 }
 
-func (s *testSpill) Create(header []byte) (SpillStore, error) {
+func (s *testSpill) Create(header []byte, replace bool) (SpillStore, error) {
+	if s.creating != nil {
+		s.creating()
+	}
+	if s.mem != nil && !replace {
+		return nil, fs.ErrExist
+	}
 	m := blocktest.NewMemory(spillHeaderBytes + s.limit)
 	if _, err := m.WriteAt(header, 0); err != nil {
 		return nil, err
@@ -399,6 +405,28 @@ func TestSpillIsMadeAnewOnlyInItsOwnPlace(t *testing.T) {
 	must(t, r.Close())
 	if spill.made != 2 {
 		t.Error("the foreign file was written over")
+	}
+}
+
+// Of two replicas that were given one path, and look at once, one makes the
+// file: the other leaves it, and says whose it is.
+func TestSpillMadeByAnotherMeanwhile(t *testing.T) {
+	m := newModel(t, 4, testVolume)
+	dev := testDevice(m.size)
+	spill := &testSpill{limit: testSpillLimit}
+	must(t, m.playSteps(dev, spillScenario[:1], OpenOptions{}))
+	other := blocktest.NewMemory(1 << 20)
+	id := spillID{volume: [16]byte{6}, replica: [16]byte{7}, spill: [16]byte{8}}
+	must(t, second(other.WriteAt(id.encode(), 0)))
+	spill.creating = func() { spill.mem = other }
+	r, err := OpenReplica(context.Background(), dev, spill.options())
+	must(t, err)
+	if w := strings.Join(r.Status().Warnings, ""); !strings.Contains(w, "belongs to replica 07") {
+		t.Errorf("warnings: %q", w)
+	}
+	must(t, r.Close())
+	if spill.mem != other || spill.made != 0 {
+		t.Error("the other's file was replaced")
 	}
 }
 

@@ -238,7 +238,7 @@ func writeState(path string, s *state) error {
 		err = keepOld(path)
 	}
 	if err == nil {
-		err = blockdev.CreateFile(path, b, int64(len(b)))
+		err = blockdev.ReplaceFile(path, b, int64(len(b)))
 	}
 	if err != nil {
 		return fmt.Errorf("state file %s: %w", path, err)

@@ -45,14 +45,18 @@ func (f *File) Open() (protocol.SpillStore, error) {
 
 // Create implements protocol.SpillFile. What a link leads to is replaced, not
 // the link: the file belongs where it was looked at, not beside the link.
-func (f *File) Create(header []byte) (protocol.SpillStore, error) {
+func (f *File) Create(header []byte, replace bool) (protocol.SpillStore, error) {
 	path := f.Path
 	if to, err := os.Readlink(path); err == nil {
 		if path, err = filepath.EvalSymlinks(path); err != nil {
 			return nil, fmt.Errorf("it is a link to %s, which is not there: mount what holds that, or name the file itself", to)
 		}
 	}
-	if err := blockdev.CreateFile(path, header, f.size()); err != nil {
+	put := blockdev.CreateFile
+	if replace {
+		put = blockdev.ReplaceFile
+	}
+	if err := put(path, header, f.size()); err != nil {
 		return nil, err
 	}
 	return f.Open()

@@ -1,6 +1,8 @@
 package spill
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,7 +21,7 @@ func TestCreateBehindALink(t *testing.T) {
 	}
 	f := &File{Path: link, LimitBytes: 1 << 20}
 	header := make([]byte, blockdev.BlockSize)
-	if s, err := f.Create(header); err == nil {
+	if s, err := f.Create(header, false); err == nil {
 		s.Close()
 		t.Error("a file was made beside a link to nothing")
 	} else if !strings.Contains(err.Error(), file) {
@@ -28,7 +30,13 @@ func TestCreateBehindALink(t *testing.T) {
 	if err := os.WriteFile(file, []byte("old"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s, err := f.Create(header)
+	if _, err := f.Create(header, false); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("made where there is one: %v", err)
+	}
+	if b, _ := os.ReadFile(file); string(b) != "old" {
+		t.Errorf("the file that was there was replaced, %d bytes", len(b))
+	}
+	s, err := f.Create(header, true)
 	if err != nil {
 		t.Fatal(err)
 	}
