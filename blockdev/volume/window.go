@@ -51,7 +51,7 @@ type window struct {
 	err     error
 }
 
-func (v *Volume) newWindow(withView, roll bool) (*window, error) {
+func (v *Volume) newWindow(withView bool) (*window, error) {
 	o := v.options
 	name := func(role string) string { return deviceName(o.Name, role) }
 	w := &window{volume: v, guard: o.Guard, limit: o.StallLimit, devices: []string{name(roleTop)}}
@@ -66,10 +66,6 @@ func (v *Volume) newWindow(withView, roll bool) (*window, error) {
 		// The snapshot first: the origin takes its split size from it. The
 		// origin's resume suspends, exchanges and resumes in one call.
 		w.inner = append(w.inner, request(v.ctl.ResumeRequest(name(roleSnap))), request(v.ctl.ResumeRequest(name(roleBase))))
-	}
-	if roll {
-		// Sound only here, where nothing is in flight.
-		w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
 	}
 	if v.fine != nil {
 		w.exchange = v.fine.tracker.ExchangeStopped
