@@ -118,7 +118,7 @@ func (d *damaged) eraLeaf() (at int64) {
 // never taken for clean: the replica is compared or copied, or refused with the
 // way out; after that it holds what the volume holds.
 func TestFaultDamage(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 208 << 20}, {Size: 120 << 20}}, Modules: []string{"dm-delay"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 208 << 20}, {Size: 144 << 20}}, Modules: []string{"dm-delay"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
 		const size, filled, span = 68 << 20, 24 << 20, 8 << 20
 		total := sectors(t, ubd(1))
 		d := &damaged{t: t, ssd: ubd(0), disk: ubd(1)}
