@@ -348,8 +348,9 @@ func (v *Volume) syncMounts() {
 	}
 }
 
-// prepareSnapshot makes the frozen view's device and loads the tables, all
-// that can be done before writers are stopped.
+// prepareSnapshot makes the frozen view's device and loads the table of its origin,
+// all that can be done before writers are stopped. The view is there already, of
+// the volume as it goes on, until the base becomes its origin.
 func (v *Volume) prepareSnapshot() error {
 	name, base := deviceName(v.options.Name, roleSnap), deviceName(v.options.Name, roleBase)
 	info, err := v.ctl.Create(name, deviceUUID(v.label.UUID, roleSnap))
@@ -361,6 +362,9 @@ func (v *Volume) prepareSnapshot() error {
 	snapshot := dm.Target{Length: origin.Length, Type: "snapshot", Params: fmt.Sprintf("%s %s N %d",
 		v.devices[roleData].Dev(), v.devices[roleCow].Dev(), v.options.ChunkBytes/blockdev.SectorSize)}
 	if err := v.ctl.Load(name, []dm.Target{snapshot}); err != nil {
+		return err
+	}
+	if err := v.ctl.Resume(name); err != nil {
 		return err
 	}
 	return v.ctl.Load(base, []dm.Target{origin})
