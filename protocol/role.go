@@ -283,7 +283,7 @@ func StandDown(label StateStore, device Store, o StandDownOptions) (*Holding, er
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
 	}
 	o.Format.Holds = h
-	if _, err := layoutFor(device.Size(), o.Format); err != nil {
+	if err := o.Format.Fits(device.Size()); err != nil {
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
 	}
 	// One from an earlier life as a replica must not vouch for what was written since,

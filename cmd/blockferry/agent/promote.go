@@ -12,6 +12,7 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/hooks"
+	"blockferry/cmd/blockferry/layout"
 	"blockferry/cmd/blockferry/progress"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -229,6 +230,9 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	m := s.managed
 	m.op.Lock()
 	defer m.op.Unlock()
+	if err := s.room(); err != nil {
+		return "", err
+	}
 	waited, err := s.goDown(ctx, force)
 	if err != nil {
 		return "", err
@@ -320,6 +324,25 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 		return nil, errors.Join(err, up)
 	}
 	return nil, exit.Errorf(exit.Refused, "volume '%s' is up again, and primary: %w; repeat it", m.config.Name, err)
+}
+
+// room refuses a disk that can't hold a replica beside the volume, before that is
+// taken down.
+func (s *switching) room() error {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	defer disk.Close()
+	label, err := volume.ReadLabel(disk)
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	if err := layout.OnLabelled(label).Fits(disk.Size()); err != nil {
+		return exit.Errorf(exit.Refused, "volume '%s' does not stand down, and is as it was: %s was divided without room for a replica: %w; to change roles the disk has to be made anew: with the agent stopped, blockferry create --discard-my-data %[1]s",
+			s.config.Name, s.config.Device, err)
+	}
+	return nil
 }
 
 // standDown makes the disk of a volume that is down a replica.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"blockferry/blockdev/blocktest"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/protocol"
@@ -81,6 +82,27 @@ func TestOneThatTakesOverSaysPrimary(t *testing.T) {
 	s.promote(nil)
 	if said, known := s.standing("node-b"); known && said.Primary {
 		t.Error("it still says primary after that")
+	}
+}
+
+// A disk without room for a replica is refused while its volume is up, and that stays up.
+func TestRoomIsLookedAtFirst(t *testing.T) {
+	for tail, refused := range map[int64]bool{0: true, protocol.TailBytes(4<<20, protocol.MinJournalBytes): false} {
+		disk := blocktest.NewMemory(64 << 20)
+		if _, err := volume.FormatOn(disk, volume.UUID{7}, volume.LayoutOptions{SizeBytes: 4 << 20, CowBytes: config.MinCowBytes, TailBytes: tail}, nil); err != nil {
+			t.Fatal(err)
+		}
+		raw := make([]byte, disk.Size())
+		if _, err := disk.ReadAt(raw, 0); err != nil {
+			t.Fatal(err)
+		}
+		s := aSwitching(t, raw)
+		s.config.Attach = true // needs no mapper
+		s.managed.nowUp(fakeStack{}, nil)
+		_, err := s.secondary(t.Context(), false)
+		if err == nil || strings.Contains(err.Error(), "without room for a replica") != refused || s.managed.at() != stageUp || s.managed.stack == nil {
+			t.Errorf("a tail of %d bytes: %v; it is %s", tail, err, stageWords[s.managed.at()])
+		}
 	}
 }
 
