@@ -77,6 +77,30 @@ func TestWordIsGoodForOneTime(t *testing.T) {
 	}
 }
 
+// Nobody waits for a replica that only the operator can bring up to date. What was
+// refused before is tried once more: the word may have been given since.
+func TestDrainDoesNotWaitInVain(t *testing.T) {
+	r := newWaywardWith(t, wayward{grain: BlockSize, known: true, written: true}, func(c *PrimaryConfig) { c.RetryMax = time.Hour })
+	r.refused("both went on separately")
+	drain := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		_, _, err := r.p.Drain(ctx)
+		return err
+	}
+	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "old (the replica may not be written: both went on separately") {
+		t.Fatal(err)
+	}
+	must(t, r.disk.rep.GiveUp(r.tip))
+	must(t, drain())
+	r.disk.check(r.src)
+	must(t, r.p.Pause("old"))
+	wroteSome(r.src, 70, 3)
+	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "paused") {
+		t.Fatal(err)
+	}
+}
+
 // Trackers name what changed by grains that differ; what weighs is the same grain on
 // both sides.
 func TestLeastChangesOfOneGrain(t *testing.T) {

@@ -31,6 +31,8 @@ type replicaWorker struct {
 	committed   *cutRecord // the cut it holds, nil when it was taken before this start
 	reason      string     // why it is behind, for people; empty: it is not
 	refused     bool
+	begun       uint64   // sessions, the one under way included
+	lasting     uint64   // the last of them that ended for what only the operator changes
 	discard     Position // what the operator gave up of it
 	paused      bool
 	retryNow    bool
@@ -106,7 +108,10 @@ func (w *replicaWorker) run(ctx context.Context) {
 		if w.p.waitFor(ctx, func() bool { return !w.paused }) != nil {
 			return
 		}
-		w.update(func() { w.retryNow = false })
+		w.update(func() {
+			w.retryNow = false
+			w.begun++
+		})
 		progressed, err := w.session(ctx)
 		if ctx.Err() != nil {
 			return
@@ -117,7 +122,9 @@ func (w *replicaWorker) run(ctx context.Context) {
 		var refused interface{ Reason() string } // a plan, or another primary
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
-			w.refused = isRefused
+			if w.refused = isRefused; isRefused || wrongReplica(err) {
+				w.lasting = w.begun
+			}
 			switch {
 			case isRefused:
 				w.reason = refused.Reason() // without the evidence, which goes on
@@ -153,6 +160,12 @@ func (w *replicaWorker) run(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// wrongReplica says that what is at the other end is none for this volume.
+func wrongReplica(err error) bool {
+	var r *RefusedError
+	return errors.As(err, &r) && (r.Reason == proto.Reason_REASON_WRONG_VOLUME || r.Reason == proto.Reason_REASON_SIZE || r.Reason == proto.Reason_REASON_VERSION)
 }
 
 // afterConnect is the reason to be behind of a replica that is connected again:
