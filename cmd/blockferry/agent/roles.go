@@ -13,6 +13,7 @@ import (
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/hooks"
 	"blockferry/cmd/blockferry/layout"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -47,6 +48,7 @@ type switching struct {
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
 	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	waits   hooks.Event      // op is held until this hook ends; "": for none
 	change  chan struct{}    // closed and replaced when role or uuid change
 }
 
