@@ -17,12 +17,11 @@ import (
 	"blockferry/protocol"
 )
 
-const (
-	// tellEvery is how often a node tells those that watch it.
-	tellEvery = 500 * time.Millisecond
-	// askNode is how long another node has to say where it stands.
-	askNode = 3 * time.Second
-)
+// tellEvery is how often a node tells those that watch it.
+const tellEvery = 500 * time.Millisecond
+
+// askNode is how long another node has to say where it stands; tests give it more.
+var askNode = 3 * time.Second
 
 // peerService is what other nodes can call: replication, and where a volume stands.
 type peerService struct {
@@ -70,7 +69,7 @@ func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_Watch
 // heard is what another node said of the volume last.
 type heard struct {
 	primary bool
-	serving bool // as primary, the volume is up
+	serving bool // as primary, the volume is up, or comes up at this moment
 	lineage protocol.Lineage
 	behind  *uint64
 	at      time.Time
@@ -235,9 +234,8 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	if decided {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), askNode)
-	defer cancel()
-	said, silent := s.ask(ctx, uuid)
+	s.agent.peers.heardHere()
+	said, silent := s.ask(context.Background(), uuid)
 	for node, h := range said {
 		if why := h.supersedes(disk, node); why != "" {
 			return &supersededError{s.config.Device + " " + why}
@@ -251,15 +249,15 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 
 // supersedes says why a primary's disk is not written beside what another node said;
 // "": it may be. Of two that went their own ways from where both were, none is out of
-// date; but one that serves is not joined by a second.
+// date; but one that serves, or comes up at this moment, is not joined by a second.
 func (h heard) supersedes(disk protocol.Lineage, node string) string {
 	switch {
 	case len(h.lineage) == 0:
 		return ""
 	case protocol.Superseded(disk, h.lineage):
 		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: that node took over", disk, node, h.lineage)
-	case h.primary && h.serving && protocol.Compare(disk, h.lineage).Kind == protocol.Diverged:
-		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up", disk, node, h.lineage)
+	case h.primary && h.serving:
+		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, or comes up at this moment", disk, node, h.lineage)
 	}
 	return ""
 }

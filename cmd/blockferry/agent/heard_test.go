@@ -15,7 +15,7 @@ func history(points ...uint64) (l protocol.Lineage) {
 }
 
 // A disk that another node's copy left behind is not written, nor is one beside a
-// primary that serves another line. One that is down keeps nobody from coming up.
+// primary that serves, or comes up. One that is down keeps nobody from coming up.
 func TestSecondPrimaryStaysDown(t *testing.T) {
 	serving, down := heard{primary: true, serving: true}, heard{primary: true}
 	for name, c := range map[string]struct {
@@ -29,7 +29,8 @@ func TestSecondPrimaryStaysDown(t *testing.T) {
 		"it took over from what this one went on from": {history(1, 11), history(1, 10, 3, 13), down, true},
 		"it went on": {history(1, 10), history(1, 10, 3, 13), heard{}, true},
 		"this one took over from it, which went on":        {history(1, 10, 3, 13), history(1, 11), down, false},
-		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, false},
+		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, true},
+		"both hold the same":                               {history(1, 10), history(1, 10), serving, true},
 		"it says nothing of its history":                   {history(1, 10), nil, serving, false},
 	} {
 		h := c.h

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -23,7 +24,11 @@ import (
 func aSwitching(t *testing.T, disk []byte, replicas ...*config.Replica) *switching {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(path, disk, 0o600); err != nil {
+	err := os.WriteFile(path, bytes.TrimRight(disk, "\x00"), 0o600)
+	if err == nil {
+		err = os.Truncate(path, int64(len(disk)))
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	m := aManaged(&config.Volume{Name: "data", Device: path, Replicas: replicas})

@@ -48,6 +48,7 @@ type switching struct {
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
 	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	rising  bool             // it comes up as primary, or tries to
 	waits   hooks.Event      // op is held until this hook ends; "": for none
 	change  chan struct{}    // closed and replaced when role or uuid change
 }
@@ -86,6 +87,17 @@ func (s *switching) promote(at protocol.Lineage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.taking = at.Clone()
+}
+
+// rise has other nodes hear of a volume that comes up from before they are asked until it
+// is up: of two that come up at once at least one hears of the other. A nil s does nothing.
+func (s *switching) rise(rising bool) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rising = rising
 }
 
 func (s *switching) set(r role, uuid volume.UUID) {
@@ -293,7 +305,7 @@ func (s takeOverState) Save(state []byte) error {
 func (s *switching) standing(node string) (*proto.Standing, bool) {
 	r, uuid, _ := s.look()
 	s.mu.Lock()
-	taking := s.taking
+	taking, rising := s.taking, s.rising
 	s.mu.Unlock()
 	if r == roleSecondary && len(taking) > 0 {
 		return &proto.Standing{Primary: true, Lineage: taking.Proto(), Whole: true}, true
@@ -307,12 +319,12 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	}
 	m := s.managed
 	m.mu.Lock()
-	running := m.running
+	running := m.running // after rising was read: one of both says it
 	m.mu.Unlock()
 	if running == nil {
 		// It is down, and comes up as primary when it does.
 		l, err := s.onDisk()
-		return &proto.Standing{Primary: true, Serving: m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
+		return &proto.Standing{Primary: true, Serving: rising || m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
 	}
 	out := &proto.Standing{Primary: true, Serving: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
 	reports := running.primary.Status().Replicas
