@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -75,24 +76,43 @@ type heard struct {
 	at      time.Time
 }
 
+// backoff is how long a node that does not answer is waited with before it is asked again.
+type backoff struct {
+	least, most time.Duration
+	next        time.Duration // 0: least
+}
+
+// wait is that time, spread by a quarter either way so that nodes do not come in step.
+// Once it was heard it begins anew.
+func (b *backoff) wait(heard bool) time.Duration {
+	if heard || b.next == 0 {
+		b.next = b.least
+	}
+	d := b.next
+	b.next = min(2*b.next, b.most)
+	return time.Duration(float64(d) * (0.75 + rand.Float64()/2))
+}
+
 // listen keeps what a node says, while the volume is secondary here.
-func (s *switching) listen(ctx context.Context, node string) {
+func (s *switching) listen(ctx context.Context, node string, again backoff) {
 	for ctx.Err() == nil {
 		r, uuid, change := s.look()
-		wait := tellEvery
-		if r != roleSecondary || uuid.IsZero() {
-			wait = time.Hour // until there is something to hear
-		} else {
+		wait := time.Hour // until there is something to hear
+		if r == roleSecondary && !uuid.IsZero() {
+			spoke := false
 			s.hearFrom(ctx, node, uuid, change, func(h heard) bool {
+				spoke = true
 				s.mu.Lock()
 				defer s.mu.Unlock()
 				s.heard[node] = h
 				return true
 			})
+			wait = again.wait(spoke)
 		}
 		select {
 		case <-ctx.Done():
 		case <-change:
+			again.next = 0
 		case <-time.After(wait):
 		}
 	}

@@ -164,7 +164,7 @@ func (s *switching) run(ctx context.Context) {
 	defer listening.Wait()
 	for _, node := range s.config.Peers {
 		if s.config.AddressOf(node) != "" {
-			listening.Go(func() { s.listen(ctx, node) })
+			listening.Go(func() { s.listen(ctx, node, backoff{least: tellEvery, most: retryPeer}) })
 		}
 	}
 }
