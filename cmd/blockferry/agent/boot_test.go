@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"blockferry/blockdev/blocktest"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/transport"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -185,5 +187,40 @@ func TestPrimaryThatIsDownAnswers(t *testing.T) {
 			strings.Contains(err.Error(), "primary") {
 			t.Errorf("%s: a node that may not write it hears: %v", name, err)
 		}
+	}
+}
+
+// A node that hears that another one writes the volume is not told to restore all the same.
+func TestRestoreBesideAPrimary(t *testing.T) {
+	address := "unix:" + filepath.Join(t.TempDir(), "socket")
+	l, err := transport.Listen(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := protocol.NewReceiver(protocol.ReceiverConfig{Admit: func(context.Context, protocol.Admission) (protocol.Admitted, error) {
+		return protocol.Admitted{}, &protocol.RefusedError{Reason: proto.Reason_REASON_PRIMARY, Message: "it is written at node 'node-b', too"}
+	}})
+	server := transport.NewServer(transport.ServerOptions{Identity: transport.NewIdentity("node-b", "", quiet()), Log: quiet(), Service: there, Volumes: 1, Known: func(string) bool { return true }})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	s := aSwitching(t, nil, &config.Replica{Name: "far", Peer: "node-b", Address: address})
+	s.agent.identity = transport.NewIdentity("node-a", "", quiet())
+	for _, switches := range []bool{true, false} {
+		if s.config.Copy = nil; switches {
+			s.config.Copy = s.copy.replica.config
+		}
+		err := s.managed.askRemotes(t.Context(), replicaAt(t, "ebs", history(1, 10)), protocol.ReplicaStatus{VolumeUUID: [16]byte{7}, Lineage: history(1, 10)})
+		want := "first at node 'node-b': blockferry down data"
+		if switches {
+			want = "to have this node follow: with 'role: secondary' of volume 'data' in the configuration: blockferry create data, with the agent stopped; to write it here again, first at node 'node-b': blockferry secondary data"
+		}
+		if exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "--from") {
+			t.Errorf("both roles %v: %v", switches, err)
+		}
+	}
+	server.Stop()
+	there.Close()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }

@@ -7,6 +7,9 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -75,6 +78,9 @@ func (m *managed) askRemotes(ctx context.Context, best *localReplica, have proto
 			continue
 		}
 		l, err := m.remoteLineage(ctx, r, have.VolumeUUID)
+		if grpcstatus.Code(err) == codes.FailedPrecondition {
+			return exit.Errorf(exit.Refused, "volume '%s' is written at node '%s' (%w): restored here there would be two primaries; %s", m.config.Name, r.Peer, err, m.adviseFollow(r.Peer))
+		}
 		if err != nil {
 			return exit.Errorf(exit.Refused, "volume '%s': replica '%s' did not say what it holds (%w) and may be newer than '%s' (%v); or say with --from %[4]s that this one is right",
 				m.config.Name, r.Name, err, best.config.Name, have.Committed)
@@ -85,6 +91,15 @@ func (m *managed) askRemotes(ctx context.Context, best *localReplica, have proto
 		}
 	}
 	return nil
+}
+
+// adviseFollow is for a disk that is blank while another node writes the volume.
+func (m *managed) adviseFollow(node string) string {
+	back := "to write it here again, first at node '" + node + "': blockferry "
+	if !m.config.Switches() {
+		return back + "down " + m.config.Name
+	}
+	return "to have this node follow: " + m.roles.copy.replica.formatCommand() + ", with the agent stopped; " + back + "secondary " + m.config.Name
 }
 
 // remoteLineage asks what a replica at another node holds; empty: nothing yet.
