@@ -80,7 +80,14 @@ func TestWordIsGoodForOneTime(t *testing.T) {
 // Nobody waits for a replica that only the operator can bring up to date. What was
 // refused before is tried once more: the word may have been given since.
 func TestDrainDoesNotWaitInVain(t *testing.T) {
-	r := newWaywardWith(t, wayward{grain: BlockSize, known: true, written: true}, func(c *PrimaryConfig) { c.RetryMax = time.Hour })
+	r := newWaywardWith(t, wayward{grain: BlockSize, known: true, written: true}, func(c *PrimaryConfig) {
+		c.RetryMax = time.Hour
+		c.Events.Behind = func(_, reason string, cause error) {
+			if split, _ := IsSplitBrain(cause); split != strings.HasPrefix(reason, "the replica may not be written") {
+				t.Errorf("%q comes with cause %v", reason, cause)
+			}
+		}
+	})
 	r.refused("both went on separately")
 	drain := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -91,8 +98,15 @@ func TestDrainDoesNotWaitInVain(t *testing.T) {
 	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "old (the replica may not be written: both went on separately") {
 		t.Fatal(err)
 	}
+	cause := func() error { return r.p.Status().Replicas[0].Cause }
+	if split, primary := IsSplitBrain(cause()); !split || primary {
+		t.Errorf("the cause is %v", cause())
+	}
 	must(t, r.disk.rep.GiveUp(r.tip))
 	must(t, drain())
+	if err := cause(); err != nil {
+		t.Errorf("it follows, yet: %v", err)
+	}
 	r.disk.check(r.src)
 	must(t, r.p.Pause("old"))
 	wroteSome(r.src, 70, 3)

@@ -106,7 +106,7 @@ type PrimaryEvents struct {
 	Changed      func(replica string, c ChangedInfo)
 	Committed    func(replica string, e EpochStats)
 	Void         func(replica string, epoch uint64, err error) // an epoch that did not happen
-	Behind       func(replica, reason string)                  // reason empty: not behind any more
+	Behind       func(replica, reason string, cause error)     // reason empty: not behind any more; cause: ReplicaReport.Cause
 }
 
 // CutInfo describes a cut that was taken.

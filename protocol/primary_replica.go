@@ -30,6 +30,7 @@ type replicaWorker struct {
 	holds       uint64     // epoch of its position, 0 when that is none of ours
 	committed   *cutRecord // the cut it holds, nil when it was taken before this start
 	reason      string     // why it is behind, for people; empty: it is not
+	cause       error      // behind the reason; nil: it is no error
 	refused     bool
 	begun       uint64   // sessions, the one under way included
 	lasting     uint64   // the last of them that ended for what only the operator changes
@@ -73,13 +74,16 @@ func (w *replicaWorker) update(f func()) {
 	w.p.mu.Lock()
 	before := w.reason
 	f()
-	after := w.reason
+	after, cause := w.reason, w.cause
 	w.p.notify()
 	w.p.mu.Unlock()
 	if ev := w.p.cfg.Events.Behind; ev != nil && before != after {
-		ev(w.cfg.Name, after)
+		ev(w.cfg.Name, after, cause)
 	}
 }
+
+// because notes why the replica is behind; mu is held.
+func (w *replicaWorker) because(reason string, cause error) { w.reason, w.cause = reason, cause }
 
 // whyBehind is for messages; mu is held.
 func (w *replicaWorker) whyBehind() string {
@@ -127,12 +131,12 @@ func (w *replicaWorker) run(ctx context.Context) {
 			}
 			switch {
 			case isRefused:
-				w.reason = refused.Reason() // without the evidence, which goes on
+				w.because(refused.Reason(), err) // without the evidence, which goes on
 			case err != nil:
-				w.reason = err.Error()
+				w.because(err.Error(), err)
 			}
 			if w.paused {
-				w.reason = "paused by the operator"
+				w.because("paused by the operator", nil)
 			}
 		})
 		delay := backoff
@@ -240,7 +244,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 				w.holds = 0 // no epoch of ours
 			}
 			if first && plan.Action != Refuse {
-				w.reason = w.afterConnect()
+				w.because(w.afterConnect(), nil)
 			}
 		})
 		if ev := w.p.cfg.Events.Connected; ev != nil && first {

@@ -12,9 +12,14 @@ import (
 // they last had in common. The names and what they do are DRBD's.
 type SplitBrain string
 
-// ReasonSplitBrain is in the reason of a replica that nothing is sent to because both
-// sides were written on their own.
-const ReasonSplitBrain = "split brain"
+// IsSplitBrain says whether nothing is sent to a replica because both sides were
+// written on their own; primary: the other one still is.
+func IsSplitBrain(cause error) (split, primary bool) {
+	var two *TwoPrimariesError
+	var refused *PlanRefusedError
+	primary = errors.As(cause, &two)
+	return primary || errors.As(cause, &refused) && refused.Plan.Diverged, primary
+}
 
 // The policies; the empty one is SplitBrainNone. Whatever they say, a copy that
 // is written as primary never gives way by itself.
@@ -159,7 +164,7 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 		return p
 	}
 	if in.Disk != DiskConsistent || in.NeedsFull {
-		p.Action, p.Rule = Refuse, rule+"; yet the replica's image is not whole, so nothing of it can be saved: format it to give it up"
+		p.Action, p.Format, p.Rule = Refuse, true, rule+"; yet the replica's image is not whole, so nothing of it can be saved: format it to give it up"
 		return p
 	}
 	// The old image stays until the new one is whole: never in place.
@@ -202,7 +207,7 @@ func (e *TwoPrimariesError) Error() string {
 
 // Reason is the error without what moves on while both are written.
 func (e *TwoPrimariesError) Reason() string {
-	const both = ReasonSplitBrain + ": the volume is primary there, too"
+	const both = "split brain: the volume is primary there, too"
 	if rel := Compare(e.Theirs, e.Mine); rel.Kind == Diverged {
 		return both + ", and both went on separately from " + rel.Common.String()
 	}

@@ -3,7 +3,6 @@ package agent
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"blockferry/blockdev/volume"
@@ -123,11 +122,8 @@ func (m *managed) twoPrimariesAdvice() string {
 
 // adviseSplit is about a replica that was written on its own; c is at another node if it
 // has an address.
-func (m *managed) adviseSplit(c *config.Replica, reason string) string {
+func (m *managed) adviseSplit(c *config.Replica) string {
 	name := m.config.Name
-	if strings.Contains(reason, "primary there, too") {
-		return m.twoPrimariesAdvice()
-	}
 	if c.Address == "" {
 		// A restore overwrites the volume, and keeps nothing of it.
 		return "writes go on and are marked; to give up what only that copy has, which is saved first: blockferry discard --replica " + c.Name + " " + name +
