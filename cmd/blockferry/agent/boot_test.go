@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/hooks"
 	"blockferry/cmd/blockferry/transport"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -223,4 +225,70 @@ func TestRestoreBesideAPrimary(t *testing.T) {
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
+}
+
+// A take-over asks the other nodes once, when no hook ran since; after one, once more.
+func TestTakeOverAsksOnce(t *testing.T) {
+	disk, _, _ := eitherRole(t)
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, hooked := range []bool{false, true} {
+		var asked atomic.Int32
+		address := "unix:" + filepath.Join(t.TempDir(), "socket")
+		l, err := transport.Listen(t.Context(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := transport.NewServer(transport.ServerOptions{Identity: transport.NewIdentity("node-b", "", quiet()), Log: quiet(), Service: deaf{asked: &asked}, Volumes: 1, Known: func(string) bool { return true }})
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(l) }()
+		s := aSwitching(t, raw, &config.Replica{Name: "far", Peer: "node-b", Address: address})
+		s.role, s.uuid, s.config.Peers, s.config.Attach = roleSecondary, volume.UUID{7}, []string{"node-b"}, true // needs no mapper
+		if hooked {
+			s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.FencePeer: {"/bin/true"}}, time.Minute, quiet())
+		}
+		s.agent.identity = transport.NewIdentity("node-a", "", quiet())
+		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
+		s.agent.peers = newPeers(s.agent)
+		s.copy.peers = s.agent.peers
+		replica := s.copy.replica
+		replica.receiver, replica.parked = s.agent.peers.receiver, false
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			replica.run(ctx)
+		}()
+		replica.settled(ctx)
+		_, err = s.primary(ctx, true)
+		if err == nil || !strings.Contains(err.Error(), "it is primary, and not up") || s.at() != rolePrimary {
+			t.Errorf("%v", err) // there is nothing to bring up
+		}
+		want := int32(1)
+		if hooked {
+			want = 2
+		}
+		if n := asked.Load(); n != want {
+			t.Errorf("asked %d times, hook %v", n, hooked)
+		}
+		stop()
+		<-ended
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// deaf does not say where it stands.
+type deaf struct {
+	proto.UnimplementedReplicationServer
+	asked *atomic.Int32
+}
+
+func (d deaf) Watch(*proto.WatchRequest, proto.Replication_WatchServer) error {
+	d.asked.Add(1)
+	return errors.New("no")
 }

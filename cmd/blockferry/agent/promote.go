@@ -131,7 +131,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	// Of two that are asked to take over at once, at least one hears of the other.
 	s.promote(st.Lineage)
 	defer s.promote(nil)
-	_, plan, words, silent, err := s.planTakeOver(ctx, st, force)
+	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
 		return "", err
 	}
@@ -142,13 +142,13 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
-	// The hooks may have taken long.
-	if st, err = s.promotable(); err != nil {
-		return "", err
-	}
-	heard, _, _, _, err := s.planTakeOver(ctx, st, force)
-	if err != nil {
-		return "", err
+	if s.managed.hooks.Has(hooks.BeforePromote) || len(silent) > 0 && s.managed.hooks.Has(hooks.FencePeer) { // they may have taken long
+		if st, err = s.promotable(); err != nil {
+			return "", err
+		}
+		if heard, _, _, _, err = s.planTakeOver(ctx, st, force); err != nil {
+			return "", err
+		}
 	}
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
@@ -160,8 +160,9 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
-	s.decide(force)
+	s.decide(true) // the nodes were asked just now, and hear of this one since
 	up, err := s.startTaken(st.VolumeUUID)
+	s.decide(force && err != nil)
 	if err != nil {
 		return "", fmt.Errorf("it is primary, and not up: %w", err)
 	}
