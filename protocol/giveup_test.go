@@ -55,7 +55,7 @@ func TestWordIsGoodForOneTime(t *testing.T) {
 		t.Errorf("asked %d times what changed there, and nobody may decide", n)
 	}
 	before := r.disk.store.Clone()
-	must(t, r.p.Discard("old", r.tip))
+	must(t, r.disk.rep.GiveUp(r.tip))
 	r.sync()
 	if asked.Load() == 0 {
 		t.Error("it was given up, and not asked what changed there")

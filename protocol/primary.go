@@ -49,7 +49,7 @@ type ReplicaConfig struct {
 	AllowUnrelated bool
 	CatchUpInPlace bool
 	// SplitBrain decides when the replica went its own way; empty: the operator
-	// does, by Primary.Discard.
+	// does, by Replica.GiveUp.
 	SplitBrain SplitBrain
 }
 

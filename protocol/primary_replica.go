@@ -32,9 +32,8 @@ type replicaWorker struct {
 	reason      string     // why it is behind, for people; empty: it is not
 	cause       error      // behind the reason; nil: it is no error
 	refused     bool
-	begun       uint64   // sessions, the one under way included
-	lasting     uint64   // the last of them that ended for what only the operator changes
-	discard     Position // what the operator gave up of it
+	begun       uint64 // sessions, the one under way included
+	lasting     uint64 // the last of them that ended for what only the operator changes
 	paused      bool
 	retryNow    bool
 	stopSession func()
@@ -229,11 +228,10 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
 		w.p.mu.Unlock()
-		discard := w.givenUp(link)
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
-			Strayed: w.strayed, Discard: discard, SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
+			Strayed: w.strayed, Discard: link.GivenUp(), SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
 		})
 		w.update(func() {
 			w.plan = &plan
@@ -259,7 +257,6 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.strayed, w.itsRanges = "", nil
-			w.used(plan.Discard)
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):

@@ -177,24 +177,6 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 	return p
 }
 
-// Discard gives up what a replica that went its own way has at a position: where
-// it is just there it is overwritten, and what only it had is saved at the replica
-// first. The word holds until it is used, another is given, or the primary stops.
-func (p *Primary) Discard(replica string, at Position) error {
-	w, err := p.worker(replica)
-	if err != nil {
-		return err
-	}
-	if at.IsZero() {
-		return fmt.Errorf("volume %q: give up what of replica %q? name the position that it is at", p.cfg.Volume, replica)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	w.discard, w.retryNow = at, true
-	p.notify()
-	return nil
-}
-
 // TwoPrimariesError says that the node at the other end is primary, too. Neither
 // gets what the other writes, and both go on.
 type TwoPrimariesError struct {
@@ -238,7 +220,7 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 		return nil
 	}
 	policy := w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
-	if !policy && w.givenUp(link) != link.Lineage().Tip() {
+	if !policy && link.GivenUp() != link.Lineage().Tip() {
 		return nil // it costs the replica a look at all of its map, and would decide nothing
 	}
 	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)
@@ -263,19 +245,6 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	w.mineChanged = ChangedBytes{Known: true, Bytes: totalBytes(widen(changed, grain, w.p.size))}
 	w.itsChanged.Bytes = totalBytes(widen(w.itsRanges, grain, w.p.size))
 	return nil
-}
-
-// used forgets the operator's word: a copy that is at the position again later was
-// not meant.
-func (w *replicaWorker) used(discard Position) {
-	if discard.IsZero() {
-		return
-	}
-	w.update(func() {
-		if w.discard == discard {
-			w.discard = Position{}
-		}
-	})
 }
 
 // maxGrain is the coarsest that any tracker has: an era block of 4 MiB.
