@@ -296,6 +296,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	s.mu.Lock()
 	clear(s.heard)
 	s.mu.Unlock()
+	s.keepHeard()
 	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
 	at = h.Lineage.Tip()

@@ -42,11 +42,14 @@ type switching struct {
 	// op is held while the role changes. It is taken before managed.op.
 	op sync.Mutex
 
+	keeping sync.Mutex // held while what was heard is written down; taken before mu
+
 	mu      sync.Mutex
 	role    role
 	uuid    volume.UUID // zero: not known
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
+	keptAt  time.Time        // when heard was written down last
 	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
 	rising  bool             // it comes up as primary, or tries to
 	waits   hooks.Event      // op is held until this hook ends; "": for none
@@ -160,8 +163,18 @@ func (s *switching) run(ctx context.Context) {
 		case <-time.After(retryEvery):
 		}
 	}
+	if r, uuid, _ := s.look(); r == roleSecondary {
+		if err := s.recallHeard(uuid); err != nil {
+			s.log.Warn("what other nodes said before this start is not known", "error", err)
+		}
+	}
 	var listening sync.WaitGroup
-	defer listening.Wait()
+	defer func() {
+		listening.Wait()
+		if s.at() == roleSecondary {
+			s.keepHeard()
+		}
+	}()
 	for _, node := range s.config.Peers {
 		if s.config.AddressOf(node) != "" {
 			listening.Go(func() { s.listen(ctx, node, backoff{least: tellEvery, most: retryPeer}) })

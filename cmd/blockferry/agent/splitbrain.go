@@ -193,7 +193,11 @@ func (l *localReplica) giveUp(rescueDir string) (string, error) {
 	if err := r.GiveUp(st.Committed); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
+	until := "until then the word holds"
+	if err := l.keepWord(st.ReplicaUUID, &st.Committed); err != nil {
+		until = "until then, or the agent's end, the word holds (" + err.Error() + ")"
+	}
 	l.log.Warn("given up by the operator", "position", st.Committed.String(), "rescue", rescueDir)
-	return fmt.Sprintf("%s: what %s has at %v gives way to the line of the node that writes it; what only this copy has is saved in %s first; until then, or the agent's end, the word holds",
-		l.volume.Name, l.config.Device, st.Committed, rescueDir), nil
+	return fmt.Sprintf("%s: what %s has at %v gives way to the line of the node that writes it; what only this copy has is saved in %s first; %s",
+		l.volume.Name, l.config.Device, st.Committed, rescueDir, until), nil
 }
