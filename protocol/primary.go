@@ -49,7 +49,7 @@ type ReplicaConfig struct {
 	AllowUnrelated bool
 	CatchUpInPlace bool
 	// SplitBrain decides when the replica went its own way; empty: the operator
-	// does, by Primary.Discard.
+	// does, by Replica.GiveUp.
 	SplitBrain SplitBrain
 }
 
@@ -106,7 +106,7 @@ type PrimaryEvents struct {
 	Changed      func(replica string, c ChangedInfo)
 	Committed    func(replica string, e EpochStats)
 	Void         func(replica string, epoch uint64, err error) // an epoch that did not happen
-	Behind       func(replica, reason string)                  // reason empty: not behind any more
+	Behind       func(replica, reason string, cause error)     // reason empty: not behind any more; cause: ReplicaReport.Cause
 }
 
 // CutInfo describes a cut that was taken.
@@ -276,35 +276,7 @@ func (p *Primary) waitFor(ctx context.Context, ready func() bool) error {
 // the number of that cut, and the names of the replicas that hold it. When ctx ends
 // earlier the error names those that do not.
 func (p *Primary) SyncNow(ctx context.Context) (epoch uint64, committed []string, err error) {
-	p.mu.Lock()
-	if p.stopping {
-		p.mu.Unlock()
-		return 0, nil, ErrStopped
-	}
-	epoch = p.state.OpenEpoch
-	p.syncTo = max(p.syncTo, epoch)
-	p.mu.Unlock()
-	return p.waitSynced(ctx, epoch)
-}
-
-func (p *Primary) waitSynced(ctx context.Context, epoch uint64) (uint64, []string, error) {
-	p.wake()
-	var committed, missing []string
-	err := p.waitFor(ctx, func() bool {
-		committed, missing = nil, nil
-		for _, w := range p.workers {
-			if w.holds >= epoch {
-				committed = append(committed, w.cfg.Name)
-			} else {
-				missing = append(missing, fmt.Sprintf("%s (%s)", w.cfg.Name, w.whyBehind()))
-			}
-		}
-		return len(missing) == 0
-	})
-	if err != nil {
-		err = fmt.Errorf("volume %q: epoch %d is not yet at %v: %w", p.cfg.Volume, epoch, missing, err)
-	}
-	return epoch, committed, err
+	return p.syncNow(ctx, func(*replicaWorker) bool { return false })
 }
 
 // worker finds a replica by name; its error names what there is.
