@@ -76,8 +76,8 @@ volumes:
 		if once {
 			writes = 100 * minutes
 		}
-		name := fmt.Sprintf("%d-minutes", minutes)
-		ratio := row{Name: name, Unit: "bytes", What: fmt.Sprintf("bytes sent, both ways, after %d minutes away (%d writes), per byte of the blocks of 4 KiB that had changed", minutes, writes)}
+		name := fmt.Sprintf("%d-min", minutes)
+		ratio := row{Name: name, Unit: "bytes", What: fmt.Sprintf("bytes sent, both ways, after %d min away (%d writes), per byte of the blocks of 4 KiB that had changed", minutes, writes)}
 		total := row{Name: name + "/sent", Unit: "MB", What: "bytes sent then, in all"}
 		saved := row{Name: name + "/written", Unit: "bytes", What: "bytes sent then, per byte written meanwhile"}
 		for range m.runs(3, 1) {
