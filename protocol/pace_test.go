@@ -124,8 +124,6 @@ func TestLimitedReplicaDelaysNobody(t *testing.T) {
 	stop := src.busy(t, 6, time.Millisecond)
 	start, before := time.Now(), counted.bytes.Load()
 	worst, said := 0.0, 0
-	var came [2]int // how often each got an epoch
-	var last [2]uint64
 	for broken := false; time.Since(start) < 6*time.Second; time.Sleep(5 * time.Millisecond) {
 		if !broken && time.Since(start) > 2*time.Second {
 			broken = true
@@ -133,26 +131,18 @@ func TestLimitedReplicaDelaysNobody(t *testing.T) {
 		}
 		s := r.p.Status()
 		worst = max(worst, s.Replicas[0].LagSeconds)
-		for i, r := range s.Replicas {
-			if r.Epoch != last[i] {
-				came[i], last[i] = came[i]+1, r.Epoch
-			}
-		}
 		if peer := s.Replicas[1]; peer.Limited && peer.LimitBytes == rate && strings.Contains(peer.Reason, ReasonLimit+" of 2 MiB a second") {
 			said++
 		}
 	}
 	sent, took := counted.bytes.Load()-before, time.Since(start).Seconds()
 	stop()
-	t.Logf("%.2f MiB a second; the near one was %.2f s behind at worst; said %d times; epochs came %d times to the near one, %d to the far one", float64(sent)/took/(1<<20), worst, said, came[0], came[1])
+	t.Logf("%.2f MiB a second; the near one was %.2f s behind at worst; said %d times", float64(sent)/took/(1<<20), worst, said)
 	if got := float64(sent) / took; got > 1.3*rate {
 		t.Errorf("%.0f bytes a second were sent with a limit of %d", got, rate)
 	}
 	if worst > 5 { // the far one is behind by more, and for longer
 		t.Errorf("the near replica was %.1f s behind", worst)
-	}
-	if came[0] < 8*came[1] { // of cuts that it has to wait for it gets one for one
-		t.Errorf("the near replica got %d epochs while the far one got %d", came[0], came[1])
 	}
 	if said == 0 {
 		t.Error("status did not say that the limit holds it back")
