@@ -187,6 +187,7 @@ type Primary struct {
 	cutErr   error  // of the last try, nil when it succeeded
 	stateErr error
 	stopping bool
+	together context.Context // while it lasts the last cut waits until all are ready for it; may be nil
 }
 
 // cutRecord remembers a cut after its release.
@@ -361,9 +362,19 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 	p.syncTo = max(p.syncTo, epoch)
 	p.mu.Unlock()
 	if anyConnected {
+		var end func()
+		p.mu.Lock()
+		p.together, end = halfOf(ctx)
+		p.mu.Unlock()
 		p.wake()
 		// Replicas that are away get it later; they are no reason to fail.
 		_ = p.waitFor(ctx, func() bool {
+			// When nothing is written any more all are to end at one cut, the last: of two that
+			// take turns each would lack the other's number, though it lacks nothing else.
+			if tip := p.state.Lineage.Tip().Epoch; tip > epoch && p.unchangedLocked() {
+				epoch, p.syncTo = tip, max(p.syncTo, tip)
+				p.wake()
+			}
 			for _, w := range p.workers {
 				if w.connected && w.holds < epoch {
 					return false
@@ -371,6 +382,7 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 			}
 			return true
 		})
+		end()
 	}
 	p.cancel()
 	p.wg.Wait()
@@ -378,6 +390,14 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 		return false, nil
 	}
 	return p.close(seal)
+}
+
+// halfOf is a context that ends after half of the time that another one has left.
+func halfOf(ctx context.Context) (context.Context, context.CancelFunc) {
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithTimeout(ctx, time.Until(deadline)/2)
+	}
+	return context.WithCancel(ctx)
 }
 
 // unchangedLocked reports whether nothing was written since the last cut; mu is held.

@@ -289,7 +289,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 			k.Alive = true
 			return knowledge{k, true}, "node '" + node + "' is primary", silent
 		default:
-			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
+			words = append(words, h.inWords(st.Lineage, node))
 			if kind := protocol.Compare(far.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
 				far = protocol.Heard{Lineage: h.lineage}
 			}
@@ -313,6 +313,16 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 		}
 	}
 	return knowledge{last.known(holds), last.primary}, strings.Join(words, ", "), silent
+}
+
+// inWords says where another node that is secondary stands, and whether it is the better
+// one to take over.
+func (h heard) inWords(mine protocol.Lineage, node string) string {
+	words := fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip())
+	if len(mine) > 0 && protocol.Compare(mine, h.lineage).Kind == protocol.Behind {
+		words += ", ahead of the copy here: it loses less if that one takes over"
+	}
+	return words
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that
@@ -348,7 +358,11 @@ func (h heard) supersedes(disk protocol.Lineage, node string) string {
 	case len(h.lineage) == 0:
 		return ""
 	case protocol.Superseded(disk, h.lineage):
-		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: that node took over", disk, node, h.lineage)
+		how := "that node took over"
+		if !h.primary {
+			how = "the copy there is of a primary that took over, or newer"
+		}
+		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: %s", disk, node, h.lineage, how)
 	case h.primary && h.serving:
 		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, or comes up at this moment", disk, node, h.lineage)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -108,5 +109,26 @@ func TestListenWaitsLonger(t *testing.T) {
 	<-ended
 	if n := calls.Load(); n > 12 {
 		t.Errorf("called %d times in half a second", n)
+	}
+}
+
+// Of another secondary it is said when that one holds more.
+func TestWhoIsAheadIsNamed(t *testing.T) {
+	for name, c := range map[string]struct {
+		mine, other protocol.Lineage
+		ahead       bool
+	}{
+		"it has later cuts":                  {history(1, 10), history(1, 12), true},
+		"it has those of a later generation": {history(1, 10), history(1, 10, 2, 12), true},
+		"it is level":                        {history(1, 10), history(1, 10), false},
+		"it is behind":                       {history(1, 10), history(1, 9), false},
+		"it went its own way":                {history(1, 10), history(1, 9, 2, 12), false},
+		"it has nothing":                     {history(1, 10), nil, false},
+		"neither has anything":               {nil, history(1, 10), false},
+	} {
+		h := heard{lineage: c.other}
+		if got := strings.Contains(h.inWords(c.mine, "node-b"), "ahead of the copy here"); got != c.ahead {
+			t.Errorf("%s: %s", name, h.inWords(c.mine, "node-b"))
+		}
 	}
 }
