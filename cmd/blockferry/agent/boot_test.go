@@ -27,7 +27,7 @@ import (
 func init() { askNode = time.Minute }
 
 // diskAt is the disk of a primary that is down, with a history; its last epoch is open.
-func diskAt(t *testing.T, l protocol.Lineage) []byte {
+func diskAt(t *testing.T, l protocol.Lineage) (path string) {
 	t.Helper()
 	state := protocol.SourceState{Lineage: l[:len(l)-1], Generation: l.Tip().Generation, OpenEpoch: l.Tip().Epoch}
 	if n := len(l); n > 1 && l[n-2].Generation == l[n-1].Generation {
@@ -46,18 +46,18 @@ func diskAt(t *testing.T, l protocol.Lineage) []byte {
 	if _, err := disk.ReadAt(all, 0); err != nil && !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
-	return all
+	return aDisk(t, all)
 }
 
 // twoNodes are two that hold a volume as primary, and ask each other over a socket. Their
 // agents listen once run was called.
-func twoNodes(t *testing.T, disks ...[]byte) (nodes [2]*switching, run func(i int)) {
+func twoNodes(t *testing.T, disks ...string) (nodes [2]*switching, run func(i int)) {
 	t.Helper()
 	dir := t.TempDir()
 	address := func(i int) string { return fmt.Sprintf("unix:%s/%d", dir, i) }
 	name := func(i int) string { return fmt.Sprintf("node-%c", 'a'+i) }
 	for i, disk := range disks {
-		s := aSwitching(t, disk, &config.Replica{Name: "far", Peer: name(1 - i), Address: address(1 - i)})
+		s := onDisk(t, disk, &config.Replica{Name: "far", Peer: name(1 - i), Address: address(1 - i)})
 		s.uuid, s.config.Peers = volume.UUID{7}, []string{name(1 - i)}
 		s.agent.identity, s.agent.stopping = transport.NewIdentity(name(i), "", quiet()), make(chan struct{})
 		s.agent.options.Config.Node = &config.Node{Name: name(i), Listen: address(i)}
@@ -103,7 +103,7 @@ func TestBothBootAtOnce(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := diskAt(t, c.a), diskAt(t, c.b)
-			for round := range 10 {
+			for round := range 6 {
 				nodes, run := twoNodes(t, a, b)
 				var up [2]error
 				var booting sync.WaitGroup
@@ -171,7 +171,7 @@ func TestPrimaryThatIsDownAnswers(t *testing.T) {
 		"both went on":                      {history(1, 10, 2, 12), history(1, 10, 3, 14), true},
 		"the caller was left behind itself": {history(1, 10, 3, 14), history(1, 11), true},
 	} {
-		s := aSwitching(t, diskAt(t, c.disk))
+		s := onDisk(t, diskAt(t, c.disk))
 		s.uuid, s.config.Peers = volume.UUID{7}, []string{"node-b"} // no replica is there
 		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
 		s.agent.peers = newPeers(s.agent)

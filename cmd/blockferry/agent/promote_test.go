@@ -23,14 +23,36 @@ import (
 // aSwitching is a volume of both roles whose disk is a file.
 func aSwitching(t *testing.T, disk []byte, replicas ...*config.Replica) *switching {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk")
-	err := os.WriteFile(path, bytes.TrimRight(disk, "\x00"), 0o600)
+	return onDisk(t, aDisk(t, disk), replicas...)
+}
+
+// aDisk is a file with holes.
+func aDisk(t *testing.T, disk []byte) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "disk")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	zeros := make([]byte, 1<<20)
+	for at := 0; at < len(disk) && err == nil; at += len(zeros) {
+		if piece := disk[at:min(at+len(zeros), len(disk))]; !bytes.Equal(piece, zeros[:len(piece)]) {
+			_, err = f.WriteAt(piece, int64(at))
+		}
+	}
 	if err == nil {
-		err = os.Truncate(path, int64(len(disk)))
+		err = f.Truncate(int64(len(disk)))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
+	return path
+}
+
+// onDisk is one whose disk is a file that is there.
+func onDisk(t *testing.T, path string, replicas ...*config.Replica) *switching {
+	t.Helper()
 	m := aManaged(&config.Volume{Name: "data", Device: path, Replicas: replicas})
 	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, heard: map[string]heard{}, change: make(chan struct{}), role: rolePrimary}
 	s.copy = &secondary{roles: s, config: m.config, replica: newLocalReplica(m.agent, m.config, &config.Replica{Name: "here", Device: path})}
