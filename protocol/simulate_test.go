@@ -59,6 +59,8 @@ type simNode struct {
 	state   SourceState
 	marks   [simBlocks]uint64 // after which cut it was written, plus 1; survives a crash
 	tracked uint64            // the tracker can tell since this cut
+	// unflushed: the device was not flushed since its last cut, which no replica has then.
+	unflushed bool
 }
 
 // TestSimulate walks at random over what can happen to copies of a volume and checks
@@ -194,7 +196,7 @@ func (n *simNode) close() {
 }
 
 func (n *simNode) blank() error {
-	n.dev, n.label, n.acks = blocktest.NewMemory(simOptions().NeededBytes()), &memState{}, nil
+	n.dev, n.label, n.acks, n.unflushed = blocktest.NewMemory(simOptions().NeededBytes()), &memState{}, nil, false
 	if err := FormatReplica(n.dev, simOptions()); err != nil {
 		return err
 	}
@@ -278,9 +280,15 @@ func (n *simNode) write() error {
 		}
 	}
 	if n.w.rng.IntN(3) == 0 {
-		return n.dev.Flush()
+		return n.flush()
 	}
 	return nil
+}
+
+func (n *simNode) flush() error {
+	err := n.dev.Flush()
+	n.unflushed = n.unflushed && err != nil
+	return err
 }
 
 // cut makes the number durable, and remembers the image.
@@ -298,7 +306,7 @@ func (n *simNode) cut() ([]byte, error) {
 	if n.w.images[tip] != nil {
 		return nil, fmt.Errorf("%s: position %v comes twice", n.name, tip)
 	}
-	n.w.images[tip] = image
+	n.w.images[tip], n.unflushed = image, true
 	return image, err
 }
 
@@ -380,7 +388,7 @@ func (n *simNode) feed(to *simNode) error {
 		_, err = link.SendRound(ctx, Round{Source: simView(image), Ranges: ranges, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy})
 	}
 	if err == nil {
-		err = n.dev.Flush()
+		err = n.flush()
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)
@@ -451,6 +459,13 @@ func (n *simNode) crash() error {
 	after := n.dev.PowerCut(n.w.rng)
 	n.close()
 	n.dev = after
+	if n.unflushed { // what a cut was that nobody has is what is left of it
+		image, err := n.data()
+		if err != nil {
+			return err
+		}
+		n.w.images[n.state.Lineage.Tip()], n.unflushed = image, false
+	}
 	if was && n.w.rng.IntN(3) == 0 {
 		n.tracked = ^uint64(0) // its tracker is lost, too
 	}
@@ -468,7 +483,7 @@ func (n *simNode) standDown(follow *simNode) error {
 		if _, err := n.cut(); err != nil {
 			return err
 		}
-		if err := n.dev.Flush(); err != nil {
+		if err := n.flush(); err != nil {
 			return err
 		}
 		n.state = n.state.Close()
@@ -501,7 +516,7 @@ func (n *simNode) standDown(follow *simNode) error {
 	if h.Strayed != "" {
 		w.did["strayed"]++
 	}
-	n.acks = []Lineage{h.Lineage}
+	n.acks, n.unflushed = []Lineage{h.Lineage}, false // its superblock was flushed
 	n.close()
 	if err := n.start(); err != nil {
 		return err

@@ -38,7 +38,7 @@ volumes:
     peers: [%s]
     replicas:
       other: {address: "127.0.0.1:%d", peer: %[5]s}
-`, name, 7001+i, s.disks[i], roleBytes, other, 7002-i)
+`, name, 7001+i, []string{ssdDisk, ebsDisk}[i], roleBytes, other, 7002-i)
 		if err := b.nodes[i].Configure(fmt.Sprintf(b.yaml[i], role)); err != nil {
 			return nil, err
 		}
