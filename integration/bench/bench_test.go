@@ -124,6 +124,9 @@ func TestBenchRunsOverALink(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces need root")
 	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		t.Skip(err)
+	}
 	once = true
 	r, err := run(t.Context(), figures[figureIndex("stream-over-5ms")], true)
 	if err != nil {
