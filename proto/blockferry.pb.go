@@ -924,6 +924,7 @@ type Welcome struct {
 	NeedsFull        bool                   `protobuf:"varint,7,opt,name=needs_full,json=needsFull,proto3" json:"needs_full,omitempty"`                        // the content is not what was last committed: all must be sent or compared
 	Strayed          string                 `protobuf:"bytes,8,opt,name=strayed,proto3" json:"strayed,omitempty"`                                              // why it holds blocks of no committed position (its lineage then ends with the epoch that was open); empty: it does not
 	GivenUp          *Position              `protobuf:"bytes,9,opt,name=given_up,json=givenUp,proto3" json:"given_up,omitempty"`                               // the operator gave up, at the replica, what it has here, should it have gone its own way; unset: nothing
+	Kept             *Kept                  `protobuf:"bytes,10,opt,name=kept,proto3" json:"kept,omitempty"`                                                   // with the feature "resume" only: what a lost session left here; unset: nothing
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1021,6 +1022,84 @@ func (x *Welcome) GetGivenUp() *Position {
 	return nil
 }
 
+func (x *Welcome) GetKept() *Kept {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
+// Kept is what a replica has of an epoch that was begun with a token, and whose
+// session was lost. Nothing of it is durable; it is gone when another epoch is
+// begun, or the replica is opened anew.
+type Kept struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         []byte                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`      // of Begin
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`     // of Begin
+	Attempt       uint32                 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"` // of Begin
+	Streams       []*StreamSum           `protobuf:"bytes,4,rep,name=streams,proto3" json:"streams,omitempty"`  // what of each stream is stored: always its first frames
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Kept) Reset() {
+	*x = Kept{}
+	mi := &file_blockferry_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Kept) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Kept) ProtoMessage() {}
+
+func (x *Kept) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Kept.ProtoReflect.Descriptor instead.
+func (*Kept) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Kept) GetToken() []byte {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *Kept) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Kept) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *Kept) GetStreams() []*StreamSum {
+	if x != nil {
+		return x.Streams
+	}
+	return nil
+}
+
 type Begin struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	Epoch              uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
@@ -1031,13 +1110,15 @@ type Begin struct {
 	Full               bool                   `protobuf:"varint,6,opt,name=full,proto3" json:"full,omitempty"`                                                       // the frames describe the whole volume, not changes since the replica's position
 	OverwriteUnrelated bool                   `protobuf:"varint,7,opt,name=overwrite_unrelated,json=overwriteUnrelated,proto3" json:"overwrite_unrelated,omitempty"` // the operator allowed a replica of unrelated history to be overwritten
 	Discard            *Position              `protobuf:"bytes,8,opt,name=discard,proto3" json:"discard,omitempty"`                                                  // the replica is here and went its own way; the operator allowed that to be given up. Only in journal mode
+	Token              []byte                 `protobuf:"bytes,9,opt,name=token,proto3" json:"token,omitempty"`                                                      // 16 random bytes: should the session be lost, the epoch is kept under this name. Empty: it is dropped then. Only with the feature "resume"
+	Resume             bool                   `protobuf:"varint,10,opt,name=resume,proto3" json:"resume,omitempty"`                                                  // go on with what is kept under the token: all else is as it was when it was begun, rounds don't fall, Commit counts all frames of the epoch
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Begin) Reset() {
 	*x = Begin{}
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1130,7 @@ func (x *Begin) String() string {
 func (*Begin) ProtoMessage() {}
 
 func (x *Begin) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[8]
+	mi := &file_blockferry_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1143,7 @@ func (x *Begin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Begin.ProtoReflect.Descriptor instead.
 func (*Begin) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{8}
+	return file_blockferry_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Begin) GetEpoch() uint64 {
@@ -1121,6 +1202,20 @@ func (x *Begin) GetDiscard() *Position {
 	return nil
 }
 
+func (x *Begin) GetToken() []byte {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *Begin) GetResume() bool {
+	if x != nil {
+		return x.Resume
+	}
+	return false
+}
+
 // AskChanges asks what changed at the replica since a position that both
 // sides' histories contain.
 type AskChanges struct {
@@ -1132,7 +1227,7 @@ type AskChanges struct {
 
 func (x *AskChanges) Reset() {
 	*x = AskChanges{}
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1239,7 @@ func (x *AskChanges) String() string {
 func (*AskChanges) ProtoMessage() {}
 
 func (x *AskChanges) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[9]
+	mi := &file_blockferry_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1252,7 @@ func (x *AskChanges) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskChanges.ProtoReflect.Descriptor instead.
 func (*AskChanges) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{9}
+	return file_blockferry_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AskChanges) GetSince() *Position {
@@ -1178,7 +1273,7 @@ type Changes struct {
 
 func (x *Changes) Reset() {
 	*x = Changes{}
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1285,7 @@ func (x *Changes) String() string {
 func (*Changes) ProtoMessage() {}
 
 func (x *Changes) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[10]
+	mi := &file_blockferry_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1298,7 @@ func (x *Changes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Changes.ProtoReflect.Descriptor instead.
 func (*Changes) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{10}
+	return file_blockferry_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Changes) GetKnown() bool {
@@ -1237,7 +1332,7 @@ type Begun struct {
 
 func (x *Begun) Reset() {
 	*x = Begun{}
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1344,7 @@ func (x *Begun) String() string {
 func (*Begun) ProtoMessage() {}
 
 func (x *Begun) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[11]
+	mi := &file_blockferry_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1357,7 @@ func (x *Begun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Begun.ProtoReflect.Descriptor instead.
 func (*Begun) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{11}
+	return file_blockferry_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Begun) GetEpoch() uint64 {
@@ -1290,7 +1385,7 @@ type Frames struct {
 
 func (x *Frames) Reset() {
 	*x = Frames{}
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1397,7 @@ func (x *Frames) String() string {
 func (*Frames) ProtoMessage() {}
 
 func (x *Frames) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[12]
+	mi := &file_blockferry_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1410,7 @@ func (x *Frames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frames.ProtoReflect.Descriptor instead.
 func (*Frames) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{12}
+	return file_blockferry_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Frames) GetData() []byte {
@@ -1340,7 +1435,7 @@ type Compare struct {
 
 func (x *Compare) Reset() {
 	*x = Compare{}
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1447,7 @@ func (x *Compare) String() string {
 func (*Compare) ProtoMessage() {}
 
 func (x *Compare) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[13]
+	mi := &file_blockferry_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1460,7 @@ func (x *Compare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Compare.ProtoReflect.Descriptor instead.
 func (*Compare) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{13}
+	return file_blockferry_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Compare) GetId() uint64 {
@@ -1407,7 +1502,7 @@ type Differences struct {
 
 func (x *Differences) Reset() {
 	*x = Differences{}
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1514,7 @@ func (x *Differences) String() string {
 func (*Differences) ProtoMessage() {}
 
 func (x *Differences) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[14]
+	mi := &file_blockferry_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1527,7 @@ func (x *Differences) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Differences.ProtoReflect.Descriptor instead.
 func (*Differences) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{14}
+	return file_blockferry_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Differences) GetId() uint64 {
@@ -1473,7 +1568,7 @@ type Commit struct {
 
 func (x *Commit) Reset() {
 	*x = Commit{}
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1580,7 @@ func (x *Commit) String() string {
 func (*Commit) ProtoMessage() {}
 
 func (x *Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[15]
+	mi := &file_blockferry_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1593,7 @@ func (x *Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Commit.ProtoReflect.Descriptor instead.
 func (*Commit) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{15}
+	return file_blockferry_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Commit) GetEpoch() uint64 {
@@ -1546,7 +1641,7 @@ type StreamSum struct {
 
 func (x *StreamSum) Reset() {
 	*x = StreamSum{}
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1653,7 @@ func (x *StreamSum) String() string {
 func (*StreamSum) ProtoMessage() {}
 
 func (x *StreamSum) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[16]
+	mi := &file_blockferry_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1666,7 @@ func (x *StreamSum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSum.ProtoReflect.Descriptor instead.
 func (*StreamSum) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{16}
+	return file_blockferry_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StreamSum) GetFrames() uint64 {
@@ -1599,7 +1694,7 @@ type Abort struct {
 
 func (x *Abort) Reset() {
 	*x = Abort{}
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1706,7 @@ func (x *Abort) String() string {
 func (*Abort) ProtoMessage() {}
 
 func (x *Abort) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[17]
+	mi := &file_blockferry_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1719,7 @@ func (x *Abort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Abort.ProtoReflect.Descriptor instead.
 func (*Abort) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{17}
+	return file_blockferry_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Abort) GetEpoch() uint64 {
@@ -1658,7 +1753,7 @@ type Aborted struct {
 
 func (x *Aborted) Reset() {
 	*x = Aborted{}
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1765,7 @@ func (x *Aborted) String() string {
 func (*Aborted) ProtoMessage() {}
 
 func (x *Aborted) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[18]
+	mi := &file_blockferry_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1778,7 @@ func (x *Aborted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aborted.ProtoReflect.Descriptor instead.
 func (*Aborted) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{18}
+	return file_blockferry_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Aborted) GetEpoch() uint64 {
@@ -1709,7 +1804,7 @@ type Window struct {
 
 func (x *Window) Reset() {
 	*x = Window{}
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1816,7 @@ func (x *Window) String() string {
 func (*Window) ProtoMessage() {}
 
 func (x *Window) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[19]
+	mi := &file_blockferry_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1829,7 @@ func (x *Window) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Window.ProtoReflect.Descriptor instead.
 func (*Window) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{19}
+	return file_blockferry_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Window) GetBytes() uint64 {
@@ -1754,7 +1849,7 @@ type Committed struct {
 
 func (x *Committed) Reset() {
 	*x = Committed{}
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1766,7 +1861,7 @@ func (x *Committed) String() string {
 func (*Committed) ProtoMessage() {}
 
 func (x *Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[20]
+	mi := &file_blockferry_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1779,7 +1874,7 @@ func (x *Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Committed.ProtoReflect.Descriptor instead.
 func (*Committed) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{20}
+	return file_blockferry_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Committed) GetEpoch() uint64 {
@@ -1806,7 +1901,7 @@ type Applied struct {
 
 func (x *Applied) Reset() {
 	*x = Applied{}
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1818,7 +1913,7 @@ func (x *Applied) String() string {
 func (*Applied) ProtoMessage() {}
 
 func (x *Applied) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[21]
+	mi := &file_blockferry_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1831,7 +1926,7 @@ func (x *Applied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Applied.ProtoReflect.Descriptor instead.
 func (*Applied) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{21}
+	return file_blockferry_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Applied) GetEpoch() uint64 {
@@ -1859,7 +1954,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1871,7 +1966,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[22]
+	mi := &file_blockferry_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1884,7 +1979,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{22}
+	return file_blockferry_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Refused) GetReason() Reason {
@@ -1922,7 +2017,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2029,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[23]
+	mi := &file_blockferry_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2042,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{23}
+	return file_blockferry_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RestoreRequest) GetVolumeUuid() []byte {
@@ -2007,7 +2102,7 @@ type RestoreChunk struct {
 
 func (x *RestoreChunk) Reset() {
 	*x = RestoreChunk{}
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2019,7 +2114,7 @@ func (x *RestoreChunk) String() string {
 func (*RestoreChunk) ProtoMessage() {}
 
 func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[24]
+	mi := &file_blockferry_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2032,7 +2127,7 @@ func (x *RestoreChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreChunk.ProtoReflect.Descriptor instead.
 func (*RestoreChunk) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{24}
+	return file_blockferry_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RestoreChunk) GetMessage() isRestoreChunk_Message {
@@ -2118,7 +2213,7 @@ type RestoreHeader struct {
 
 func (x *RestoreHeader) Reset() {
 	*x = RestoreHeader{}
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2225,7 @@ func (x *RestoreHeader) String() string {
 func (*RestoreHeader) ProtoMessage() {}
 
 func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[25]
+	mi := &file_blockferry_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2238,7 @@ func (x *RestoreHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreHeader.ProtoReflect.Descriptor instead.
 func (*RestoreHeader) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{25}
+	return file_blockferry_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RestoreHeader) GetLineage() *Lineage {
@@ -2186,7 +2281,7 @@ type RestoreSums struct {
 
 func (x *RestoreSums) Reset() {
 	*x = RestoreSums{}
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2198,7 +2293,7 @@ func (x *RestoreSums) String() string {
 func (*RestoreSums) ProtoMessage() {}
 
 func (x *RestoreSums) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[26]
+	mi := &file_blockferry_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2211,7 +2306,7 @@ func (x *RestoreSums) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSums.ProtoReflect.Descriptor instead.
 func (*RestoreSums) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{26}
+	return file_blockferry_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RestoreSums) GetOffset() uint64 {
@@ -2251,7 +2346,7 @@ type RestoreEnd struct {
 
 func (x *RestoreEnd) Reset() {
 	*x = RestoreEnd{}
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +2358,7 @@ func (x *RestoreEnd) String() string {
 func (*RestoreEnd) ProtoMessage() {}
 
 func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[27]
+	mi := &file_blockferry_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +2371,7 @@ func (x *RestoreEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreEnd.ProtoReflect.Descriptor instead.
 func (*RestoreEnd) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{27}
+	return file_blockferry_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RestoreEnd) GetFrames() uint64 {
@@ -2295,7 +2390,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2307,7 +2402,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[28]
+	mi := &file_blockferry_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2320,7 +2415,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{28}
+	return file_blockferry_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatusRequest) GetVolume() string {
@@ -2341,7 +2436,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2353,7 +2448,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[29]
+	mi := &file_blockferry_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2366,7 +2461,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{29}
+	return file_blockferry_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StatusReply) GetJson() []byte {
@@ -2385,7 +2480,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +2492,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[30]
+	mi := &file_blockferry_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +2505,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{30}
+	return file_blockferry_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *EventsRequest) GetFollow() bool {
@@ -2433,7 +2528,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2540,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[31]
+	mi := &file_blockferry_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2553,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{31}
+	return file_blockferry_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Event) GetUnixNanos() int64 {
@@ -2507,7 +2602,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2519,7 +2614,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[32]
+	mi := &file_blockferry_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2532,7 +2627,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{32}
+	return file_blockferry_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *VolumeRequest) GetVolume() string {
@@ -2565,7 +2660,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2672,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[33]
+	mi := &file_blockferry_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2685,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{33}
+	return file_blockferry_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Done) GetMessage() string {
@@ -2610,7 +2705,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2717,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2730,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{34}
+	return file_blockferry_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SyncRequest) GetVolume() string {
@@ -2662,7 +2757,7 @@ type SyncReply struct {
 
 func (x *SyncReply) Reset() {
 	*x = SyncReply{}
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2674,7 +2769,7 @@ func (x *SyncReply) String() string {
 func (*SyncReply) ProtoMessage() {}
 
 func (x *SyncReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2687,7 +2782,7 @@ func (x *SyncReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncReply.ProtoReflect.Descriptor instead.
 func (*SyncReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{35}
+	return file_blockferry_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SyncReply) GetEpoch() uint64 {
@@ -2715,7 +2810,7 @@ type RestoreVolumeRequest struct {
 
 func (x *RestoreVolumeRequest) Reset() {
 	*x = RestoreVolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +2822,7 @@ func (x *RestoreVolumeRequest) String() string {
 func (*RestoreVolumeRequest) ProtoMessage() {}
 
 func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +2835,7 @@ func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{36}
+	return file_blockferry_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RestoreVolumeRequest) GetVolume() string {
@@ -2778,7 +2873,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2790,7 +2885,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2803,7 +2898,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{37}
+	return file_blockferry_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Progress) GetDoneBytes() uint64 {
@@ -2904,7 +2999,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x18\n" +
 	"\areplica\x18\a \x01(\tR\areplica\x12\x19\n" +
 	"\bhash_key\x18\b \x01(\fR\ahashKey\x120\n" +
-	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\xe8\x02\n" +
+	"\alineage\x18\t \x01(\v2\x16.blockferry.v1.LineageR\alineage\"\x91\x03\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x127\n" +
@@ -2916,7 +3011,14 @@ const file_blockferry_proto_rawDesc = "" +
 	"\n" +
 	"needs_full\x18\a \x01(\bR\tneedsFull\x12\x18\n" +
 	"\astrayed\x18\b \x01(\tR\astrayed\x122\n" +
-	"\bgiven_up\x18\t \x01(\v2\x17.blockferry.v1.PositionR\agivenUp\"\xb0\x02\n" +
+	"\bgiven_up\x18\t \x01(\v2\x17.blockferry.v1.PositionR\agivenUp\x12'\n" +
+	"\x04kept\x18\n" +
+	" \x01(\v2\x13.blockferry.v1.KeptR\x04kept\"\x80\x01\n" +
+	"\x04Kept\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\fR\x05token\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x18\n" +
+	"\aattempt\x18\x03 \x01(\rR\aattempt\x122\n" +
+	"\astreams\x18\x04 \x03(\v2\x18.blockferry.v1.StreamSumR\astreams\"\xde\x02\n" +
 	"\x05Begin\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12'\n" +
@@ -2925,7 +3027,10 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x0ecut_unix_nanos\x18\x05 \x01(\x03R\fcutUnixNanos\x12\x12\n" +
 	"\x04full\x18\x06 \x01(\bR\x04full\x12/\n" +
 	"\x13overwrite_unrelated\x18\a \x01(\bR\x12overwriteUnrelated\x121\n" +
-	"\adiscard\x18\b \x01(\v2\x17.blockferry.v1.PositionR\adiscard\";\n" +
+	"\adiscard\x18\b \x01(\v2\x17.blockferry.v1.PositionR\adiscard\x12\x14\n" +
+	"\x05token\x18\t \x01(\fR\x05token\x12\x16\n" +
+	"\x06resume\x18\n" +
+	" \x01(\bR\x06resume\";\n" +
 	"\n" +
 	"AskChanges\x12-\n" +
 	"\x05since\x18\x01 \x01(\v2\x17.blockferry.v1.PositionR\x05since\"S\n" +
@@ -3099,7 +3204,7 @@ func file_blockferry_proto_rawDescGZIP() []byte {
 }
 
 var file_blockferry_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_blockferry_proto_goTypes = []any{
 	(DiskState)(0),               // 0: blockferry.v1.DiskState
 	(Mode)(0),                    // 1: blockferry.v1.Mode
@@ -3112,109 +3217,112 @@ var file_blockferry_proto_goTypes = []any{
 	(*FromReplica)(nil),          // 8: blockferry.v1.FromReplica
 	(*Hello)(nil),                // 9: blockferry.v1.Hello
 	(*Welcome)(nil),              // 10: blockferry.v1.Welcome
-	(*Begin)(nil),                // 11: blockferry.v1.Begin
-	(*AskChanges)(nil),           // 12: blockferry.v1.AskChanges
-	(*Changes)(nil),              // 13: blockferry.v1.Changes
-	(*Begun)(nil),                // 14: blockferry.v1.Begun
-	(*Frames)(nil),               // 15: blockferry.v1.Frames
-	(*Compare)(nil),              // 16: blockferry.v1.Compare
-	(*Differences)(nil),          // 17: blockferry.v1.Differences
-	(*Commit)(nil),               // 18: blockferry.v1.Commit
-	(*StreamSum)(nil),            // 19: blockferry.v1.StreamSum
-	(*Abort)(nil),                // 20: blockferry.v1.Abort
-	(*Aborted)(nil),              // 21: blockferry.v1.Aborted
-	(*Window)(nil),               // 22: blockferry.v1.Window
-	(*Committed)(nil),            // 23: blockferry.v1.Committed
-	(*Applied)(nil),              // 24: blockferry.v1.Applied
-	(*Refused)(nil),              // 25: blockferry.v1.Refused
-	(*RestoreRequest)(nil),       // 26: blockferry.v1.RestoreRequest
-	(*RestoreChunk)(nil),         // 27: blockferry.v1.RestoreChunk
-	(*RestoreHeader)(nil),        // 28: blockferry.v1.RestoreHeader
-	(*RestoreSums)(nil),          // 29: blockferry.v1.RestoreSums
-	(*RestoreEnd)(nil),           // 30: blockferry.v1.RestoreEnd
-	(*StatusRequest)(nil),        // 31: blockferry.v1.StatusRequest
-	(*StatusReply)(nil),          // 32: blockferry.v1.StatusReply
-	(*EventsRequest)(nil),        // 33: blockferry.v1.EventsRequest
-	(*Event)(nil),                // 34: blockferry.v1.Event
-	(*VolumeRequest)(nil),        // 35: blockferry.v1.VolumeRequest
-	(*Done)(nil),                 // 36: blockferry.v1.Done
-	(*SyncRequest)(nil),          // 37: blockferry.v1.SyncRequest
-	(*SyncReply)(nil),            // 38: blockferry.v1.SyncReply
-	(*RestoreVolumeRequest)(nil), // 39: blockferry.v1.RestoreVolumeRequest
-	(*Progress)(nil),             // 40: blockferry.v1.Progress
+	(*Kept)(nil),                 // 11: blockferry.v1.Kept
+	(*Begin)(nil),                // 12: blockferry.v1.Begin
+	(*AskChanges)(nil),           // 13: blockferry.v1.AskChanges
+	(*Changes)(nil),              // 14: blockferry.v1.Changes
+	(*Begun)(nil),                // 15: blockferry.v1.Begun
+	(*Frames)(nil),               // 16: blockferry.v1.Frames
+	(*Compare)(nil),              // 17: blockferry.v1.Compare
+	(*Differences)(nil),          // 18: blockferry.v1.Differences
+	(*Commit)(nil),               // 19: blockferry.v1.Commit
+	(*StreamSum)(nil),            // 20: blockferry.v1.StreamSum
+	(*Abort)(nil),                // 21: blockferry.v1.Abort
+	(*Aborted)(nil),              // 22: blockferry.v1.Aborted
+	(*Window)(nil),               // 23: blockferry.v1.Window
+	(*Committed)(nil),            // 24: blockferry.v1.Committed
+	(*Applied)(nil),              // 25: blockferry.v1.Applied
+	(*Refused)(nil),              // 26: blockferry.v1.Refused
+	(*RestoreRequest)(nil),       // 27: blockferry.v1.RestoreRequest
+	(*RestoreChunk)(nil),         // 28: blockferry.v1.RestoreChunk
+	(*RestoreHeader)(nil),        // 29: blockferry.v1.RestoreHeader
+	(*RestoreSums)(nil),          // 30: blockferry.v1.RestoreSums
+	(*RestoreEnd)(nil),           // 31: blockferry.v1.RestoreEnd
+	(*StatusRequest)(nil),        // 32: blockferry.v1.StatusRequest
+	(*StatusReply)(nil),          // 33: blockferry.v1.StatusReply
+	(*EventsRequest)(nil),        // 34: blockferry.v1.EventsRequest
+	(*Event)(nil),                // 35: blockferry.v1.Event
+	(*VolumeRequest)(nil),        // 36: blockferry.v1.VolumeRequest
+	(*Done)(nil),                 // 37: blockferry.v1.Done
+	(*SyncRequest)(nil),          // 38: blockferry.v1.SyncRequest
+	(*SyncReply)(nil),            // 39: blockferry.v1.SyncReply
+	(*RestoreVolumeRequest)(nil), // 40: blockferry.v1.RestoreVolumeRequest
+	(*Progress)(nil),             // 41: blockferry.v1.Progress
 }
 var file_blockferry_proto_depIdxs = []int32{
 	6,  // 0: blockferry.v1.Standing.lineage:type_name -> blockferry.v1.Lineage
 	5,  // 1: blockferry.v1.Lineage.points:type_name -> blockferry.v1.Position
 	9,  // 2: blockferry.v1.FromPrimary.hello:type_name -> blockferry.v1.Hello
-	11, // 3: blockferry.v1.FromPrimary.begin:type_name -> blockferry.v1.Begin
-	15, // 4: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
-	16, // 5: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
-	18, // 6: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
-	20, // 7: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
-	12, // 8: blockferry.v1.FromPrimary.ask_changes:type_name -> blockferry.v1.AskChanges
+	12, // 3: blockferry.v1.FromPrimary.begin:type_name -> blockferry.v1.Begin
+	16, // 4: blockferry.v1.FromPrimary.frames:type_name -> blockferry.v1.Frames
+	17, // 5: blockferry.v1.FromPrimary.compare:type_name -> blockferry.v1.Compare
+	19, // 6: blockferry.v1.FromPrimary.commit:type_name -> blockferry.v1.Commit
+	21, // 7: blockferry.v1.FromPrimary.abort:type_name -> blockferry.v1.Abort
+	13, // 8: blockferry.v1.FromPrimary.ask_changes:type_name -> blockferry.v1.AskChanges
 	10, // 9: blockferry.v1.FromReplica.welcome:type_name -> blockferry.v1.Welcome
-	14, // 10: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
-	17, // 11: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
-	22, // 12: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
-	23, // 13: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
-	24, // 14: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
-	25, // 15: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
-	21, // 16: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
-	13, // 17: blockferry.v1.FromReplica.changes:type_name -> blockferry.v1.Changes
+	15, // 10: blockferry.v1.FromReplica.begun:type_name -> blockferry.v1.Begun
+	18, // 11: blockferry.v1.FromReplica.differences:type_name -> blockferry.v1.Differences
+	23, // 12: blockferry.v1.FromReplica.window:type_name -> blockferry.v1.Window
+	24, // 13: blockferry.v1.FromReplica.committed:type_name -> blockferry.v1.Committed
+	25, // 14: blockferry.v1.FromReplica.applied:type_name -> blockferry.v1.Applied
+	26, // 15: blockferry.v1.FromReplica.refused:type_name -> blockferry.v1.Refused
+	22, // 16: blockferry.v1.FromReplica.aborted:type_name -> blockferry.v1.Aborted
+	14, // 17: blockferry.v1.FromReplica.changes:type_name -> blockferry.v1.Changes
 	6,  // 18: blockferry.v1.Hello.lineage:type_name -> blockferry.v1.Lineage
 	0,  // 19: blockferry.v1.Welcome.disk_state:type_name -> blockferry.v1.DiskState
 	6,  // 20: blockferry.v1.Welcome.lineage:type_name -> blockferry.v1.Lineage
 	5,  // 21: blockferry.v1.Welcome.given_up:type_name -> blockferry.v1.Position
-	1,  // 22: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
-	6,  // 23: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 24: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
-	5,  // 25: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
-	19, // 26: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
-	6,  // 27: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
-	2,  // 28: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
-	6,  // 29: blockferry.v1.Refused.lineage:type_name -> blockferry.v1.Lineage
-	5,  // 30: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
-	28, // 31: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
-	15, // 32: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
-	29, // 33: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
-	30, // 34: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
-	6,  // 35: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
-	7,  // 36: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
-	26, // 37: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
-	3,  // 38: blockferry.v1.Replication.Watch:input_type -> blockferry.v1.WatchRequest
-	31, // 39: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
-	33, // 40: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
-	35, // 41: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
-	35, // 42: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	37, // 43: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
-	35, // 44: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
-	35, // 45: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	35, // 46: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	39, // 47: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
-	35, // 48: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
-	35, // 49: blockferry.v1.Control.Primary:input_type -> blockferry.v1.VolumeRequest
-	35, // 50: blockferry.v1.Control.Secondary:input_type -> blockferry.v1.VolumeRequest
-	8,  // 51: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	27, // 52: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	4,  // 53: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
-	32, // 54: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	34, // 55: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	36, // 56: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	36, // 57: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	38, // 58: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	36, // 59: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	36, // 60: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	40, // 61: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	40, // 62: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	36, // 63: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
-	36, // 64: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
-	36, // 65: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
-	51, // [51:66] is the sub-list for method output_type
-	36, // [36:51] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	11, // 22: blockferry.v1.Welcome.kept:type_name -> blockferry.v1.Kept
+	20, // 23: blockferry.v1.Kept.streams:type_name -> blockferry.v1.StreamSum
+	1,  // 24: blockferry.v1.Begin.mode:type_name -> blockferry.v1.Mode
+	6,  // 25: blockferry.v1.Begin.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 26: blockferry.v1.Begin.discard:type_name -> blockferry.v1.Position
+	5,  // 27: blockferry.v1.AskChanges.since:type_name -> blockferry.v1.Position
+	20, // 28: blockferry.v1.Commit.streams:type_name -> blockferry.v1.StreamSum
+	6,  // 29: blockferry.v1.Commit.lineage:type_name -> blockferry.v1.Lineage
+	2,  // 30: blockferry.v1.Refused.reason:type_name -> blockferry.v1.Reason
+	6,  // 31: blockferry.v1.Refused.lineage:type_name -> blockferry.v1.Lineage
+	5,  // 32: blockferry.v1.RestoreRequest.expected:type_name -> blockferry.v1.Position
+	29, // 33: blockferry.v1.RestoreChunk.header:type_name -> blockferry.v1.RestoreHeader
+	16, // 34: blockferry.v1.RestoreChunk.frames:type_name -> blockferry.v1.Frames
+	30, // 35: blockferry.v1.RestoreChunk.sums:type_name -> blockferry.v1.RestoreSums
+	31, // 36: blockferry.v1.RestoreChunk.end:type_name -> blockferry.v1.RestoreEnd
+	6,  // 37: blockferry.v1.RestoreHeader.lineage:type_name -> blockferry.v1.Lineage
+	7,  // 38: blockferry.v1.Replication.Replicate:input_type -> blockferry.v1.FromPrimary
+	27, // 39: blockferry.v1.Replication.Restore:input_type -> blockferry.v1.RestoreRequest
+	3,  // 40: blockferry.v1.Replication.Watch:input_type -> blockferry.v1.WatchRequest
+	32, // 41: blockferry.v1.Control.Status:input_type -> blockferry.v1.StatusRequest
+	34, // 42: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
+	36, // 43: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
+	36, // 44: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
+	38, // 45: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	36, // 46: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
+	36, // 47: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
+	36, // 48: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
+	40, // 49: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	36, // 50: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
+	36, // 51: blockferry.v1.Control.Primary:input_type -> blockferry.v1.VolumeRequest
+	36, // 52: blockferry.v1.Control.Secondary:input_type -> blockferry.v1.VolumeRequest
+	8,  // 53: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	28, // 54: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	4,  // 55: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
+	33, // 56: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	35, // 57: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	37, // 58: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	37, // 59: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	39, // 60: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	37, // 61: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	37, // 62: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	41, // 63: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	41, // 64: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	37, // 65: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
+	37, // 66: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
+	37, // 67: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
+	53, // [53:68] is the sub-list for method output_type
+	38, // [38:53] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_blockferry_proto_init() }
@@ -3243,7 +3351,7 @@ func file_blockferry_proto_init() {
 		(*FromReplica_Aborted)(nil),
 		(*FromReplica_Changes)(nil),
 	}
-	file_blockferry_proto_msgTypes[24].OneofWrappers = []any{
+	file_blockferry_proto_msgTypes[25].OneofWrappers = []any{
 		(*RestoreChunk_Header)(nil),
 		(*RestoreChunk_Frames)(nil),
 		(*RestoreChunk_Sums)(nil),
@@ -3255,7 +3363,7 @@ func file_blockferry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_blockferry_proto_rawDesc), len(file_blockferry_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

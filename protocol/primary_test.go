@@ -55,6 +55,31 @@ type node struct {
 	mu    sync.Mutex
 	conns []net.Conn
 	down  bool
+	every int64 // a connection breaks once so many bytes came by it; 0: never
+	cuts  int   // how often that was
+	bytes int64 // that came by all
+}
+
+// meteredConn is the primary's end of a connection to a node.
+type meteredConn struct {
+	net.Conn
+	n    *node
+	sent int64
+}
+
+func (c *meteredConn) Write(b []byte) (int, error) {
+	c.n.mu.Lock()
+	c.sent += int64(len(b))
+	c.n.bytes += int64(len(b))
+	cut := c.n.every > 0 && c.sent > c.n.every
+	if cut {
+		c.n.cuts++
+	}
+	c.n.mu.Unlock()
+	if cut {
+		_ = c.Conn.Close()
+	}
+	return c.Conn.Write(b)
 }
 
 func newNode(t *testing.T, name string, size, journal int64) *node {
@@ -101,6 +126,7 @@ func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverCo
 			c, err := lis.DialContext(ctx)
 			if err == nil {
 				n.conns = append(n.conns, c)
+				c = &meteredConn{Conn: c, n: n}
 			}
 			return c, err
 		}))...)

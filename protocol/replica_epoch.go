@@ -29,7 +29,7 @@ type openEpoch struct {
 }
 
 // Begin starts an epoch or a new attempt at one; what was appended for an
-// epoch that was not committed is dropped. ErrNeedsFull and ErrNotForward say
+// epoch that was not committed, or kept, is dropped. ErrNeedsFull and ErrNotForward say
 // that it can't follow what the replica holds; nothing was written then. An in-place
 // epoch waits until everything is applied and no image is held, and makes it
 // durable that the replica is inconsistent; Abort doesn't change that any more.
@@ -221,6 +221,12 @@ func (r *Replica) appendBundle(ctx context.Context, stream int, b *bundle, err e
 	}
 	if o.broken != nil {
 		return o.broken
+	}
+	if err == nil && o.writer != nil && !o.spilled {
+		// Waited for before anything of it is taken: the sender may vanish meanwhile.
+		if e := r.makeRoom(ctx, o.writer.endAfter(b.bytes)); e != nil && !errors.Is(e, ErrJournalFull) {
+			return e
+		}
 	}
 	if err == nil {
 		err = r.append(ctx, o, stream, b)
