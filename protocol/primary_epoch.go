@@ -13,8 +13,8 @@ type EpochStats struct {
 	Epoch         uint64    `json:"epoch"`
 	Action        string    `json:"action"` // of the plan: incremental, compare, full
 	Rounds        int       `json:"rounds"`
-	Resumed       int       `json:"resumed,omitempty"` // sessions that were lost on the way
-	Link          LinkStats `json:"bytes"`             // of all its sessions
+	Resumed       int       `json:"resumed,omitempty"`      // sessions that were lost on the way
+	Link          LinkStats `json:"bytes"`                  // of all its sessions
 	StallSeconds  float64   `json:"stall-seconds"`          // writers were stopped for the last cut
 	ViewSeconds   float64   `json:"view-seconds"`           // the frozen view was held
 	FlushSeconds  float64   `json:"source-flush-seconds"`   // of the source

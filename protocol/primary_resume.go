@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -37,25 +38,29 @@ func (a *attempt) keep() *keptAttempt {
 	if a.begun {
 		e = a.link.interrupted()
 	}
-	if e == nil || !a.known || a.w.afresh {
+	var refused *RefusedError
+	if e == nil || !a.known || a.w.afresh || errors.As(a.link.Err(), &refused) {
 		return nil
 	}
 	return &keptAttempt{epoch: e, plan: a.plan, base: a.base, rest: a.rest, round: a.round,
 		withdrawn: a.withdrawn, resumed: a.resumed, started: a.started, stats: a.link.Stats().sub(a.stats)}
 }
 
-// goOn says whether the plan is what the kept attempt was about, and the replica still
-// has its part of that; else the attempt is forgotten.
+// goOn says whether the kept attempt, if there is one, fits the plan; else it is forgotten.
 func (w *replicaWorker) goOn(link *Link, plan Plan) bool {
-	k := w.kept
-	if k == nil {
-		return false
+	if w.kept != nil && !w.kept.fits(link, plan) {
+		w.kept = nil
 	}
+	return w.kept != nil
+}
+
+// fits says whether the plan is what the attempt was about, and the replica still has its
+// part of that. What got lost on the way is added to the rest.
+func (k *keptAttempt) fits(link *Link, plan Plan) bool {
 	full := plan.Action == CompareAll || plan.Action == FullCopy
 	lost, ok := link.kept(k.epoch)
 	if !ok || full != k.epoch.start.Full || plan.InPlace != k.plan.InPlace || plan.Overwrite != k.plan.Overwrite ||
 		!plan.Discard.IsZero() || !full && (plan.Action != Incremental || plan.Since != k.plan.Since) {
-		w.kept = nil
 		return false
 	}
 	k.rest = uniteRanges(k.rest, lost)

@@ -3,7 +3,6 @@ package protocol
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -183,8 +182,7 @@ func (l *Link) newToken(s EpochStart) (t token) {
 
 // interrupted is the open epoch, for another link to go on with; nil if none can. Nothing is being sent.
 func (l *Link) interrupted() *interruptedEpoch {
-	var refused *RefusedError
-	if !l.open || l.start.Token == (token{}) || errors.As(l.Err(), &refused) {
+	if !l.open || l.start.Token == (token{}) {
 		return nil
 	}
 	l.mu.Lock()

@@ -85,8 +85,8 @@ type pass struct {
 	mu      sync.Mutex
 	batches *batcher
 	left    []Range // of batches that failed
-	reading int  // batches being read
-	last    bool // no further batch will be taken
+	reading int     // batches being read
+	last    bool    // no further batch will be taken
 	allRead chan struct{}
 	closed  bool
 }

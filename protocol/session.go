@@ -30,7 +30,9 @@ const (
 )
 
 // Features lists what this program knows, in order of preference.
-func Features() []string { return []string{FeatureCompare, FeatureS2, FeatureZstd, FeatureStrayed, FeatureResume} }
+func Features() []string {
+	return []string{FeatureCompare, FeatureS2, FeatureZstd, FeatureStrayed, FeatureResume}
+}
 
 // RefusedError is a refusal: what the replica said, or will say before it
 // ends the stream.
@@ -63,7 +65,7 @@ type SessionConfig struct {
 	WindowBytes      uint64
 	JournalFreeBytes uint64
 	Kept             *KeptEpoch // what the session before left; nil: nothing
-	Features         []string // nil: Features()
+	Features         []string   // nil: Features()
 }
 
 // ActionKind is what the caller of Session.Step must do.
@@ -115,6 +117,7 @@ const (
 type Session struct {
 	cfg    SessionConfig
 	state  sessionState
+	cutOff bool   // a refusal came while an epoch was open
 	window uint64 // bytes the primary may still send
 
 	told    Position   // the primary knows what changed here since; zero: it does not
@@ -132,13 +135,15 @@ func NewSession(cfg SessionConfig) *Session {
 	return &Session{cfg: cfg, window: cfg.WindowBytes}
 }
 
-// Open reports whether an epoch was begun and neither committed nor aborted.
-func (s *Session) Open() bool { return s.state == sessionOpen }
+// Open reports whether an epoch was begun and neither committed nor aborted, also
+// after a refusal.
+func (s *Session) Open() bool { return s.state == sessionOpen || s.cutOff }
 
 // Step takes the next message. An error is always a *RefusedError.
 func (s *Session) Step(m *proto.FromPrimary) (SessionAction, error) {
 	a, err := s.step(m)
 	if err != nil {
+		s.cutOff = s.Open()
 		s.state = sessionDead
 	}
 	return a, err
