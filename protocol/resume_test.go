@@ -89,6 +89,27 @@ func TestResumeOverBreakingLink(t *testing.T) {
 	}
 }
 
+// A link that breaks more often than an epoch has rounds is no hindrance.
+func TestResumeOutlastsRounds(t *testing.T) {
+	const size = 40 << 20
+	src := newMemSource(size, 64<<10)
+	wroteSome(src, 0, size/BlockSize)
+	n := newNode(t, "peer", size, 8<<20)
+	n.recv.cfg.WindowBytes = MaxFramesBytes
+	n.limit = func() int64 { return 400 << 10 }
+	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
+		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, UnitSize
+		c.Interval = time.Hour
+	})
+	epoch := r.sync()
+	if e := n.check(src); e < epoch {
+		t.Errorf("it holds epoch %d, want %d", e, epoch)
+	}
+	if e := r.last("peer"); e.Resumed <= MaxRounds || e.Rounds >= MaxRounds {
+		t.Errorf("want more than %d lost sessions, in fewer rounds: %+v", MaxRounds, e)
+	}
+}
+
 // stored waits until the replica has said that all that left is there.
 func (l *Link) stored(t *testing.T) {
 	t.Helper()

@@ -31,13 +31,14 @@ type Round struct {
 }
 
 // SendRound reads, narrows, packs and sends. Everything but rest is then on its way
-// to the replica, or equal there; also after an error, unless ReadsDone failed.
+// to the replica, or equal there; also after an error, but for one of ReadsDone:
+// then what was sent may be wrong.
 func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error) {
 	if !l.open {
-		return nil, fmt.Errorf("replica %q: no epoch is open", l.cfg.Replica)
+		return r.Ranges, fmt.Errorf("replica %q: no epoch is open", l.cfg.Replica)
 	}
 	if r.Number >= MaxRounds {
-		return nil, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
+		return r.Ranges, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
 	}
 	meta := FrameMeta{Epoch: l.start.Epoch, Attempt: l.start.Attempt, Round: r.Number}
 	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, p *packer) error {
