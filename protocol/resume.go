@@ -98,7 +98,7 @@ func (r *Replica) Resume(s EpochStart) error {
 // same says whether two announcements are of one and the same epoch.
 func (s EpochStart) same(o EpochStart) bool {
 	return s.Token == o.Token && s.Epoch == o.Epoch && s.Attempt == o.Attempt && s.Mode == o.Mode && s.Full == o.Full &&
-		s.Discard == o.Discard && Compare(s.Lineage, o.Lineage).Kind == Same
+		s.Discard == o.Discard && s.Lineage.Equal(o.Lineage)
 }
 
 // resume is a Begin that goes on with the kept epoch.

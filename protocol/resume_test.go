@@ -82,6 +82,9 @@ func TestResumeOverBreakingLink(t *testing.T) {
 			defer n.mu.Unlock()
 			sent := float64(n.bytes) / size
 			t.Logf("%d cuts, %.2f times what changed crossed the link; %+v", n.cuts, sent, last)
+			if last.Link.MarkedBytes > size+size/2 {
+				t.Errorf("%d bytes are said to have changed, of %d", last.Link.MarkedBytes, size)
+			}
 			if last.Resumed < test.resumed || sent > 1.3 || sent < 0.8 {
 				t.Errorf("the epoch went across %d lost sessions, want %d or more, and sent %.2f times what changed, want 0.8 to 1.3", last.Resumed, test.resumed, sent)
 			}

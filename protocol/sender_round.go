@@ -203,7 +203,11 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 	if doneErr != nil {
 		return nil, doneErr
 	}
-	return uniteRanges(p.left, p.batches.ranges), context.Cause(ctx)
+	rest = uniteRanges(p.left, p.batches.ranges)
+	if err = context.Cause(ctx); err != nil {
+		l.count.marked.Add(-uint64(totalBytes(rest))) // named again when it is gone on with
+	}
+	return rest, err
 }
 
 // buffer is one to read into, once there is one.
