@@ -59,6 +59,7 @@ type simNode struct {
 	state   SourceState
 	marks   [simBlocks]uint64         // after which cut it was written, plus 1; survives a crash
 	tracked uint64                    // the tracker can tell since this cut
+	flushed bool                      // after the last cut
 	kept    map[*simNode]*keptAttempt // what links that were cut left; lost in a crash
 }
 
@@ -308,7 +309,7 @@ func (n *simNode) cut() ([]byte, error) {
 	if n.w.images[tip] != nil {
 		return nil, fmt.Errorf("%s: position %v comes twice", n.name, tip)
 	}
-	n.w.images[tip] = image
+	n.w.images[tip], n.flushed = image, false
 	return image, err
 }
 
@@ -436,8 +437,11 @@ func (n *simNode) feed(to *simNode) error {
 		w.say("the link is cut: %v", err)
 		n.kept[to] = &keptAttempt{epoch: e, plan: plan, base: n.state.Lineage.Tip().Epoch, rest: rest, round: min(r.Number+1, MaxRounds-1)}
 	}
-	if err == nil {
-		err = n.dev.Flush()
+	if err == nil || cut { // a view that was read to its end is flushed, whatever became of the link
+		if e := n.dev.Flush(); err == nil {
+			err = e
+		}
+		n.flushed = true
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)
@@ -512,6 +516,15 @@ func (n *simNode) crash() error {
 	after := n.dev.PowerCut(n.w.rng)
 	n.close()
 	n.dev = after
+	if was && !n.flushed {
+		// No copy can hold its last cut, as it was not flushed: what is left is all there is of it.
+		image, err := n.data()
+		if err != nil {
+			return err
+		}
+		n.w.images[n.state.Lineage.Tip()] = image
+	}
+	n.flushed = true
 	if was && n.w.rng.IntN(3) == 0 {
 		n.tracked = ^uint64(0) // its tracker is lost, too
 	}
@@ -600,7 +613,7 @@ func (n *simNode) tookOver() error {
 	}
 	n.close()
 	tip := state.Lineage.Tip()
-	n.state, n.primary, n.tracked, n.marks = state, true, tip.Epoch, [simBlocks]uint64{}
+	n.state, n.primary, n.tracked, n.marks, n.flushed = state, true, tip.Epoch, [simBlocks]uint64{}, true
 	image, err := n.data()
 	if n.w.images[tip] == nil { // of a copy that had strayed
 		n.w.images[tip] = image
