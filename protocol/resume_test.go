@@ -35,7 +35,7 @@ func (n *node) connect(primary Lineage) *Link {
 // Over a link that breaks again and again, long before what is missing has
 // passed, a first sync and a large epoch end all the same, and little is sent twice.
 func TestResumeOverBreakingLink(t *testing.T) {
-	const size, every = 48 << 20, 8 << 20
+	const size, every = 24 << 20, 4 << 20
 	for _, test := range []struct {
 		name    string
 		prepare func(src *memSource, r *rig)
@@ -57,7 +57,7 @@ func TestResumeOverBreakingLink(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			src := newMemSource(size, 64<<10)
 			wroteSome(src, 0, size/BlockSize)
-			n := newNode(t, "peer", size, 64<<20)
+			n := newNode(t, "peer", size, 40<<20)
 			n.recv.cfg.WindowBytes = MaxFramesBytes
 			r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 				c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, 1<<20
@@ -94,12 +94,12 @@ func TestResumeOverBreakingLink(t *testing.T) {
 
 // A link that breaks more often than an epoch has rounds is no hindrance.
 func TestResumeOutlastsRounds(t *testing.T) {
-	const size = 40 << 20
+	const size = 20 << 20
 	src := newMemSource(size, 64<<10)
 	wroteSome(src, 0, size/BlockSize)
 	n := newNode(t, "peer", size, 8<<20)
 	n.recv.cfg.WindowBytes = MaxFramesBytes
-	n.limit = func() int64 { return 400 << 10 }
+	n.limit = func() int64 { return 200 << 10 }
 	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, UnitSize
 		c.Interval = time.Hour
