@@ -19,7 +19,7 @@ import (
 // connect waits until the session before has ended.
 func (n *node) connect(primary Lineage) *Link {
 	n.t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		link, err := Connect(n.t.Context(), n.client(), LinkConfig{VolumeUUID: testUUID, SizeBytes: n.rep.Status().SizeBytes, Replica: n.name}, primary)
 		var refused *RefusedError
 		if err == nil {
@@ -30,6 +30,18 @@ func (n *node) connect(primary Lineage) *Link {
 			n.t.Fatal(err)
 		}
 	}
+}
+
+// syncSlowly is sync for what takes a while on a busy machine.
+func (r *rig) syncSlowly() uint64 {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	epoch, _, err := r.p.SyncNow(ctx)
+	if err != nil {
+		r.t.Fatalf("%v; voids %v, lost %v", err, r.voids, r.lost)
+	}
+	return epoch
 }
 
 // Over a link that breaks again and again, long before what is missing has
@@ -43,11 +55,11 @@ func TestResumeOverBreakingLink(t *testing.T) {
 	}{
 		{"first sync", nil, 4},
 		{"journal", func(src *memSource, r *rig) {
-			r.sync()
+			r.syncSlowly()
 			wroteSome(src, 0, size/BlockSize)
 		}, 4},
 		{"compare", func(src *memSource, r *rig) {
-			r.sync()
+			r.syncSlowly()
 			wroteSome(src, 0, size/BlockSize)
 			src.mu.Lock()
 			src.lostBefore = src.cut + 1
@@ -73,7 +85,7 @@ func TestResumeOverBreakingLink(t *testing.T) {
 				n.mu.Unlock()
 				n.cutWires()
 			}
-			epoch := r.sync()
+			epoch := r.syncSlowly()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
@@ -104,7 +116,7 @@ func TestResumeOutlastsRounds(t *testing.T) {
 		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, UnitSize
 		c.Interval = time.Hour
 	})
-	epoch := r.sync()
+	epoch := r.syncSlowly()
 	if e := n.check(src); e < epoch {
 		t.Errorf("it holds epoch %d, want %d", e, epoch)
 	}
@@ -229,7 +241,7 @@ func TestResumedEpochsAreOneCut(t *testing.T) {
 				n.check(src)
 			}
 			stop()
-			epoch := r.sync()
+			epoch := r.syncSlowly()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
@@ -266,7 +278,7 @@ func TestVoidViewIsNotResumed(t *testing.T) {
 	}
 	src.mu.Unlock()
 	wroteSome(src, 0, 2000)
-	epoch := r.sync()
+	epoch := r.syncSlowly()
 	if e := n.check(src); e < epoch {
 		t.Errorf("it holds epoch %d, want %d", e, epoch)
 	}
@@ -293,7 +305,7 @@ func TestKeptFramesMakeWay(t *testing.T) {
 		c.Replicas[0].CatchUpInPlace, c.Replicas[0].Link.Codec = true, CodecNone
 		c.Interval = time.Hour
 	})
-	r.sync()
+	r.syncSlowly()
 	n.mu.Lock()
 	n.limit = func() int64 { n.down = true; return 6 << 20 }
 	n.mu.Unlock()
@@ -411,7 +423,7 @@ func TestResumeNeedsBoth(t *testing.T) {
 			r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 				c.Interval, c.Replicas[0].Client = time.Hour, proto.NewReplicationClient(test)
 			})
-			r.sync()
+			r.syncSlowly()
 			n.mu.Lock()
 			n.limit = func() int64 {
 				if n.cuts == 2 {
@@ -422,7 +434,7 @@ func TestResumeNeedsBoth(t *testing.T) {
 			n.mu.Unlock()
 			n.cutWires()
 			wroteSome(src, 0, 2000)
-			epoch := r.sync()
+			epoch := r.syncSlowly()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
