@@ -70,6 +70,7 @@ type attempt struct {
 	resumed  int               // sessions before this one
 
 	started time.Time
+	away    time.Duration // since then, without a session
 	stats   LinkStats
 	sync    *syncProgress
 }
@@ -120,12 +121,12 @@ func (a *attempt) run(ctx context.Context, urgent bool) (Lineage, error) {
 
 // patience is for how long the attempt may hold up the others: for a small part of
 // its own delay, once its view was withdrawn; not while its own limit makes that
-// delay, of hours perhaps.
+// delay, of hours perhaps, and not for the time between its sessions.
 func (a *attempt) patience() time.Duration {
 	if !a.withdrawn || a.w.cfg.Link.Pace.Holding() {
 		return 0
 	}
-	return a.w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
+	return (a.w.p.cfg.Clock.Now().Sub(a.started) - a.away) / patienceShare
 }
 
 // step does one round. The lineage is not nil when the epoch is committed.
@@ -376,7 +377,8 @@ func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
 	switch {
 	case errors.Is(err, ErrTrackingLost):
 		a.w.untracked = true
-		a.w.blind = a.w.blind || a.full
+		// One that was to be gone on with begins anew, and live.
+		a.w.blind = a.w.blind || a.full && a.begun
 		return again
 	case errors.As(err, &void), errors.As(err, &flush):
 		return again

@@ -282,7 +282,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			}
 			voids++
 		default:
-			progressed = progressed || w.resuming && w.kept != nil && link.Stats().WireBytes > 0
+			progressed = progressed || w.resuming && w.kept != nil && link.anyStored()
 			return progressed, w.learn(err)
 		}
 	}

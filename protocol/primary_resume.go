@@ -18,7 +18,9 @@ type keptAttempt struct {
 	withdrawn bool
 	resumed   int
 	started   time.Time
-	stats     LinkStats // of all its sessions
+	left      time.Time     // when its session was lost
+	away      time.Duration // before that, between sessions
+	stats     LinkStats     // of all its sessions
 }
 
 // leftOff notes where a round ended early: everything but rest was read at, or
@@ -43,7 +45,7 @@ func (a *attempt) keep() *keptAttempt {
 		return nil
 	}
 	return &keptAttempt{epoch: e, plan: a.plan, base: a.base, rest: a.rest, round: a.round,
-		withdrawn: a.withdrawn, resumed: a.resumed, started: a.started, stats: a.link.Stats().sub(a.stats)}
+		withdrawn: a.withdrawn, resumed: a.resumed, started: a.started, left: a.w.p.cfg.Clock.Now(), away: a.away, stats: a.link.Stats().sub(a.stats)}
 }
 
 // goOn says whether the kept attempt, if there is one, fits the plan; else it is forgotten.
@@ -72,6 +74,7 @@ func (a *attempt) takeUp(k *keptAttempt) {
 	a.resuming, a.known, a.resumed = k.epoch, true, k.resumed+1
 	a.plan, a.full, a.whole, a.base, a.rest, a.round = k.plan, k.epoch.start.Full, false, k.base, k.rest, k.round
 	a.withdrawn, a.started, a.stats = k.withdrawn, k.started, a.stats.sub(k.stats)
+	a.away = k.away + a.w.p.cfg.Clock.Now().Sub(k.left)
 	// A frozen view may hold only what changed since the base.
 	a.liveNext = len(a.rest) > 0 || a.plan.InPlace || a.w.liveFirst
 }

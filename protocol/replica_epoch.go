@@ -224,7 +224,7 @@ func (r *Replica) appendBundle(ctx context.Context, stream int, b *bundle, err e
 	}
 	if err == nil && o.writer != nil && !o.spilled {
 		// Waited for before anything of it is taken: the sender may vanish meanwhile.
-		if e := r.makeRoom(ctx, o.writer.endAfter(b.bytes)); e != nil && !errors.Is(e, ErrJournalFull) {
+		if e := r.makeRoom(ctx, o.writer.endAfter(b.bytes)+r.roomBehind()); e != nil && !errors.Is(e, ErrJournalFull) {
 			return e
 		}
 	}
@@ -309,11 +309,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 func (r *Replica) roomFor(ctx context.Context, o *openEpoch, f Frame) error {
 	n := FrameHeaderBytes + len(f.Payload)
 	if !o.spilled {
-		behind := uint64(commitMaxBytes)
-		if r.mayDivert() {
-			behind += segHeaderBytes + BlockSize // the marker
-		}
-		err := r.makeRoom(ctx, o.writer.endAfter(n)+behind)
+		err := r.makeRoom(ctx, o.writer.endAfter(n)+r.roomBehind())
 		if !errors.Is(err, ErrJournalFull) || !r.mayDivert() {
 			return err
 		}
@@ -326,6 +322,15 @@ func (r *Replica) roomFor(ctx context.Context, o *openEpoch, f Frame) error {
 			ErrJournalFull, r.lay.journal.length, r.spillLimit)
 	}
 	return nil
+}
+
+// roomBehind is what must follow an epoch's frames in the journal.
+func (r *Replica) roomBehind() uint64 {
+	n := uint64(commitMaxBytes)
+	if r.mayDivert() {
+		n += segHeaderBytes + BlockSize // the marker
+	}
+	return n
 }
 
 // makeRoom waits until the journal may be written up to a logical offset.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -547,6 +548,12 @@ func TestWhatIsNotKept(t *testing.T) {
 
 // A sender that vanishes while its frames wait for room took nothing with it.
 func TestKeptWhileItWaitsForRoom(t *testing.T) {
+	for _, n := range []int{BlockSize, 128 << 10} {
+		t.Run(strconv.Itoa(n), func(t *testing.T) { keptWhileItWaits(t, n) })
+	}
+}
+
+func keptWhileItWaits(t *testing.T, n int) {
 	m, _, r := synced(t, 32)
 	ctx := t.Context()
 	image, err := r.Hold(ctx)
@@ -561,7 +568,7 @@ func TestKeptWhileItWaitsForRoom(t *testing.T) {
 			must(t, sent.AddFrames(frames))
 		}
 		cancel()
-		frames = AppendFrames(nil, FrameMeta{Epoch: 50, Attempt: 2, Round: 3}, 0, m.noise(128<<10), nil)
+		frames = AppendFrames(nil, FrameMeta{Epoch: 50, Attempt: 2, Round: 3}, 0, m.noise(n), nil)
 	}
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatal(err)
@@ -576,11 +583,45 @@ func TestKeptWhileItWaitsForRoom(t *testing.T) {
 	must(t, sent.AddFrames(frames))
 	must(t, r.Commit(ctx, EpochCommit{Epoch: 50, Attempt: 2, Streams: []StreamSum{sent.Sum()}}))
 	must(t, r.WaitApplied(ctx, 50))
-	at := make([]byte, 128<<10)
+	at := make([]byte, n)
 	must(t, r.ReadData(ctx, at, 0))
 	f, err := NewFrameReader(frames).Next()
 	must(t, err)
 	if !bytes.Equal(at[:len(f.Payload)], f.Payload) {
 		t.Error("it does not hold the last frames")
 	}
+}
+
+// A full copy that was to be gone on with, and about whose base nothing is known
+// any more, begins anew and live: one view of a volume may not hold all of it.
+func TestTrackingLostWhileAway(t *testing.T) {
+	const size = 48 << 20
+	src := newMemSource(size, 64<<10)
+	wroteSome(src, 0, size/BlockSize)
+	src.viewMax = 4 << 20
+	n := newNode(t, "peer", size, 40<<20)
+	n.recv.cfg.WindowBytes = MaxFramesBytes
+	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
+		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, 1<<20
+		n.limit = func() int64 { return 8 << 20 }
+	})
+	for {
+		n.mu.Lock()
+		often := n.cuts >= 2
+		n.down = often
+		n.mu.Unlock()
+		if often {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	n.cutWires()
+	src.mu.Lock()
+	src.lostBefore = src.cut + 1
+	src.mu.Unlock()
+	n.mu.Lock()
+	n.limit, n.down = nil, false
+	n.mu.Unlock()
+	r.syncSlowly()
+	n.check(src)
 }

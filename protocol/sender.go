@@ -265,8 +265,15 @@ func (l *Link) Err() error {
 	}
 }
 
+// anyStored says whether anything that was sent is stored at the replica.
+func (l *Link) anyStored() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.granted > 0
+}
+
 // Close ends the session and waits for its goroutine. An epoch that is open
-// did not happen.
+// did not happen, but another session may go on with it.
 func (l *Link) Close() {
 	l.fail(errors.New("closed by this node"))
 	l.cancel()

@@ -50,7 +50,7 @@ func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error)
 // one and reports, in any order, what differs. Nothing is sent.
 func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range)) (rest []Range, err error) {
 	if !l.narrow {
-		return nil, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
+		return r.Ranges, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
 	}
 	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, _ *packer) error {
 		d, err := l.compareBatch(ctx, batch, data.b[:totalBytes(batch)])
