@@ -60,7 +60,8 @@ func crc32c(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
 func crc32cUpdate(sum uint32, b []byte) uint32 { return crc32.Update(sum, castagnoli, b) }
 
 // FrameMeta is what all frames of one round share. For one block the highest
-// (attempt, round) of an epoch counts, whatever the order of arrival.
+// (attempt, round) of an epoch counts, whatever the order of arrival; within a
+// round that comes by one stream, the last.
 type FrameMeta struct {
 	Epoch   uint64
 	Attempt uint32
@@ -285,6 +286,15 @@ type StreamDigest struct {
 
 // NewStreamDigest begins with no frames.
 func NewStreamDigest() *StreamDigest { return &StreamDigest{sum: sha256.New()} }
+
+// Clone is a digest that goes on separately.
+func (d *StreamDigest) Clone() *StreamDigest {
+	c, err := d.sum.(hash.Cloner).Clone()
+	if err != nil {
+		panic(fmt.Sprintf("protocol: SHA-256 can't be cloned: %v", err))
+	}
+	return &StreamDigest{d.frames, c}
+}
 
 // Add counts one frame by its header.
 func (d *StreamDigest) Add(header []byte) {

@@ -294,7 +294,8 @@ func (p *Primary) worker(name string) (*replicaWorker, error) {
 }
 
 // Pause ends the session with a replica, or with all for an empty name, until
-// Resume. A sync under way is resumed by comparing.
+// Resume. A sync under way then goes on where it was, or by comparing if its
+// replica was opened anew meanwhile.
 func (p *Primary) Pause(replica string) error { return p.setPaused(replica, true) }
 
 // Resume undoes Pause, and connects anew at once to a replica that was

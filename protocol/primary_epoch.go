@@ -13,7 +13,8 @@ type EpochStats struct {
 	Epoch         uint64    `json:"epoch"`
 	Action        string    `json:"action"` // of the plan: incremental, compare, full
 	Rounds        int       `json:"rounds"`
-	Link          LinkStats `json:"bytes"`
+	Resumed       int       `json:"resumed,omitempty"`      // sessions that were lost on the way
+	Link          LinkStats `json:"bytes"`                  // of all its sessions
 	StallSeconds  float64   `json:"stall-seconds"`          // writers were stopped for the last cut
 	ViewSeconds   float64   `json:"view-seconds"`           // the frozen view was held
 	FlushSeconds  float64   `json:"source-flush-seconds"`   // of the source
@@ -63,14 +64,18 @@ type attempt struct {
 	voids    int
 	// withdrawn: a frozen round was ended early for the sake of others
 	withdrawn bool
+	// known: base and rest name all that what was sent lacks, and no frame holds what was never there
+	known    bool
+	resuming *interruptedEpoch // of a session before; nil: the attempt begins here
+	resumed  int               // sessions before this one
 
 	started time.Time
+	away    time.Duration // since then, without a session
 	stats   LinkStats
 	sync    *syncProgress
 }
 
-// epoch runs one attempt. It returns the replica's lineage after the commit.
-func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent bool) (Lineage, error) {
+func newAttempt(w *replicaWorker, link *Link, plan Plan) *attempt {
 	a := &attempt{
 		w: w, link: link, plan: plan, whole: plan.Action == FullCopy || plan.Action == CompareAll, base: plan.Since,
 		stats: link.Stats(),
@@ -82,6 +87,12 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 	// What takes long is read live first: a frozen view can't be held that long.
 	// Unless the tracker can't tell what changes meanwhile.
 	a.liveNext = (a.whole || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
+	return a
+}
+
+// run does rounds until the epoch is committed, or does not happen.
+func (a *attempt) run(ctx context.Context, urgent bool) (Lineage, error) {
+	w := a.w
 	urgent = urgent || a.liveNext || a.whole
 	for {
 		wish := wishView
@@ -102,9 +113,6 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		at, err := a.step(ctx, h)
 		h.done()
 		if err != nil || at != nil {
-			if a.sync != nil {
-				w.update(func() { w.sync = nil })
-			}
 			return at, err
 		}
 		urgent = true
@@ -113,12 +121,12 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 
 // patience is for how long the attempt may hold up the others: for a small part of
 // its own delay, once its view was withdrawn; not while its own limit makes that
-// delay, of hours perhaps.
+// delay, of hours perhaps, and not for the time between its sessions.
 func (a *attempt) patience() time.Duration {
 	if !a.withdrawn || a.w.cfg.Link.Pace.Holding() {
 		return 0
 	}
-	return a.w.p.cfg.Clock.Now().Sub(a.started) / patienceShare
+	return (a.w.p.cfg.Clock.Now().Sub(a.started) - a.away) / patienceShare
 }
 
 // step does one round. The lineage is not nil when the epoch is committed.
@@ -187,7 +195,13 @@ func (a *attempt) begin(ctx context.Context, h *cutHandle) error {
 	if a.plan.InPlace {
 		s.Mode = ModeInPlace
 	}
-	if err := a.link.Begin(ctx, s, a.plan.Overwrite); err != nil {
+	var err error
+	if a.resuming != nil {
+		err = a.link.resume(ctx, a.resuming)
+	} else {
+		err = a.link.Begin(ctx, s, a.plan.Overwrite)
+	}
+	if err != nil {
 		return err
 	}
 	a.begun = true
@@ -209,11 +223,16 @@ func (a *attempt) show(size int64) {
 func (a *attempt) liveRound(ctx context.Context, h *cutHandle, r Round, size int64) error {
 	h.done()
 	r.Source = a.w.p.cfg.Source
-	if _, err := a.link.SendRound(ctx, r); err != nil {
+	a.known = false
+	rest, err := a.link.SendRound(ctx, r)
+	if err != nil {
+		if a.lost(ctx) {
+			a.leftOff(h, rest)
+		}
 		return a.giveUp(ctx, h, err)
 	}
 	a.w.judge(a.base, h.rec.epoch, r.Ranges, false)
-	a.whole, a.base, a.rest = false, h.rec.epoch, nil
+	a.whole, a.base, a.rest, a.known = false, h.rec.epoch, nil, true
 	a.round++
 	a.live++
 	a.lastLive = size
@@ -238,6 +257,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	if r.Stop = h.stop; a.blind() {
 		r.Stop = nil // what is not read of this view no later one can make up for
 	}
+	sound := false
 	r.ReadsDone = func() error {
 		// In this order: what was read counts only if the view was whole after
 		// the last read, and may be committed only once the source itself
@@ -252,9 +272,15 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 			e.ViewSeconds = clock.Now().Sub(begun).Seconds()
 			h.done()
 		}
+		sound = err == nil
 		return err
 	}
+	a.known = false
 	rest, err := a.link.SendRound(ctx, r)
+	if err != nil && sound && a.lost(ctx) {
+		a.leftOff(h, rest)
+		return nil, a.giveUp(ctx, h, err)
+	}
 	a.round++
 	var void *cutVoidError
 	switch {
@@ -263,7 +289,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		// it is sent again, over what changed since the cut before.
 		a.void(h, err)
 		a.voids++
-		a.rest, a.liveNext, a.live = r.Ranges, !a.blind(), 0
+		a.rest, a.liveNext, a.live, a.known = r.Ranges, !a.blind(), 0, !a.whole
 		return nil, nil
 	case errors.As(err, &void):
 		w.liveFirst = true
@@ -273,7 +299,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	case len(rest) > 0:
 		// The cut was withdrawn: others are faster. What was read counts; the
 		// remainder is sent live, with what changed in the meantime.
-		a.whole, a.base, a.rest = false, h.rec.epoch, rest
+		a.whole, a.base, a.rest, a.known = false, h.rec.epoch, rest, true
 		a.liveNext, a.live, a.withdrawn = true, 0, true
 		w.update(func() {
 			w.because(fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
@@ -281,6 +307,8 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		})
 		return nil, nil
 	}
+	since := a.base
+	a.whole, a.base, a.rest, a.known = false, h.rec.epoch, nil, true
 	t := clock.Now()
 	if err := a.link.Commit(ctx, h.lineage, h.unixNanos); err != nil {
 		return nil, err
@@ -288,7 +316,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	now := clock.Now()
 	e.CommitSeconds = now.Sub(t).Seconds()
 	e.TotalSeconds = now.Sub(a.started).Seconds()
-	e.Rounds = int(a.round)
+	e.Rounds, e.Resumed = int(a.round), a.resumed
 	e.Link = a.link.Stats().sub(a.stats)
 	w.update(func() {
 		w.holds, w.committed, w.disk, w.last, w.sync = h.rec.epoch, h.rec, DiskConsistent, &e, nil
@@ -298,7 +326,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		ev(w.cfg.Name, e)
 	}
 	w.p.forget()
-	w.judge(a.base, h.rec.epoch, r.Ranges, true)
+	w.judge(since, h.rec.epoch, r.Ranges, true)
 	if job != nil {
 		if err := w.verifySlice(ctx, a.link, h, job); err != nil {
 			return nil, err
@@ -332,9 +360,10 @@ func (a *attempt) void(h *cutHandle, err error) {
 // giveUp drops the open epoch at the replica and says whether the session can
 // go on with a new plan.
 func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
-	if ctx.Err() != nil || a.link.Err() != nil {
+	if a.lost(ctx) {
 		return err
 	}
+	a.known = false
 	h.done()
 	a.void(h, err)
 	if a.begun {
@@ -348,7 +377,8 @@ func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
 	switch {
 	case errors.Is(err, ErrTrackingLost):
 		a.w.untracked = true
-		a.w.blind = a.w.blind || a.full
+		// One that was to be gone on with begins anew, and live.
+		a.w.blind = a.w.blind || a.full && a.begun
 		return again
 	case errors.As(err, &void), errors.As(err, &flush):
 		return again

@@ -48,6 +48,10 @@ type replicaWorker struct {
 	blind           bool // the tracker failed a comparison, too: it is done in one frozen view
 	liveFirst       bool // the last frozen view did not last: shrink the work first
 
+	kept     *keptAttempt // of a session that was lost; nil: none
+	resuming bool         // the last attempt went on with one
+	afresh   bool         // until the next commit none is kept: the journal had no room for it
+
 	// Of a replica that went its own way; for the present session.
 	strayed     string
 	mineChanged ChangedBytes // since the common position
@@ -185,7 +189,7 @@ func (w *replicaWorker) afterConnect() string {
 }
 
 // session runs from the handshake to the end of the stream. progressed says
-// whether an epoch was committed.
+// whether an epoch was committed, or one of a session before went on.
 func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -233,6 +237,9 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
 			Strayed: w.strayed, Discard: link.GivenUp(), SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
 		})
+		if plan.Action != Refuse && w.goOn(link, plan) {
+			plan.Rule += fmt.Sprintf("; it goes on with epoch %d, of which the replica kept what it had", w.kept.epoch.start.Epoch)
+		}
 		w.update(func() {
 			w.plan = &plan
 			if plan.Action == Incremental || plan.Action == CompareAll && !plan.Overwrite && len(lineage) > 0 {
@@ -275,6 +282,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			}
 			voids++
 		default:
+			progressed = progressed || w.resuming && w.kept != nil && link.anyStored()
 			return progressed, w.learn(err)
 		}
 	}
@@ -302,6 +310,12 @@ func (w *replicaWorker) learn(err error) error {
 	case proto.Reason_REASON_NEEDS_FULL:
 		w.needsFull = true
 	case proto.Reason_REASON_JOURNAL_FULL:
+		if w.resuming {
+			// Some of what is kept there has changed again, and takes room all the same.
+			w.afresh = true
+			w.update(func() { w.retryNow = true })
+			return fmt.Errorf("what is missing does not fit into the replica's journal beside what it kept, and is sent anew: %w", err)
+		}
 		w.journalTooSmall = true
 		if w.cfg.CatchUpInPlace {
 			w.update(func() { w.retryNow = true })

@@ -55,6 +55,32 @@ type node struct {
 	mu    sync.Mutex
 	conns []net.Conn
 	down  bool
+	limit func() int64 // a connection breaks once so many bytes came by it; nil: never
+	cuts  int          // how often that was
+	bytes int64        // that came by all
+}
+
+// meteredConn is the primary's end of a connection to a node.
+type meteredConn struct {
+	net.Conn
+	n     *node
+	sent  int64
+	limit int64
+}
+
+func (c *meteredConn) Write(b []byte) (int, error) {
+	c.n.mu.Lock()
+	c.sent += int64(len(b))
+	c.n.bytes += int64(len(b))
+	cut := c.limit > 0 && c.sent > c.limit
+	if cut {
+		c.n.cuts++
+	}
+	c.n.mu.Unlock()
+	if cut {
+		_ = c.Conn.Close()
+	}
+	return c.Conn.Write(b)
 }
 
 func newNode(t *testing.T, name string, size, journal int64) *node {
@@ -101,6 +127,11 @@ func openNode(t *testing.T, name string, store *blocktest.Memory, cfg ReceiverCo
 			c, err := lis.DialContext(ctx)
 			if err == nil {
 				n.conns = append(n.conns, c)
+				m := &meteredConn{Conn: c, n: n}
+				if n.limit != nil {
+					m.limit = n.limit()
+				}
+				c = m
 			}
 			return c, err
 		}))...)

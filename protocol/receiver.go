@@ -348,7 +348,7 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 	st := rep.Status()
 	rs.session = NewSession(SessionConfig{
 		Replica: rs.asked, VolumeUUID: st.VolumeUUID, SizeBytes: st.SizeBytes, State: st.State, NeedsFull: st.NeedsFull, Strayed: st.Strayed, GivenUp: st.GivenUp,
-		Lineage: st.Lineage, WindowBytes: rs.r.cfg.WindowBytes, JournalFreeBytes: uint64(max(0, st.JournalFreeBytes)),
+		Lineage: st.Lineage, WindowBytes: rs.r.cfg.WindowBytes, JournalFreeBytes: uint64(max(0, st.JournalFreeBytes)), Kept: rep.Kept(),
 	})
 	rs.compareSem = make(chan struct{}, rs.r.cfg.CompareWorkers)
 	rs.compareErr = make(chan error, 1)
@@ -361,8 +361,12 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 		rs.compares.Wait()
 		background.Wait()
 		if rs.session.Open() {
-			// Nobody will commit it; what came in place stays labelled.
-			if e := rep.Abort(); e != nil && err == nil {
+			// What came in place stays labelled.
+			end := rep.Abort
+			if rs.lost(err) {
+				end = rep.Interrupt
+			}
+			if e := end(); e != nil && err == nil {
 				err = rs.storage(e)
 			}
 		}
@@ -394,6 +398,12 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 			return ctx.Err()
 		}
 	}
+}
+
+// lost says that a session ended because its stream did, not for what was said in it.
+func (rs *receiverSession) lost(err error) bool {
+	var refused *RefusedError
+	return !errors.As(err, &refused) && rs.served.ctx.Err() == nil
 }
 
 // storage turns a replica's error into a refusal.
@@ -435,7 +445,11 @@ func (rs *receiverSession) perform(ctx context.Context, a SessionAction) error {
 		}
 		return rs.send(&proto.FromReplica{Message: &proto.FromReplica_Welcome{Welcome: a.Welcome}})
 	case ActBegin:
-		if err := rep.Begin(ctx, a.Start); err != nil {
+		begin := rep.Begin
+		if a.Resume {
+			begin = func(_ context.Context, s EpochStart) error { return rep.Resume(s) }
+		}
+		if err := begin(ctx, a.Start); err != nil {
 			return rs.storage(err)
 		}
 		return rs.send(&proto.FromReplica{Message: &proto.FromReplica_Begun{

@@ -85,6 +85,8 @@ type EpochStart struct {
 	// It is for ModeJournal. The frames describe all that differs from the replica's data,
 	// or changed at either side since the two were the same. Zero: nothing is given up.
 	Discard Position
+	// Token names the epoch, should its session be lost: Interrupt then keeps it. Zero: it does not.
+	Token token
 	// CutUnixNanos is the wall clock of the cut, for people only.
 	CutUnixNanos int64
 }

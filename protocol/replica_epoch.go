@@ -29,7 +29,7 @@ type openEpoch struct {
 }
 
 // Begin starts an epoch or a new attempt at one; what was appended for an
-// epoch that was not committed is dropped. ErrNeedsFull and ErrNotForward say
+// epoch that was not committed, or kept, is dropped. ErrNeedsFull and ErrNotForward say
 // that it can't follow what the replica holds; nothing was written then. An in-place
 // epoch waits until everything is applied and no image is held, and makes it
 // durable that the replica is inconsistent; Abort doesn't change that any more.
@@ -222,6 +222,12 @@ func (r *Replica) appendBundle(ctx context.Context, stream int, b *bundle, err e
 	if o.broken != nil {
 		return o.broken
 	}
+	if err == nil && o.writer != nil && !o.spilled {
+		// Waited for before anything of it is taken: the sender may vanish meanwhile.
+		if e := r.makeRoom(ctx, o.writer.endAfter(b.bytes)+r.roomBehind()); e != nil && !errors.Is(e, ErrJournalFull) {
+			return e
+		}
+	}
 	if err == nil {
 		err = r.append(ctx, o, stream, b)
 	}
@@ -303,11 +309,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 func (r *Replica) roomFor(ctx context.Context, o *openEpoch, f Frame) error {
 	n := FrameHeaderBytes + len(f.Payload)
 	if !o.spilled {
-		behind := uint64(commitMaxBytes)
-		if r.mayDivert() {
-			behind += segHeaderBytes + BlockSize // the marker
-		}
-		err := r.makeRoom(ctx, o.writer.endAfter(n)+behind)
+		err := r.makeRoom(ctx, o.writer.endAfter(n)+r.roomBehind())
 		if !errors.Is(err, ErrJournalFull) || !r.mayDivert() {
 			return err
 		}
@@ -320,6 +322,15 @@ func (r *Replica) roomFor(ctx context.Context, o *openEpoch, f Frame) error {
 			ErrJournalFull, r.lay.journal.length, r.spillLimit)
 	}
 	return nil
+}
+
+// roomBehind is what must follow an epoch's frames in the journal.
+func (r *Replica) roomBehind() uint64 {
+	n := uint64(commitMaxBytes)
+	if r.mayDivert() {
+		n += segHeaderBytes + BlockSize // the marker
+	}
+	return n
 }
 
 // makeRoom waits until the journal may be written up to a logical offset.

@@ -62,6 +62,7 @@ type epochPlan struct {
 	blocks int
 	codec  Codec
 	abort  bool
+	cut    bool // its session is lost again and again
 	gen    byte // a new generation begins
 }
 
@@ -120,7 +121,12 @@ func (m *model) send(r *Replica, p epochPlan) error {
 	if p.mode == ModeInPlace {
 		m.inPlace = true
 	}
-	err := r.Begin(ctx, EpochStart{Epoch: meta.Epoch, Attempt: meta.Attempt, Mode: p.mode, Full: p.full, Lineage: lineage, CutUnixNanos: 5})
+	start := EpochStart{Epoch: meta.Epoch, Attempt: meta.Attempt, Mode: p.mode, Full: p.full, Lineage: lineage, CutUnixNanos: 5}
+	if p.cut {
+		start.Token = token{byte(meta.Attempt), 1}
+		rounds = [][]byte{bytes.Join(rounds, nil)}
+	}
+	err := r.Begin(ctx, start)
 	if err != nil {
 		return err
 	}
@@ -141,10 +147,21 @@ func (m *model) send(r *Replica, p epochPlan) error {
 			if err := r.Append(ctx, i, piece); err != nil {
 				return err
 			}
+			if p.cut {
+				if err := r.Interrupt(); err != nil {
+					return err
+				}
+				if err := r.Resume(start); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	if p.abort {
 		m.image = before
+		if p.cut {
+			return r.Interrupt() // nobody comes back to it
+		}
 		return r.Abort()
 	}
 	m.asked[final] = true
@@ -278,16 +295,17 @@ func uncovered(ranges []Range, a, b []byte) int {
 
 // scenario is the life of a replica: a first sync in place, journaled epochs
 // until the ring has come round, an aborted one, a catch-up in place, a full
-// epoch by the journal, a new generation, and openings in between.
+// epoch by the journal, a new generation, lost sessions, and openings in between.
 var scenario = []epochPlan{
 	{mode: ModeInPlace, full: true, gap: 2, blocks: 3, codec: CodecS2},
 	{mode: ModeJournal, blocks: 5},
-	{mode: ModeJournal, blocks: 8, codec: CodecZstd},
+	{mode: ModeJournal, blocks: 8, codec: CodecZstd, cut: true},
 	{mode: ModeJournal, blocks: 4, abort: true},
 	{mode: ModeJournal, blocks: 6},
 	{}, // closed and opened again
+	{mode: ModeJournal, blocks: 3, abort: true, cut: true},
 	{mode: ModeJournal, blocks: 10},
-	{mode: ModeInPlace, blocks: 4, gap: 1},
+	{mode: ModeInPlace, blocks: 4, gap: 1, cut: true},
 	{mode: ModeJournal, blocks: 7, codec: CodecS2, gen: 2},
 	{mode: ModeJournal, full: true, blocks: 2},
 	{},

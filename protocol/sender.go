@@ -122,12 +122,17 @@ type Link struct {
 	freeRoom uint64
 	advisor  compareAdvisor
 	sent     blockSet // blocks that frames of this attempt describe
+	log      sentLog  // of the open epoch, if it may be resumed
+	left     uint64   // frame bytes that left
+	granted  uint64   // of these are stored
 
 	sendMu  sync.Mutex
 	digest  *StreamDigest
 	start   EpochStart
 	attempt uint32
 	open    bool
+	// overwrite: Begin allowed unrelated history to be overwritten
+	overwrite bool
 
 	count linkCounters
 }
@@ -260,8 +265,15 @@ func (l *Link) Err() error {
 	}
 }
 
+// anyStored says whether anything that was sent is stored at the replica.
+func (l *Link) anyStored() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.granted > 0
+}
+
 // Close ends the session and waits for its goroutine. An epoch that is open
-// did not happen.
+// did not happen, but another session may go on with it.
 func (l *Link) Close() {
 	l.fail(errors.New("closed by this node"))
 	l.cancel()
@@ -304,6 +316,8 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.credit += m.GetWindow().Bytes
+		l.granted += m.GetWindow().Bytes
+		l.log.granted(l.granted)
 		if l.credit > l.welcome.WindowBytes {
 			return fmt.Errorf("it granted more than its window of %d bytes", l.welcome.WindowBytes)
 		}
@@ -435,18 +449,31 @@ func (l *Link) Begin(ctx context.Context, s EpochStart, overwriteUnrelated bool)
 		return fmt.Errorf("replica %q: epoch %d is open", l.cfg.Replica, l.start.Epoch)
 	}
 	l.attempt++
-	s.Attempt = l.attempt
+	s.Attempt, s.Token = l.attempt, l.newToken(s)
+	log := sentLog{}
+	if s.Token != (token{}) {
+		log.stored = NewStreamDigest()
+	}
+	l.mu.Lock()
+	l.sent, l.log = blockSet{}, log
+	l.mu.Unlock()
+	l.start, l.overwrite, l.digest = s, overwriteUnrelated, NewStreamDigest()
+	return l.begin(ctx, false)
+}
+
+// begin announces l.start.
+func (l *Link) begin(ctx context.Context, resume bool) error {
+	s := l.start
 	mode := proto.Mode_MODE_JOURNAL
 	if s.Mode == ModeInPlace {
 		mode = proto.Mode_MODE_IN_PLACE
 	}
-	l.mu.Lock()
-	l.sent = blockSet{}
-	l.mu.Unlock()
-	l.start, l.digest = s, NewStreamDigest()
 	begin := &proto.Begin{
 		Epoch: s.Epoch, Attempt: s.Attempt, Mode: mode, Lineage: s.Lineage.Proto(), CutUnixNanos: s.CutUnixNanos,
-		Full: s.Full, OverwriteUnrelated: overwriteUnrelated,
+		Full: s.Full, OverwriteUnrelated: l.overwrite, Resume: resume,
+	}
+	if s.Token != (token{}) {
+		begin.Token = s.Token[:]
 	}
 	if !s.Discard.IsZero() {
 		begin.Discard = s.Discard.proto()

@@ -30,14 +30,15 @@ type Round struct {
 	Progress func(bytes int64)
 }
 
-// SendRound reads, narrows, packs and sends. When it returns nil everything but
-// rest is on its way to the replica; after an error it is unknown what is.
+// SendRound reads, narrows, packs and sends. Everything but rest is then on its way
+// to the replica, or equal there; also after an error, but for one of ReadsDone:
+// then what was sent may be wrong.
 func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error) {
 	if !l.open {
-		return nil, fmt.Errorf("replica %q: no epoch is open", l.cfg.Replica)
+		return r.Ranges, fmt.Errorf("replica %q: no epoch is open", l.cfg.Replica)
 	}
 	if r.Number >= MaxRounds {
-		return nil, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
+		return r.Ranges, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
 	}
 	meta := FrameMeta{Epoch: l.start.Epoch, Attempt: l.start.Attempt, Round: r.Number}
 	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, p *packer) error {
@@ -49,7 +50,7 @@ func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error)
 // one and reports, in any order, what differs. Nothing is sent.
 func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range)) (rest []Range, err error) {
 	if !l.narrow {
-		return nil, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
+		return r.Ranges, fmt.Errorf("replica %q can't compare: upgrade it", l.cfg.Replica)
 	}
 	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, _ *packer) error {
 		d, err := l.compareBatch(ctx, batch, data.b[:totalBytes(batch)])
@@ -64,6 +65,7 @@ func (l *Link) CompareRound(ctx context.Context, r Round, differs func([]Range))
 type packer struct {
 	codec *Compressor
 	out   *bundle // the next message; nil: nothing is packed
+	todo  []Range // of the batch: neither sent nor known to be equal
 }
 
 // drop forgets what is packed and not sent.
@@ -83,8 +85,9 @@ type pass struct {
 	r       Round
 	mu      sync.Mutex
 	batches *batcher
-	reading int  // batches being read
-	last    bool // no further batch will be taken
+	left    []Range // of batches that failed
+	reading int     // batches being read
+	last    bool    // no further batch will be taken
 	allRead chan struct{}
 	closed  bool
 }
@@ -125,6 +128,15 @@ func (p *pass) end() {
 	p.mu.Unlock()
 }
 
+// leave notes what a batch that failed left undone.
+func (p *pass) leave(pk *packer) {
+	pk.drop()
+	p.mu.Lock()
+	p.left = append(p.left, pk.todo...)
+	p.mu.Unlock()
+	pk.todo = nil
+}
+
 func (p *pass) check() {
 	if p.last && p.reading == 0 && !p.closed {
 		p.closed = true
@@ -156,6 +168,7 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 					data.release()
 					return
 				}
+				pk.todo = batch
 				err = l.read(ctx, r.Source, batch, data.b[:totalBytes(batch)])
 				p.readDone()
 				if err == nil {
@@ -163,7 +176,7 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 				}
 				data.release()
 				if err != nil {
-					pk.drop()
+					p.leave(pk)
 					cancel(err)
 					return
 				}
@@ -190,10 +203,11 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 	if doneErr != nil {
 		return nil, doneErr
 	}
-	if err := context.Cause(ctx); err != nil {
-		return nil, err
+	rest = uniteRanges(p.left, p.batches.ranges)
+	if err = context.Cause(ctx); err != nil {
+		l.count.marked.Add(-uint64(totalBytes(rest))) // named again when it is gone on with
 	}
-	return p.batches.ranges, nil
+	return rest, err
 }
 
 // buffer is one to read into, once there is one.
@@ -319,6 +333,7 @@ func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []R
 		l.mu.Unlock()
 		send = uniteRanges(differ, again)
 	}
+	p.todo = send
 	if totalBytes(send) < int64(len(data)/2) {
 		in = nil // copied: a little must not keep a whole buffer busy
 	}
@@ -377,9 +392,18 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 	l.sendMu.Lock()
 	defer l.sendMu.Unlock()
 	// The digest is over the frames in the order in which they leave.
+	var ranges []Range
 	for _, f := range p.out.frames {
 		l.digest.Add(f.Header)
+		ranges = appendRange(ranges, f.Range())
 	}
+	p.todo = subtractRanges(p.todo, ranges)
+	l.mu.Lock()
+	l.left += uint64(p.out.bytes)
+	if l.log.stored != nil {
+		l.log.add(sentMessage{l.digest.Clone(), l.left, ranges})
+	}
+	l.mu.Unlock()
 	l.count.frames.Add(uint64(len(p.out.frames)))
 	l.count.wire.Add(uint64(p.out.bytes))
 	b := p.out

@@ -18,6 +18,8 @@ const (
 	FeatureZstd    = "zstd"
 	// FeatureStrayed: knows of copies that hold blocks of no committed position.
 	FeatureStrayed = "strayed"
+	// FeatureResume: an epoch may go on in the session after the one that began it.
+	FeatureResume = "resume"
 )
 
 // Limits of a session. MaxMessageBytes is what both ends must allow gRPC to
@@ -28,7 +30,9 @@ const (
 )
 
 // Features lists what this program knows, in order of preference.
-func Features() []string { return []string{FeatureCompare, FeatureS2, FeatureZstd, FeatureStrayed} }
+func Features() []string {
+	return []string{FeatureCompare, FeatureS2, FeatureZstd, FeatureStrayed, FeatureResume}
+}
 
 // RefusedError is a refusal: what the replica said, or will say before it
 // ends the stream.
@@ -60,7 +64,8 @@ type SessionConfig struct {
 	GivenUp          Position // ReplicaStatus.GivenUp
 	WindowBytes      uint64
 	JournalFreeBytes uint64
-	Features         []string // nil: Features()
+	Kept             *KeptEpoch // what the session before left; nil: nothing
+	Features         []string   // nil: Features()
 }
 
 // ActionKind is what the caller of Session.Step must do.
@@ -69,7 +74,7 @@ type ActionKind int
 // What Step asks for. Each names the fields of SessionAction that are set.
 const (
 	ActWelcome ActionKind = iota + 1 // send Welcome; HashKey is the session's
-	ActBegin                         // Replica.Begin(Start), then send Begun
+	ActBegin                         // Replica.Begin(Start), or with Resume Replica.Resume(Start), then send Begun
 	ActAppend                        // append Frames and free them, then Granted and send Window
 	ActCompare                       // answer from the committed image: Compare, Ranges
 	ActCommit                        // Replica.Commit(Commit), then Committed and send Committed, later Applied
@@ -84,6 +89,7 @@ type SessionAction struct {
 	HashKey []byte
 	Peer    Lineage // ActWelcome: the primary's
 	Start   EpochStart
+	Resume  bool // ActBegin
 	Frames  *bundle
 	Compare *proto.Compare
 	Ranges  []Range
@@ -111,6 +117,7 @@ const (
 type Session struct {
 	cfg    SessionConfig
 	state  sessionState
+	cutOff bool   // a refusal came while an epoch was open
 	window uint64 // bytes the primary may still send
 
 	told    Position   // the primary knows what changed here since; zero: it does not
@@ -128,13 +135,15 @@ func NewSession(cfg SessionConfig) *Session {
 	return &Session{cfg: cfg, window: cfg.WindowBytes}
 }
 
-// Open reports whether an epoch was begun and neither committed nor aborted.
-func (s *Session) Open() bool { return s.state == sessionOpen }
+// Open reports whether an epoch was begun and neither committed nor aborted, also
+// after a refusal.
+func (s *Session) Open() bool { return s.state == sessionOpen || s.cutOff }
 
 // Step takes the next message. An error is always a *RefusedError.
 func (s *Session) Step(m *proto.FromPrimary) (SessionAction, error) {
 	a, err := s.step(m)
 	if err != nil {
+		s.cutOff = s.Open()
 		s.state = sessionDead
 	}
 	return a, err
@@ -210,6 +219,9 @@ func (s *Session) hello(h *proto.Hello) (SessionAction, error) {
 	if !s.cfg.GivenUp.IsZero() {
 		w.GivenUp = s.cfg.GivenUp.proto()
 	}
+	if s.cfg.Kept != nil && slices.Contains(h.Features, FeatureResume) {
+		w.Kept = s.cfg.Kept.proto()
+	}
 	for _, mine := range s.cfg.Features {
 		for _, theirs := range h.Features {
 			if mine == theirs {
@@ -268,10 +280,18 @@ func (s *Session) begin(b *proto.Begin) (SessionAction, error) {
 			return SessionAction{}, outOfOrder("replica %q is %s and needs a full epoch; epoch %d brings only changes", s.cfg.Replica, diskWord(s.cfg.State), b.Epoch)
 		}
 	}
-	s.state, s.attempt, s.round, s.digest = sessionOpen, b.Attempt, 0, NewStreamDigest()
-	s.start = EpochStart{Epoch: b.Epoch, Attempt: b.Attempt, Mode: ModeJournal, Full: b.Full, Lineage: l, Discard: discard, CutUnixNanos: b.CutUnixNanos}
+	start := EpochStart{Epoch: b.Epoch, Attempt: b.Attempt, Mode: ModeJournal, Full: b.Full, Lineage: l, Discard: discard, CutUnixNanos: b.CutUnixNanos}
+	if n := copy(start.Token[:], b.Token); n != len(b.Token) || n > 0 && n < len(start.Token) {
+		return SessionAction{}, outOfOrder("epoch %d has a token of %d bytes, want none or %d", b.Epoch, len(b.Token), len(start.Token))
+	}
 	if inPlace {
-		s.start.Mode = ModeInPlace
+		start.Mode = ModeInPlace
+	}
+	if b.Resume {
+		return s.resume(start)
+	}
+	s.state, s.attempt, s.start, s.round, s.digest, s.cfg.Kept = sessionOpen, b.Attempt, start, 0, NewStreamDigest(), nil
+	if inPlace {
 		// From here on the image is torn, and only what this epoch was to
 		// bring makes it whole.
 		s.cfg.NeedsFull = s.cfg.NeedsFull || b.Full || len(s.cfg.Lineage) == 0

@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"fmt"
@@ -76,6 +77,7 @@ type sessionScript struct {
 	t      *testing.T
 	s      *Session
 	digest *StreamDigest
+	kept   *StreamDigest
 	commit EpochCommit
 }
 
@@ -119,7 +121,15 @@ func (r *sessionScript) do(line string) string {
 	switch fields[0] {
 	case "replica":
 		state := map[string]DiskState{"blank": DiskBlank, "inconsistent": DiskInconsistent, "consistent": DiskConsistent}[text("state", "consistent")]
-		r.s = NewSession(SessionConfig{Replica: "ebs", VolumeUUID: scriptUUID, SizeBytes: int64(num("size", 1<<20)), State: state,
+		var kept *KeptEpoch
+		if args["kept"] != "" {
+			l := lineage("kept")
+			kept = &KeptEpoch{Start: EpochStart{Token: token{'t'}, Epoch: l.Tip().Epoch, Attempt: 3, Mode: ModeJournal, Full: args["kept-full"] != "", Lineage: l},
+				Round: 2, Digest: NewStreamDigest()}
+			must(r.t, kept.Digest.AddFrames(AppendFrames(nil, FrameMeta{Epoch: l.Tip().Epoch, Attempt: 3, Round: 2}, 0, bytes.Repeat([]byte{5}, BlockSize), nil)))
+			r.kept = kept.Digest.Clone()
+		}
+		r.s = NewSession(SessionConfig{Replica: "ebs", Kept: kept, VolumeUUID: scriptUUID, SizeBytes: int64(num("size", 1<<20)), State: state,
 			NeedsFull: args["needs-full"] != "", Strayed: args["strayed"], Lineage: lineage("lineage"), WindowBytes: num("window", 1<<20), JournalFreeBytes: num("journal", 1<<30)})
 		return "ok"
 	case "granted":
@@ -149,8 +159,14 @@ func (r *sessionScript) do(line string) string {
 		if args["discard"] != "" {
 			begin.Discard = lineage("discard").Tip().proto()
 		}
+		if args["token"] != "" {
+			begin.Token = append([]byte(args["token"]), make([]byte, num("token-bytes", 16)-1)...)
+		}
 		m.Message = &proto.FromPrimary_Begin{Begin: begin}
 		r.digest = NewStreamDigest()
+		if begin.Resume = args["resume"] != ""; begin.Resume {
+			r.digest = r.kept.Clone()
+		}
 	case "frames":
 		data := make([]byte, num("len", BlockSize))
 		for i := range data {
@@ -202,10 +218,18 @@ func (r *sessionScript) do(line string) string {
 	r.commit = a.Commit
 	switch a.Kind {
 	case ActWelcome:
-		return fmt.Sprintf("welcome version=%d features=%s state=%d window=%d primary=%v", a.Welcome.Version, strings.Join(a.Welcome.Features, ","),
-			a.Welcome.DiskState, a.Welcome.WindowBytes, a.Peer.Tip())
+		kept := ""
+		if k := a.Welcome.Kept; k != nil {
+			kept = fmt.Sprintf(" kept epoch=%d attempt=%d frames=%d", k.Epoch, k.Attempt, k.Streams[0].Frames)
+		}
+		return fmt.Sprintf("welcome version=%d features=%s state=%d window=%d primary=%v%s", a.Welcome.Version, strings.Join(a.Welcome.Features, ","),
+			a.Welcome.DiskState, a.Welcome.WindowBytes, a.Peer.Tip(), kept)
 	case ActBegin:
-		return fmt.Sprintf("begin epoch=%d attempt=%d mode=%d full=%v lineage=%v", a.Start.Epoch, a.Start.Attempt, a.Start.Mode, a.Start.Full, a.Start.Lineage)
+		what := "begin"
+		if a.Resume {
+			what = "resume"
+		}
+		return fmt.Sprintf("%s epoch=%d attempt=%d mode=%d full=%v lineage=%v", what, a.Start.Epoch, a.Start.Attempt, a.Start.Mode, a.Start.Full, a.Start.Lineage)
 	case ActAppend:
 		return fmt.Sprintf("append %d bytes", a.Frames.bytes)
 	case ActCompare:

@@ -61,6 +61,7 @@ type simNode struct {
 	tracked uint64            // the tracker can tell since this cut
 	// unflushed: the device was not flushed since its last cut, which no replica has then.
 	unflushed bool
+	kept      map[*simNode]*keptAttempt // what links that were cut left; lost in a crash
 }
 
 // TestSimulate walks at random over what can happen to copies of a volume and checks
@@ -107,7 +108,7 @@ func TestSimulate(t *testing.T) {
 	if *simulateSeeds < 25 || t.Failed() {
 		return
 	}
-	for _, what := range []string{"incremental", "compare", "full", "refuse", "gave up", "rescued", "took over", "stood down", "strayed", "crash", "fault", "disk lost", "two primaries"} {
+	for _, what := range []string{"incremental", "compare", "full", "refuse", "gave up", "rescued", "took over", "stood down", "strayed", "crash", "fault", "disk lost", "two primaries", "link cut", "resumed", "not resumed"} {
 		if all[what] == 0 {
 			t.Errorf("it never came to: %s", what)
 		}
@@ -165,7 +166,13 @@ func (w *simWorld) move() error {
 		if err := n.write(); err != nil || n == other || other.primary {
 			return err
 		}
-		return n.feed(other)
+		err := n.feed(other)
+		for err == nil && n.kept[other] != nil && w.rng.IntN(4) > 0 {
+			if err = n.write(); err == nil {
+				err = n.feed(other)
+			}
+		}
+		return err
 	case k == 14 || k < 2:
 		return n.crash()
 	case k > 14 && k < 17 && n.primary:
@@ -192,7 +199,7 @@ func (n *simNode) close() {
 	if n.rep != nil {
 		_ = n.rep.Close() // after a fault it has nothing to add
 	}
-	n.rep, n.recv, n.primary = nil, nil, false
+	n.rep, n.recv, n.primary, n.kept = nil, nil, false, map[*simNode]*keptAttempt{}
 }
 
 func (n *simNode) blank() error {
@@ -269,11 +276,14 @@ func (n *simNode) changed(since uint64) ([]Range, error) {
 }
 
 func (n *simNode) write() error {
-	for range n.w.rng.IntN(12) {
+	for range n.w.rng.IntN([]int{12, 12, 120}[n.w.rng.IntN(3)]) {
 		b := n.w.rng.IntN(simBlocks)
 		n.w.writes++
 		page := make([]byte, BlockSize)
 		binary.LittleEndian.PutUint64(page, n.w.writes)
+		if n.w.rng.IntN(2) == 0 { // what was there before, perhaps
+			binary.LittleEndian.PutUint64(page, uint64(n.w.rng.IntN(2)))
+		}
 		n.marks[b] = n.state.Lineage.Tip().Epoch + 1
 		if _, err := n.dev.WriteAt(page, int64(b)*BlockSize); err != nil {
 			return err
@@ -314,6 +324,20 @@ type simView []byte
 
 func (v simView) ReadAt(p []byte, off int64) (int, error) { return copy(p, v[off:]), nil }
 
+// simLink is a view whose link breaks before a read of it.
+type simLink struct {
+	simView
+	link *Link
+	left atomic.Int64 // reads
+}
+
+func (v *simLink) ReadAt(p []byte, off int64) (int, error) {
+	if v.left.Add(-1) == -1 {
+		v.link.Close()
+	}
+	return v.simView.ReadAt(p, off)
+}
+
 var _ io.ReaderAt = simView(nil)
 
 // feed brings a replica up to date, or is refused; the replica's disk may fail meanwhile.
@@ -324,7 +348,7 @@ func (n *simNode) feed(to *simNode) error {
 	var refused *RefusedError
 	for { // the session before ends in its own time
 		var err error
-		link, err = Connect(ctx, LocalClient(to.recv), LinkConfig{VolumeUUID: testUUID, SizeBytes: simSize, Replica: "r", BatchBytes: 256 << 10, Batches: 2}, primary)
+		link, err = Connect(ctx, LocalClient(to.recv), LinkConfig{VolumeUUID: testUUID, SizeBytes: simSize, Replica: "r", BatchBytes: UnitSize, Batches: 2}, primary)
 		if errors.As(err, &refused) && refused.Reason == proto.Reason_REASON_BUSY {
 			time.Sleep(100 * time.Microsecond)
 			continue
@@ -384,11 +408,46 @@ func (n *simNode) feed(to *simNode) error {
 		to.acks = []Lineage{nil} // it may as well stay blank
 	}
 	to.acks = append(to.acks, n.state.Lineage) // from here on it may
-	if err = link.Begin(ctx, start, plan.Overwrite); err == nil {
-		_, err = link.SendRound(ctx, Round{Source: simView(image), Ranges: ranges, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy})
+	source := &simLink{simView: image, link: link}
+	source.left.Store(1 << 62)
+	cut := w.rng.IntN(3) == 0
+	if cut {
+		source.left.Store(w.rng.Int64N(20))
 	}
-	if err == nil {
-		err = n.flush()
+	r := Round{Source: source, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy}
+	begin := func() error { return link.Begin(ctx, start, plan.Overwrite) }
+	if k := n.kept[to]; k != nil {
+		since, err := n.changed(k.base)
+		if err == nil && k.fits(link, plan) {
+			w.did["resumed"]++
+			w.say("it goes on with epoch %d after cut %d: %d bytes are left, %d changed", k.epoch.start.Epoch, k.base, totalBytes(k.rest), totalBytes(since))
+			ranges, r.Number, plan = uniteRanges(k.rest, since), k.round, k.plan
+			begin = func() error { return link.resume(ctx, k.epoch) }
+		} else {
+			w.did["not resumed"]++
+		}
+	}
+	r.Ranges = ranges
+	delete(n.kept, to)
+	var rest []Range
+	if err = begin(); err == nil {
+		rest, err = link.SendRound(ctx, r)
+	}
+	if cut && w.rng.IntN(2) == 0 {
+		link.Close() // if it was not yet; the commit does not come
+		if err == nil {
+			err = link.Err()
+		}
+	}
+	if e := link.interrupted(); e != nil && cut && link.Err() != nil {
+		w.did["link cut"]++
+		w.say("the link is cut: %v", err)
+		n.kept[to] = &keptAttempt{epoch: e, plan: plan, base: n.state.Lineage.Tip().Epoch, rest: rest, round: min(r.Number+1, MaxRounds-1)}
+	}
+	if err == nil || cut { // a view that was read to its end is flushed, whatever became of the link
+		if e := n.flush(); err == nil {
+			err = e
+		}
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)
@@ -401,7 +460,8 @@ func (n *simNode) feed(to *simNode) error {
 				return err
 			}
 		}
-	} else if !fault {
+		delete(n.kept, to)
+	} else if !fault && !cut {
 		return err
 	}
 	if fault || w.rng.IntN(6) == 0 {
@@ -413,6 +473,9 @@ func (n *simNode) feed(to *simNode) error {
 		to.recv.Close()
 		_ = to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
 		return to.crash()
+	}
+	if err != nil {
+		return nil
 	}
 	return to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
 }
@@ -554,7 +617,7 @@ func (n *simNode) tookOver() error {
 	}
 	n.close()
 	tip := state.Lineage.Tip()
-	n.state, n.primary, n.tracked, n.marks = state, true, tip.Epoch, [simBlocks]uint64{}
+	n.state, n.primary, n.tracked, n.marks, n.unflushed = state, true, tip.Epoch, [simBlocks]uint64{}, false
 	image, err := n.data()
 	if n.w.images[tip] == nil { // of a copy that had strayed
 		n.w.images[tip] = image

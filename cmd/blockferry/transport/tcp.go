@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -41,6 +42,9 @@ func dial(ctx context.Context, address string) (net.Conn, error) {
 	return d.DialContext(ctx, kind, where)
 }
 
+// umask is held while the process's is another.
+var umask sync.Mutex
+
 // Listen opens where others connect to. A Unix socket is its owner's alone, and
 // one that a killed program left behind is replaced.
 func Listen(ctx context.Context, address string) (net.Listener, error) {
@@ -50,6 +54,8 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 		if err := removeStale(where); err != nil {
 			return nil, err
 		}
+		umask.Lock() // it is the process's: two at once would restore each other's
+		defer umask.Unlock()
 		old := unix.Umask(0o177)
 		defer unix.Umask(old)
 	}
