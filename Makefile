@@ -41,11 +41,11 @@ rules: # who may import whom, unsafe, file sizes
 	go test -count=1 ./integration/rules
 
 unit: # without guests
-	go test $(PACKAGES)
+	go test -timeout 20m $(PACKAGES)
 
 race:
 	@integration/deps $(RACE_DEPS)
-	CGO_ENABLED=1 go test -race -skip '$(RACE_SKIP)' $(PACKAGES)
+	CGO_ENABLED=1 go test -race -timeout 30m -skip '$(RACE_SKIP)' $(PACKAGES)
 
 integration: # RUN=REGEXP chooses tests, LIMIT=TIME is for all of them
 	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout $(or $(LIMIT),60m) $(if $(RUN),-run '$(RUN)') ./integration/...
