@@ -206,6 +206,9 @@ func (m *managed) bringUp(after *restored) error {
 	if adopt {
 		// Whatever refuses below, applications do not wait for it behind a
 		// device that a dead agent left suspended.
+		if err := deadman.FailEnded(m.agent.options.DeadMan, v.Name); err != nil {
+			return m.refuse(err)
+		}
 		if err := volume.Rescue(m.agent.dm, v.Name); err != nil {
 			return m.refuse(err)
 		}
