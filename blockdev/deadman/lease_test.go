@@ -190,8 +190,14 @@ func TestLeaseCountsPauses(t *testing.T) {
 func TestLeaseOutlivesTheService(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	s := startService(t, socket)
-	held, released, until := s.hold("held", BootTime()+far), s.hold("released", BootTime()+far), BootTime()+300*time.Millisecond
-	s.hold("passed", until)
+	held, released := s.hold("held", BootTime()+far), s.hold("released", BootTime()+far)
+	extended, first := inTime(t, func(device string, first time.Duration) error {
+		l, err := HoldLease(GuardOptions{Socket: s.socket}, device, "uuid-"+device, first)
+		if err == nil {
+			err = l.Extend(BootTime() + far)
+		}
+		return err
+	})
 	if err := released.Release(); err != nil {
 		t.Fatal(err)
 	}
@@ -199,23 +205,17 @@ func TestLeaseOutlivesTheService(t *testing.T) {
 	if !s.hasStopped(30 * time.Second) {
 		t.Fatal("it does not end while it holds a lease")
 	}
-	if s.devices.fails("passed") { // on a slow machine; it is as if it had been killed before
-		s.devices.set(func() { s.devices.failing["passed"] = false })
-		n := leaseNote{device: "passed", identity: identity{uuid: "uuid-passed", number: "253:0"}, until: until}
-		if err := n.write(filepath.Dir(socket)); err != nil {
-			t.Fatal(err)
-		}
+	passed := leaseNote{device: "passed", identity: identity{uuid: "uuid-passed", number: "253:0"}, holder: "h", until: BootTime()}
+	if err := passed.write(filepath.Dir(socket)); err != nil { // while nobody was there
+		t.Fatal(err)
 	}
-	time.Sleep(until - BootTime())
-	if s.devices.fails("passed") {
-		t.Fatal("this test checks nothing")
-	}
+	time.Sleep(first - BootTime())
 	if err := os.WriteFile(leasePath(filepath.Dir(socket), "torn"), []byte("blockferry lease 1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	next := startServiceOf(t, socket, s.devices)
-	next.awaitStrike("passed")
-	if next.devices.fails("held") || next.devices.fails("released") {
+	await(t, "a deadline that passed is forgotten", func() bool { return next.devices.fails("passed") })
+	if next.devices.fails("held") || next.devices.fails("released") || next.devices.fails(extended) {
 		t.Error("one fails whose deadline has not passed")
 	}
 	if err := held.Extend(BootTime() + 2*far); err != nil {
@@ -243,8 +243,18 @@ func TestLeaseWaitsForTheService(t *testing.T) {
 	if _, err := HoldLease(GuardOptions{}, "vol", "uuid-vol", BootTime()+far); !errors.Is(err, ErrNoService) {
 		t.Errorf("without a socket: %v", err)
 	}
+	// One that ends before it answers, and the one after it.
+	dying, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
 	extended := make(chan error, 1)
 	go func() { extended <- l.Extend(BootTime() + 2*far) }()
+	conn, err := dying.Accept()
+	if err = errors.Join(err, dying.Close()); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
 	startServiceOf(t, socket, s.devices)
 	if err := <-extended; err != nil {
 		t.Errorf("extended while the service starts: %v", err)
@@ -360,8 +370,8 @@ func TestLeaseEndsWithoutADeadMan(t *testing.T) {
 
 	a.devices.set(func() { a.devices.failing["vol"] = false })
 	write(BootTime() + far)
-	if rescued, err := stop(); !rescued || !errors.Is(err, ErrLate) || errors.Is(err, ErrStopped) {
-		t.Errorf("before its deadline: rescued %v, %v", rescued, err)
+	if rescued, err := stop(); !rescued || !errors.Is(err, ErrLate) || errors.Is(err, ErrStopped) || a.devices.fails("vol") {
+		t.Errorf("before its deadline: rescued %v, fails %v, %v", rescued, a.devices.fails("vol"), err)
 	}
 }
 
