@@ -203,6 +203,7 @@ func (l *leaseTest) volume() {
 		}
 	}
 	l.mustFail("vol")
+	t.Logf("a flush after it: %v", f.Sync())
 	if !bytes.Equal(first, read()) {
 		t.Error("the disk beneath changes after the deadline")
 	}
@@ -250,6 +251,13 @@ func (l *leaseTest) volume() {
 	if why := v.TrackingLost(); why != "" {
 		t.Errorf("tracking is lost: %s", why)
 	}
+	// A new agent comes when the dead-man has loaded its table and no more.
+	err = errors.Join(l.ctl.Load("vol", []dm.Target{{Length: uint64(v.Size() / 512), Type: "error"}}),
+		l.ctl.Suspend("vol", dm.SuspendOptions{}), volume.Rescue(l.ctl, "vol"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.mustFail("vol")
 	if err := v.Down(); err != nil {
 		t.Error(err)
 	}

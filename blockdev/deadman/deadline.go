@@ -64,9 +64,19 @@ func (s *striker) overdue(device string) (struck bool, err error) {
 	return struck, err
 }
 
-// tooNear refuses a stop that the deadline may fall into: a suspend that the agent
+// errNear says that writers may not be stopped for so long.
+var errNear = errors.New("the lease")
+
+// mayStop refuses a stop that the deadline may fall into: a suspend that the agent
 // breaks off after it would let through what it held back.
-func (s *striker) tooNear(device string, limit time.Duration) error {
+func (s *striker) mayStop(device string, limit time.Duration) error {
+	struck, err := s.overdue(device)
+	if struck {
+		err = errors.Join(fmt.Errorf("%w of %s has ended: everything on it fails", errNear, device), err)
+	}
+	if err != nil {
+		return err
+	}
 	n, err := leaseOf(s.folder, device)
 	if err != nil || n == nil || s.now()+limit < n.until {
 		return err
@@ -74,7 +84,7 @@ func (s *striker) tooNear(device string, limit time.Duration) error {
 	if is, _, err := s.devices.identify(device); err != nil || is != n.identity {
 		return err
 	}
-	return fmt.Errorf("the lease of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", device, (n.until - s.now()).Round(time.Millisecond), limit)
+	return fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
 }
 
 // deadlines are those that a dead-man's service holds.

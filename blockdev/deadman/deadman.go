@@ -24,7 +24,7 @@ import (
 // come back. One line each way, over a Unix socket:
 //
 //	ARM <limit in ms> <device> <device> ...   inner to outer; the agent suspends them
-//	    -> ARMED, or ERROR <why>
+//	    -> ARMED, REFUSED <why> for the sake of a lease, or ERROR <why>
 //	ARM-MOUNTS <limit in ms> <count>          so many descriptors come along, one of each file system
 //	    -> ARMED, or ERROR <why>
 //	FREEZE                                    after ARM-MOUNTS: the dead-man freezes them
@@ -271,7 +271,11 @@ func (d *deadman) answer(line string) error {
 		if command == "ARM-MOUNTS" {
 			arm = d.armMounts
 		}
-		if err := arm(strings.Fields(rest)); err != nil {
+		err := arm(strings.Fields(rest))
+		if errors.Is(err, errNear) {
+			return d.say("REFUSED " + err.Error())
+		}
+		if err != nil {
 			return d.say("ERROR " + err.Error())
 		}
 		return d.say("ARMED")
@@ -314,7 +318,7 @@ func (d *deadman) arm(fields []string) error {
 	if err := d.resumer.ready(); err != nil {
 		return err
 	}
-	if err := d.fence.tooNear(fields[len(fields)-1], limit); err != nil {
+	if err := d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
 		return err
 	}
 	if d.holds.file == nil {

@@ -63,6 +63,13 @@ type GuardOptions struct {
 	Log *slog.Logger
 }
 
+func (o *GuardOptions) notes() string {
+	if o.Notes == "" && o.Socket != "" {
+		return filepath.Dir(o.Socket)
+	}
+	return o.Notes
+}
+
 // Guard is the agent's side of the dead-man: a connection to its service or to
 // a process of its own, made again when it ended. It serves one stop of writers
 // at a time: a suspend of devices, or a freeze of file systems.
@@ -94,9 +101,7 @@ func NewGuard(o GuardOptions) (*Guard, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if o.Notes == "" && o.Socket != "" {
-		o.Notes = filepath.Dir(o.Socket)
-	}
+	o.Notes = o.notes()
 	g := &Guard{options: o, fence: &striker{o.Notes, &dmResumer{}, bootTime}}
 	return g, g.ensure()
 }
@@ -244,6 +249,10 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte, top string)
 			copy(g.resume[:], "RESUME\n")
 			copy(g.freeze[:], "FREEZE\n")
 			return nil
+		}
+		if why, refused := bytes.CutPrefix(answer, []byte("REFUSED ")); err == nil && refused {
+			err = errors.New(string(why))
+			break // no other dead-man would do it
 		}
 		if err == nil {
 			err = fmt.Errorf("the dead-man answers '%s'", answer)

@@ -127,7 +127,7 @@ func askOnce(socket, line string, end time.Time) (string, error) {
 func FailEnded(o GuardOptions, device string) error {
 	var mapper dmResumer
 	defer mapper.close()
-	_, err := (&striker{o.Notes, &mapper, bootTime}).overdue(device)
+	_, err := (&striker{o.notes(), &mapper, bootTime}).overdue(device)
 	return err
 }
 

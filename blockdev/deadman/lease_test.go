@@ -326,13 +326,39 @@ func TestArmRefusesNearADeadline(t *testing.T) {
 	if err := n.write(a.notes); err != nil {
 		t.Fatal(err)
 	}
-	a.say("ARM 40000 vol-base vol", "ERROR the lease of vol ends in")
+	a.say("ARM 40000 vol-base vol", "REFUSED the lease of vol ends in")
 	a.say("ARM 100 vol-base vol", "ARMED")
 	a.say("RESUME", "LATE") // nobody had suspended
-	a.devices.set(func() { a.devices.sequence["vol"]++ })
+	a.slept.Store(int64(time.Minute))
+	a.say("ARM 100 vol", "REFUSED the lease of vol has ended")
+	if !a.devices.fails("vol") {
+		t.Error("its lease has ended, and nobody acts")
+	}
+	a.devices.set(func() { a.devices.sequence["vol"]++; a.devices.failing["vol"] = false })
 	a.say("ARM 40000 vol", "ARMED") // it is of another device
 	a.say("RESUME", "LATE")
+	if a.devices.fails("vol") {
+		t.Error("another device fails")
+	}
 	a.say("LEASE vol h 1 uuid-vol", "ERROR a lease is held by the dead-man's service alone")
+}
+
+// A guard that was refused keeps its dead-man.
+func TestGuardIsRefusedNearADeadline(t *testing.T) {
+	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	g := s.guard(GuardOptions{})
+	l := s.hold("vol", BootTime()+30*time.Second)
+	for range 5 {
+		if err := g.Arm(40*time.Second, "vol"); err == nil || !strings.Contains(err.Error(), "sooner than the stall limit") {
+			t.Fatalf("armed near the deadline: %v", err)
+		}
+	}
+	if err := l.Extend(BootTime() + far); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.devices.cut(t, g); err != nil {
+		t.Error(err)
+	}
 }
 
 // Nor does the agent resume in a dead dead-man's place, nor the next service.
