@@ -242,7 +242,10 @@ func (d *deadlines) watch(l *deadline) {
 	told := time.Duration(0)
 	for l.alarm.wait() {
 		d.mu.Lock()
-		n, due := l.leaseNote, d.now() >= l.until && d.held[l.device] == l
+		n, due := l.leaseNote, d.now() >= l.until
+		if !due && !d.closed && d.held[l.device] == l {
+			_ = l.alarm.set(l.until) // it rang for a deadline that was moved since
+		}
 		d.mu.Unlock()
 		if !due {
 			continue

@@ -161,6 +161,22 @@ func TestLeaseIsOfOneDevice(t *testing.T) {
 	}
 }
 
+// What is struck in vain is gone meanwhile, and the next device has a lease, too.
+func TestLeaseOfTheNextDevice(t *testing.T) {
+	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	s.devices.set(func() { s.devices.notNow = 1 << 30 })
+	s.hold("vol", BootTime()+50*time.Millisecond)
+	await(t, "it fails all the same", func() bool { return strings.Contains(s.log.text(), "can't be made to fail") })
+	s.devices.set(func() { s.devices.sequence["vol"]++; s.devices.notNow = 0 })
+	until := BootTime() + 500*time.Millisecond
+	s.hold("vol", until)
+	s.awaitStrike("vol")
+	if now := BootTime(); now < until {
+		t.Errorf("%s too early", until-now)
+	}
+	await(t, "its note stays", func() bool { return !s.note("vol") })
+}
+
 // A new agent takes a lease over; the one before has it no more.
 func TestLeaseIsTakenOver(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
