@@ -142,6 +142,7 @@ func TestLeaseDeadline(t *testing.T) {
 		l.volume()
 		l.stopped()
 		l.inFlight()
+		t.Logf("the dead-man's log:\n%s", l.log)
 		l.killed()
 	})
 }
