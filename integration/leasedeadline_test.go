@@ -302,6 +302,7 @@ func (l *leaseTest) mustHold(device string, offset int64, want byte) {
 // waits, whatever signals the dead-man gets, and fails.
 func (l *leaseTest) inFlight() {
 	t := l.t
+	const interrupt = unix.Signal(50) // ends a suspend in package dm
 	const at, delay = 8 << 20, leaseTTL + 2*time.Second
 	l.mapped("slow", dm.Target{Length: 4 << 11, Type: "delay", Params: fmt.Sprintf("%s %d 0 %s %d %d", ubd(1), at/512, ubd(1), at/512, delay.Milliseconds())})
 	l.mapped("hangs", dm.Target{Length: 4 << 11, Type: "linear", Params: dm.NodePath("slow") + " 0"})
@@ -324,6 +325,7 @@ func (l *leaseTest) inFlight() {
 		for _, thread := range threads {
 			if tid, err := strconv.Atoi(thread.Name()); err == nil {
 				_ = unix.Tgkill(pid, tid, unix.SIGURG) // as its own runtime does
+				_ = unix.Tgkill(pid, tid, interrupt)
 			}
 		}
 	}
