@@ -178,6 +178,8 @@ func (d *deadlines) hold(n leaseNote) error {
 	switch {
 	case err != nil:
 		return err
+	case is == (identity{}):
+		return fmt.Errorf("there is no device-mapper device '%s' whose lease could be held", n.device)
 	case is.uuid != n.uuid:
 		return fmt.Errorf("the device of that name has the uuid '%s', want '%s'", is.uuid, n.uuid)
 	case fails:
