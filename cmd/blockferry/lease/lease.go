@@ -192,10 +192,12 @@ type Lease struct {
 	client *Client
 	volume string
 	id     clientv3.LeaseID
-	// Sent is when the last request that etcd took as a sign of life was begun: the
-	// lease lives at least TTL after that.
-	Sent time.Duration
+	sent   time.Duration
 }
+
+// Sent is when the last request that etcd took as a sign of life was begun, by
+// Options.Now: the lease lives at least TTL after that.
+func (l *Lease) Sent() time.Duration { return l.sent }
 
 // Take takes a volume's lease that nobody has. The error is ErrHeld when somebody
 // does. After any other error it is not known whether it was taken; if it was it ends by itself,
@@ -269,7 +271,7 @@ func (l *Lease) Renew(ctx context.Context, record *Record) error {
 	case time.Duration(alive.TTL)*time.Second < l.client.options.TTL:
 		return fmt.Errorf("%w: it was granted for %d s, 'ttl' is %v now", ErrLost, alive.TTL, l.client.options.TTL)
 	}
-	l.Sent = sent
+	l.sent = sent
 	return nil
 }
 

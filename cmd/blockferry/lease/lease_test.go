@@ -57,8 +57,8 @@ func TestLease(t *testing.T) {
 	}
 	before := sinceBegan()
 	l := a.mustTake(t, "node-a")
-	if l.Sent < before || l.Sent > sinceBegan() {
-		t.Errorf("taken by a request of %v, not %v", l.Sent, before)
+	if l.Sent() < before || l.Sent() > sinceBegan() {
+		t.Errorf("taken by a request of %v, not %v", l.Sent(), before)
 	}
 	if _, err := b.Take(ctx, data, Claim{Node: "node-b"}); !errors.Is(err, ErrHeld) || !strings.Contains(err.Error(), "node-a") {
 		t.Errorf("taken twice: %v", err)
@@ -69,8 +69,8 @@ func TestLease(t *testing.T) {
 	}
 	record := Record{Node: "node-a", Copies: map[string]Copy{"node-b": {"01", 7}}}
 	before = sinceBegan()
-	if err := l.Renew(ctx, &record); err != nil || l.Sent < before {
-		t.Fatalf("renewed: %v, at %v", err, l.Sent)
+	if err := l.Renew(ctx, &record); err != nil || l.Sent() < before {
+		t.Fatalf("renewed: %v, at %v", err, l.Sent())
 	}
 	s, err := b.Look(ctx, data)
 	if err != nil || s.Holder == nil || s.Record == nil || s.Holder.Node != "node-a" || s.Holder.Epoch != 7 || s.Record.Copies["node-b"] != (Copy{"01", 7}) {
@@ -111,7 +111,7 @@ func TestLease(t *testing.T) {
 	for {
 		next, err := a.Take(ctx, data, Claim{Node: "node-a"})
 		if err == nil {
-			if lived := next.Sent - l.Sent; sinceBegan()-l.Sent < testTTL {
+			if lived := next.Sent() - l.Sent(); sinceBegan()-l.Sent() < testTTL {
 				t.Errorf("another has it %v after it was renewed", lived)
 			}
 			break
@@ -136,12 +136,12 @@ func TestLeaseEtcdAway(t *testing.T) {
 	e := etcdtest.Start(t)
 	c := open(t, e)
 	l := c.mustTake(t, "node-a")
-	sent := l.Sent
+	sent := l.Sent()
 	resume := e.Pause(t)
 	err := l.Renew(within(t, 500*time.Millisecond), &Record{Node: "node-a"})
 	resume()
-	if err == nil || errors.Is(err, ErrLost) || !strings.Contains(err.Error(), e.Endpoint) || l.Sent != sent {
-		t.Fatalf("etcd is stopped: %v, sent %v", err, l.Sent)
+	if err == nil || errors.Is(err, ErrLost) || !strings.Contains(err.Error(), e.Endpoint) || l.Sent() != sent {
+		t.Fatalf("etcd is stopped: %v, sent %v", err, l.Sent())
 	}
 	// The clock is read before the request leaves: an answer that comes late makes it live no longer.
 	stops := open(t, e)
@@ -149,10 +149,10 @@ func TestLeaseEtcdAway(t *testing.T) {
 		resume = e.Pause(t)
 		return sinceBegan()
 	}
-	late := Lease{client: stops, volume: data, id: l.id, Sent: sent}
+	late := Lease{client: stops, volume: data, id: l.id, sent: sent}
 	err = late.Renew(within(t, 500*time.Millisecond), nil)
 	resume()
-	if err == nil || late.Sent != sent {
+	if err == nil || late.Sent() != sent {
 		t.Errorf("the clock was read after the answer: %v", err)
 	}
 	e.Stop()
@@ -164,14 +164,14 @@ func TestLeaseEtcdAway(t *testing.T) {
 	}
 	e.Again(t)
 	// It counts anew for leases that it finds.
-	if err := l.Renew(within(t, time.Minute), &Record{Node: "node-a"}); err != nil || l.Sent <= sent {
+	if err := l.Renew(within(t, time.Minute), &Record{Node: "node-a"}); err != nil || l.Sent() <= sent {
 		t.Fatalf("etcd is back: %v", err)
 	}
 	if _, err := c.etcd.Delete(within(t, time.Minute), c.key(data, holderKey)); err != nil {
 		t.Fatal(err)
 	}
-	sent = l.Sent
-	if err := l.Renew(within(t, time.Minute), nil); !errors.Is(err, ErrLost) || l.Sent != sent {
+	sent = l.Sent()
+	if err := l.Renew(within(t, time.Minute), nil); !errors.Is(err, ErrLost) || l.Sent() != sent {
 		t.Errorf("its key was deleted: %v", err)
 	}
 }
