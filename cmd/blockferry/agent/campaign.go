@@ -155,6 +155,9 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 	if err != nil || h != nil {
 		k.vacant = time.Time{}
 	}
+	if h != nil && h.Node != k.node {
+		k.declined = false
+	}
 	switch {
 	case err != nil:
 		k.say("", "etcd does not say who has it: %v", err)
@@ -219,6 +222,10 @@ func (s *switching) campaign(ctx context.Context, r role, uuid volume.UUID, reco
 	k := s.lease
 	if k.vacant.IsZero() {
 		k.vacant = time.Now()
+	}
+	if k.declined {
+		k.say("", "nobody has it; the operator had this node stand down")
+		return
 	}
 	has, err := s.holds(r)
 	if err != nil {

@@ -65,6 +65,9 @@ type keeper struct {
 	// These belong to who holds the volume's op.
 	vacant time.Time // since when nobody has it; zero: somebody has
 	pause  time.Time // it is not taken by itself before
+	// declined: the operator had the volume stand down here; it is left to others until
+	// one has had it.
+	declined bool
 }
 
 func newKeeper(a *Agent, s *switching) *keeper {
@@ -144,8 +147,17 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 		return exit.Errorf(exit.Refused, "volume '%s': its lease can't be had: %w; without etcd no node becomes primary. Only if no other node writes it, and none will: "+
 			"take 'promote: auto' out of the configuration, restart the agent and repeat this", k.config.Name, err)
 	}
+	k.declined = false
 	k.have(l)
 	return nil
+}
+
+// decline gives the lease up, which is left to others.
+func (k *keeper) decline() {
+	if k != nil {
+		k.declined = true
+		k.release()
+	}
 }
 
 // release gives the lease up. The volume is down.

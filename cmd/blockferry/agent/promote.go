@@ -265,7 +265,7 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
 		s.decide(false)
 		s.set(roleSecondary, volume.UUID{})
-		s.lease.release()
+		s.lease.decline()
 		return "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
 	}
 	if err != nil {
@@ -280,7 +280,7 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	s.mu.Unlock()
 	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
-	s.lease.release()
+	s.lease.decline()
 	message := fmt.Sprintf("secondary at %v", h.Lineage.Tip())
 	switch {
 	case h.Strayed != "":
