@@ -133,14 +133,15 @@ func TestLeaseFailover(t *testing.T) {
 		if v.Lease == nil || v.Lease.Holder != "node-a" || v.Lease.SecondsLeft == nil {
 			t.Errorf("its lease: %+v", v.Lease)
 		}
-		b.refused(t, 3, []string{"lease is held by node 'node-a'", "--force does not change that", "blockferry secondary"}, "primary", "--force")
+		b.refused(t, 3, []string{"lease is held by node 'node-a'", "--force does not change that", "blockferry secondary", "within 8s"}, "primary", "--force")
 		time.Sleep(failoverTTL / 2) // longer than a renewal: who may follow is on record
 
 		// The agent is stopped, with all its threads.
 		w, claimed := l.lostWriter(a, v.Path, 0, func() { _ = a.agent.Process.Signal(syscall.SIGSTOP) })
-		removeStack(t, "data") // what a kernel of its own would keep
+		a.kill(t) // it holds what a kernel of its own would keep
+		removeStack(t, "data")
 		v, at := l.takenOver(b, w, claimed)
-		_ = a.agent.Process.Signal(syscall.SIGCONT)
+		a.start(t)
 		l.follows(b, a)
 		time.Sleep(failoverTTL / 2)
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -249,7 +250,11 @@ func (s *switching) campaign(ctx context.Context, r role, uuid volume.UUID, reco
 		return
 	}
 	// The one that has more comes first, for a while.
-	if ahead := s.ahead(ctx, uuid, has); ahead != "" && time.Since(k.vacant) < k.ttl/2 {
+	switch ahead := s.ahead(ctx, uuid, has); {
+	case ahead != "" && record.Node == k.node:
+		k.say("", "nobody has it; this node wrote the volume last, but %s has more: the copy here went back. After a look: blockferry primary --force %s", ahead, s.config.Name)
+		return
+	case ahead != "" && time.Since(k.vacant) < k.ttl/2:
 		k.say("", "nobody has it; %s has more, and is waited for", ahead)
 		return
 	}
@@ -278,6 +283,8 @@ func (s *switching) holds(r role) (protocol.Lineage, error) {
 
 // ahead names a node that says that it has more, or other, than a copy here; "": none does.
 func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Lineage) string {
+	ctx, cancel := context.WithTimeout(ctx, askNode/3)
+	defer cancel()
 	said, _ := s.ask(ctx, uuid)
 	for node, h := range said {
 		if kind := protocol.Compare(has, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
@@ -333,6 +340,11 @@ func (s *switching) giveUp(n *tenure, why string) {
 		}
 	}
 	if left > 0 {
+		return
+	}
+	// The dead-man has done so, unless it was killed.
+	if err := deadman.FailEnded(m.agent.options.DeadMan, m.config.Name); err != nil {
+		s.log.Error("a volume whose lease has ended may still be written", "error", err)
 		return
 	}
 	if err := m.letGo(); err != nil {

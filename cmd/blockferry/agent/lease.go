@@ -142,7 +142,7 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 	switch {
 	case errors.Is(err, lease.ErrHeld):
 		return exit.Errorf(exit.Refused, "volume '%s': %w, which writes the volume; --force does not change that. If that node can be reached, there: blockferry secondary %[1]s; "+
-			"if it is lost, repeat this when its lease has ended, within %v", k.config.Name, err, k.ttl)
+			"if it is lost, repeat this when its lease has ended, within %[3]v", k.config.Name, err, k.ttl)
 	case err != nil:
 		return exit.Errorf(exit.Refused, "volume '%s': its lease can't be had: %w; without etcd no node becomes primary. Only if no other node writes it, and none will: "+
 			"take 'promote: auto' out of the configuration, restart the agent and repeat this", k.config.Name, err)
@@ -264,7 +264,7 @@ func (k *keeper) status() *status.Lease {
 	if n != nil {
 		left, ended, why := n.state()
 		seconds := max(0, left.Seconds())
-		s.SecondsLeft, s.Reason, s.Ending = &seconds, why, ended
+		s.Holder, s.SecondsLeft, s.Reason, s.Ending = k.node, &seconds, why, ended
 	}
 	return s
 }

@@ -110,10 +110,11 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 			s.lease.release()
 		}
 	}()
-	_, plan, words, silent, err := s.planTakeOver(ctx, st, force)
+	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
 		return "", err
 	}
+	planned := time.Now()
 	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
 	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
@@ -125,9 +126,10 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if st, err = s.promotable(); err != nil {
 		return "", err
 	}
-	heard, _, _, _, err := s.planTakeOver(ctx, st, force)
-	if err != nil {
-		return "", err
+	if s.lease == nil || time.Since(planned) > askNode { // under a lease nobody takes over meanwhile
+		if heard, _, _, _, err = s.planTakeOver(ctx, st, force); err != nil {
+			return "", err
+		}
 	}
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
