@@ -162,8 +162,10 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 	switch {
 	case err != nil:
 		k.say("", "etcd does not say who has it: %v", err)
-	case h != nil && h.Node == k.node:
+	case k.ours(h):
 		s.resumeLease(asking, r, uuid, *h)
+	case h != nil && h.Node == k.node:
+		k.say(h.Node, "this node had it before the machine was started anew, or another machine of its name has it; it is taken when it has ended")
 	case h != nil && r == rolePrimary:
 		k.say(h.Node, "node '%s' has it", h.Node)
 		s.follow(ctx, h.Node)

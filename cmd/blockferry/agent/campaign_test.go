@@ -135,7 +135,12 @@ func TestLeaseIsNeeded(t *testing.T) {
 		}
 	}
 	s, f := withLease(t, nil)
-	f.standing.Holder = &lease.Claim{Node: "node-a", Lease: 5}
+	s.lease.boot = "this"
+	f.standing.Holder = &lease.Claim{Node: "node-a", Boot: "another", Lease: 5}
+	if err := s.lease.need(ctx, volume.UUID{7}, true, has, true); err == nil || f.resumed != 0 {
+		t.Errorf("of a clone of this machine: %v, resumed %d times", err, f.resumed)
+	}
+	f.standing.Holder = &lease.Claim{Node: "node-a", Boot: "this", Lease: 5}
 	if err := s.lease.need(ctx, volume.UUID{7}, true, has, false); err != nil || f.resumed != 1 || s.lease.held() == nil {
 		t.Errorf("of an earlier process: %v", err)
 	}

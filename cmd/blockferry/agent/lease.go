@@ -2,12 +2,15 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -53,6 +56,7 @@ type keeper struct {
 	terms
 	store  leaseStore
 	node   string
+	boot   string // the kernel's id of this start of the machine
 	config *config.Volume
 	log    *slog.Logger
 	record func() *lease.Record
@@ -72,9 +76,18 @@ type keeper struct {
 
 func newKeeper(a *Agent, s *switching) *keeper {
 	c := a.options.Config.Lease
-	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, node: a.options.Config.Node.Name, config: s.config, log: s.log,
-		record: s.copies, words: "the agent is starting"}
+	boot, err := blockdev.BootID()
+	if err != nil {
+		s.log.Warn("a lease of an earlier agent is not taken over", "error", err)
+		rand.Read(boot[:]) // never fails
+	}
+	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
+		config: s.config, log: s.log, record: s.copies, words: "the agent is starting"}
 }
+
+// ours says whether a lease is an earlier process's of this start of this node: not a
+// machine's that was cloned from it, nor one of before, which is waited for.
+func (k *keeper) ours(c *lease.Claim) bool { return c != nil && c.Node == k.node && c.Boot == k.boot }
 
 // keeps is the keeper of a volume's lease; nil: it has none.
 func (s *switching) keeps() *keeper {
@@ -129,7 +142,7 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 	var l heldLease
 	switch h := standing.Holder; {
 	case err != nil:
-	case h != nil && h.Node == k.node:
+	case k.ours(h):
 		l, err = k.store.Resume(ctx, uuid.String(), *h)
 	case h != nil:
 		err = fmt.Errorf("%w by node '%s'", lease.ErrHeld, h.Node)
@@ -137,7 +150,7 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 		if why := mayFollow(standing.Record, k.node, primary, has); why != "" && primary && !force {
 			return exit.Errorf(exit.Refused, "volume '%s': writes may be lost: %sblockferry primary --force %[1]s", k.config.Name, why)
 		}
-		l, err = k.store.Take(ctx, uuid.String(), lease.Claim{Node: k.node, Generation: fmt.Sprintf("%x", has.Tip().Generation), Epoch: has.Tip().Epoch})
+		l, err = k.store.Take(ctx, uuid.String(), lease.Claim{Node: k.node, Boot: k.boot, Generation: fmt.Sprintf("%x", has.Tip().Generation), Epoch: has.Tip().Epoch})
 	}
 	switch {
 	case errors.Is(err, lease.ErrHeld):

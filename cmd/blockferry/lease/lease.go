@@ -55,6 +55,9 @@ var ErrLost = errors.New("the lease is lost")
 type Claim struct {
 	Version int    `json:"v"`
 	Node    string `json:"node"`
+	// Boot is the kernel's id of that node's start: another process of the same start may take
+	// the lease over.
+	Boot string `json:"boot"`
 	// Generation and Epoch are the position at which the node took it, in hex and
 	// counted; for people.
 	Generation string `json:"generation,omitempty"`
@@ -231,8 +234,8 @@ func (c *Client) Take(ctx context.Context, volume string, claim Claim) (*Lease, 
 	return nil, fmt.Errorf("%w by node '%s'", ErrHeld, holder.Node)
 }
 
-// Resume takes over the lease of an earlier process of this node, which its claim
-// names, and renews it. The error is ErrLost when it has ended.
+// Resume takes over the lease of an earlier process of this start of this node, which
+// its claim names, and renews it. The error is ErrLost when it has ended.
 func (c *Client) Resume(ctx context.Context, volume string, claim Claim) (*Lease, error) {
 	l := &Lease{client: c, volume: volume, id: clientv3.LeaseID(claim.Lease)}
 	return l, l.Renew(ctx, nil)
