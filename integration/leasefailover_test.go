@@ -17,7 +17,7 @@ import (
 )
 
 // failoverTTL is that of the leases here: a busy guest has to renew them in time.
-const failoverTTL = 8 * time.Second
+const failoverTTL = 10 * time.Second
 
 // leaseTwins are two nodes, and an etcd at node-a.
 type leaseTwins struct {
@@ -134,7 +134,7 @@ func TestLeaseFailover(t *testing.T) {
 		if v.Lease == nil || v.Lease.Holder != "node-a" || v.Lease.SecondsLeft == nil {
 			t.Errorf("its lease: %+v", v.Lease)
 		}
-		b.refused(t, 3, []string{"lease is held by node 'node-a'", "--force does not change that", "blockferry secondary", "within 8s"}, "primary", "--force")
+		b.refused(t, 3, []string{"lease is held by node 'node-a'", "--force does not change that", "blockferry secondary", "within 10s"}, "primary", "--force")
 
 		// The agent is stopped, with all its threads.
 		w, claimed := l.lostWriter(a, v.Path, 0, func() { _ = a.agent.Process.Signal(syscall.SIGSTOP) })
