@@ -299,6 +299,7 @@ func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Li
 // follow has a disk that was primary follow the node that has the lease.
 func (s *switching) follow(ctx context.Context, node string) {
 	message, err := s.secondary(ctx, true)
+	s.lease.declined = false // it is not the operator's word
 	if err != nil {
 		s.lease.say(node, "node '%s' has it, and this one does not follow it yet: %v", node, err)
 		return
