@@ -3,6 +3,7 @@ package etcdtest
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -137,10 +140,22 @@ func (e *Etcd) Again(t testing.TB) {
 // Pause has it answer nobody until resume is called.
 func (e *Etcd) Pause(t testing.TB) (resume func()) {
 	t.Helper()
-	if err := e.process.Signal(syscall.SIGSTOP); err != nil {
+	err := e.process.Signal(syscall.SIGSTOP)
+	if err == nil { // a thread that was busy may answer a while still
+		err = ignoringEINTR(func() error { return unix.Waitid(unix.P_PID, e.process.Pid, nil, unix.WSTOPPED, nil) })
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return func() { _ = e.process.Signal(syscall.SIGCONT) }
+}
+
+func ignoringEINTR(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 func (e *Etcd) kill() {
