@@ -333,6 +333,13 @@ func (v *Volume) ensure(role string) error {
 		if err := v.ctl.Load(name, []dm.Target{table}); err != nil {
 			return err
 		}
+	}
+	if role == roleTop && v.options.Hold != nil {
+		if err := v.options.Hold(); err != nil {
+			return err
+		}
+	}
+	if !info.HasActive {
 		if err := v.ctl.Resume(name); err != nil {
 			return err
 		}

@@ -244,7 +244,7 @@ func (k *keeper) ready(ctx context.Context) error {
 	return nil
 }
 
-// guard has the dead-man hold the deadline of the volume that has just come up.
+// guard has the dead-man hold the deadline of a volume that comes up.
 func (k *keeper) guard(hold func(until time.Duration) (deadline, error)) error {
 	if k == nil {
 		return nil

@@ -251,7 +251,7 @@ func (m *managed) bringUp(after *restored) error {
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
 		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), FineOwner: m.agent.owner(), PreCopy: v.PreCopy, StallBudget: v.StallBudget, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
-		Guard: guard, Log: m.agent.log,
+		Guard: guard, Hold: func() error { return m.roles.keeps().guard(m.holdDeadline) }, Log: m.agent.log,
 	})
 	if errors.Is(err, volume.ErrFenced) && adopt && volume.Down(m.agent.dm, v.Name) == nil {
 		// Its lease ended, and there is another one now.
@@ -259,13 +259,6 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	if err != nil {
 		return m.refuse(errors.Join(err, guard.Close()))
-	}
-	if err := m.roles.keeps().guard(m.holdDeadline); err != nil {
-		down := stack.Down()
-		if down != nil { // it is in use, by whom an earlier agent let write
-			down = errors.Join(down, stack.Close())
-		}
-		return m.refuse(errors.Join(err, down, guard.Close()))
 	}
 	if after != nil {
 		// What changes from here on is marked, so replication goes on from the
