@@ -240,11 +240,21 @@ func (l *leaseTest) volume() {
 	if err := errors.Join(f.Close(), volume.Down(l.ctl, "vol")); err != nil {
 		t.Fatal(err)
 	}
-	v = up(t, l.ctl, options)
-	lease, err := deadman.HoldLease(o, "vol", info.UUID, deadman.BootTime()+time.Hour)
-	if err != nil {
-		t.Fatal(err)
+	// Nothing can be written before the deadline is held.
+	var lease *deadman.Lease
+	refused := errors.New("refused on purpose")
+	options.Hold = func() error { return refused }
+	if _, err := tryUp(t, l.ctl, options); !errors.Is(err, refused) {
+		t.Errorf("up without its deadline: %v", err)
 	}
+	options.Hold = func() (err error) {
+		if now, err := l.ctl.Info("vol"); err != nil || !now.Exists || now.HasActive {
+			t.Errorf("it can be written before its deadline is held: %+v, %v", now, err)
+		}
+		lease, err = deadman.HoldLease(o, "vol", info.UUID, deadman.BootTime()+time.Hour)
+		return err
+	}
+	v = up(t, l.ctl, options)
 	mustWriteBlock(t, v.Path(), 0, 1)
 	if err := errors.Join(lease.Extend(deadman.BootTime()+2*time.Hour), lease.Release()); err != nil {
 		t.Error(err)
