@@ -29,7 +29,7 @@ type leaseTwins struct {
 
 func newLeaseTwins(t *testing.T) *leaseTwins {
 	t.Helper()
-	w := madeTwins(t, fmt.Sprintf("lease: {endpoints: [\"http://10.9.0.1:2379\"], insecure: plaintext, ttl: %v}\n", failoverTTL),
+	w := madeTwins(t, ubd(0), ubd(1), fmt.Sprintf("lease: {endpoints: [\"http://10.9.0.1:2379\"], insecure: plaintext, ttl: %v}\n", failoverTTL),
 		"stall-limit: 3s\n    promote: auto\n    max-loss: 5s")
 	l := &leaseTwins{twins: w, t: t, h: history{Seed: 53, Size: twinVolume, MaxBytes: 64 << 10, Span: 8 << 20, Pause: 10 * time.Millisecond}}
 	l.etcd = etcdtest.StartAt(t, w.a.inside, "10.9.0.1:2379")

@@ -32,7 +32,12 @@ func twinGuest(limit time.Duration) guest {
 
 func newTwins(t *testing.T) *twins {
 	t.Helper()
-	w := madeTwins(t, "", "stall-limit: 20s")
+	return newTwinsOn(t, ubd(0), ubd(1))
+}
+
+func newTwinsOn(t *testing.T, diskA, diskB string) *twins {
+	t.Helper()
+	w := madeTwins(t, diskA, diskB, "", "stall-limit: 20s")
 	w.b.start(t)
 	w.a.start(t)
 	w.a.await(t, "up to date", 2*time.Minute, upToDate)
@@ -41,7 +46,7 @@ func newTwins(t *testing.T) *twins {
 
 // madeTwins are those whose agents were not started. Their files have top at the top
 // level, and more for the volume.
-func madeTwins(t *testing.T, top, more string) *twins {
+func madeTwins(t *testing.T, diskA, diskB, top, more string) *twins {
 	t.Helper()
 	zoneA, zoneB := twoZones(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
@@ -60,8 +65,8 @@ volumes:
 `, me, folders[me], here, t.TempDir(), role, device, twinVolume, more, other, there))
 	}
 	w := &twins{wire: zoneB}
-	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", ubd(0))
-	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", ubd(1))
+	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", diskA)
+	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", diskB)
 	w.a.inside, w.b.inside = zoneA.inside(), zoneB.inside()
 	w.b.must(t, "create")
 	w.b.must(t, "check")
@@ -89,7 +94,8 @@ func isSecondary(v status.Volume) bool { return v.Stage == "secondary" }
 // A planned switchover, there and back under load: the new primary has all that
 // was acknowledged, and only what changed is sent, either way.
 func TestSwitchover(t *testing.T) {
-	inGuest(t, twinGuest(10*time.Minute), func(t *testing.T) { switchover(t, powerNumber(t, roundsVar, 2)) })
+	rounds := powerNumber(t, roundsVar, 2)
+	inGuest(t, twinGuest(8*time.Minute+time.Duration(rounds)*2*time.Minute), func(t *testing.T) { switchover(t, rounds) })
 }
 
 func switchover(t *testing.T, rounds int) {
