@@ -298,35 +298,80 @@ func TestTenureOneWriter(t *testing.T) {
 
 // scriptedLease answers as it is told.
 type scriptedLease struct {
+	now func() time.Duration
+
+	mu    sync.Mutex
 	sent  time.Duration
 	err   error
 	calls int
-	now   func() time.Duration
 }
 
 func (s *scriptedLease) Renew(context.Context, *lease.Record) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.calls++
 	if s.err == nil {
 		s.sent = s.now()
 	}
 	return s.err
 }
+
 func (s *scriptedLease) Release(context.Context) error { return nil }
-func (s *scriptedLease) Sent() time.Duration           { return s.sent }
+
+func (s *scriptedLease) Sent() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sent
+}
+
+func (s *scriptedLease) say(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+}
+
+func (s *scriptedLease) called() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.calls
+}
 
 // scriptedDeadMan is a dead-man that notes its deadline.
 type scriptedDeadMan struct {
+	mu    sync.Mutex
 	until time.Duration
 	err   error
 }
 
 func (s *scriptedDeadMan) Extend(until time.Duration) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.err == nil {
 		s.until = until
 	}
 	return s.err
 }
+
 func (s *scriptedDeadMan) Release() error { return nil }
+
+func (s *scriptedDeadMan) hold(until time.Duration) (deadline, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.until = until
+	return s, nil
+}
+
+func (s *scriptedDeadMan) say(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+}
+
+func (s *scriptedDeadMan) at() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.until
+}
 
 // The deadline is where the dead-man has it: an extension that it did not confirm does not
 // count, and the volume is given up a while before the end of the last one that it did. One that is
@@ -347,16 +392,17 @@ func TestTenureEnds(t *testing.T) {
 				now := func() time.Duration { return time.Since(begun) }
 				l, d := &scriptedLease{now: now}, &scriptedDeadMan{}
 				n := newTenure(walkTerms(now), quiet(), l, func() *lease.Record { return nil })
-				if err := n.guard(func(until time.Duration) (deadline, error) { d.until = until; return d, nil }); err != nil || d.until != 8*time.Second {
-					t.Fatalf("held until %v: %v", d.until, err)
+				if err := n.guard(d.hold); err != nil || d.at() != 8*time.Second {
+					t.Fatalf("held until %v: %v", d.at(), err)
 				}
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				if left, ended, why := n.state(); ended || why != "" || left <= 4*time.Second || d.until-now() != left {
-					t.Fatalf("after a minute: %v left, the dead-man's %v, ended %v, %s", left, d.until-now(), ended, why)
+				if left, ended, why := n.state(); ended || why != "" || left <= 4*time.Second || d.at()-now() != left {
+					t.Fatalf("after a minute: %v left, the dead-man's %v, ended %v, %s", left, d.at()-now(), ended, why)
 				}
-				good := l.sent
-				l.err, d.err = c.lease, c.deadMan
+				good := l.Sent()
+				l.say(c.lease)
+				d.say(c.deadMan)
 				select {
 				case <-n.ending:
 				case <-time.After(time.Minute):
@@ -366,18 +412,18 @@ func TestTenureEnds(t *testing.T) {
 					t.Errorf("given up %v after the last good renewal, not %v", got, c.after)
 				}
 				if errors.Is(c.lease, lease.ErrLost) {
-					if d.until-now() > strikeSoon {
-						t.Errorf("it fails in %v only", d.until-now())
+					if d.at()-now() > strikeSoon {
+						t.Errorf("it fails in %v only", d.at()-now())
 					}
-				} else if d.until != good+8*time.Second {
-					t.Errorf("the dead-man's deadline is %v after the last good renewal", d.until-good)
+				} else if d.at() != good+8*time.Second {
+					t.Errorf("the dead-man's deadline is %v after the last good renewal", d.at()-good)
 				}
-				if err := n.guard(func(time.Duration) (deadline, error) { return d, nil }); err == nil {
+				if err := n.guard(d.hold); err == nil {
 					t.Error("a volume comes up under a lease that ends")
 				}
-				calls := l.calls
+				calls := l.called()
 				time.Sleep(time.Minute)
-				if l.calls != calls {
+				if l.called() != calls {
 					t.Error("it is renewed after it was given up")
 				}
 				n.stop()
@@ -394,13 +440,13 @@ func TestTenureGoesOn(t *testing.T) {
 		l := &scriptedLease{now: now}
 		n := newTenure(walkTerms(now), quiet(), l, func() *lease.Record { return nil })
 		for range 5 {
-			l.err = errors.New("no route")
+			l.say(errors.New("no route"))
 			time.Sleep(5 * time.Second)
 			synctest.Wait()
 			if _, ended, why := n.state(); ended || why == "" {
 				t.Fatalf("ended %v, %s", ended, why)
 			}
-			l.err = nil
+			l.say(nil)
 			time.Sleep(5 * time.Second)
 			synctest.Wait()
 			if left, ended, why := n.state(); ended || why != "" || left < 4*time.Second {
