@@ -1,5 +1,5 @@
 # make demo   a disk is wiped under load and comes back        (3 minutes)
-# make test   lint, unit tests with -race, tests on real kernels (25 minutes)
+# make test   lint, unit tests with -race, 1,000 random walks, tests on real kernels (25 minutes)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,7 +22,7 @@ PROTO_DEPS := protoc=protobuf-compiler
 RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault)$$
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race simulate integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
+.PHONY: build demo test lint unit race simulate soak integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
@@ -30,7 +30,7 @@ build: # bin/blockferry
 demo: uml-deps # ends in one line; not 0 on any difference
 	go run ./integration/demo
 
-test: deps lint unit race integration
+test: deps lint unit race simulate integration
 
 lint: rules proto-check bpf-check $(TOOLS)/staticcheck
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
@@ -47,8 +47,8 @@ race:
 	@integration/deps $(RACE_DEPS)
 	CGO_ENABLED=1 go test -race -skip '$(RACE_SKIP)' $(PACKAGES)
 
-integration: # RUN=REGEXP chooses tests
-	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout 60m $(if $(RUN),-run '$(RUN)') ./integration/...
+integration: # RUN=REGEXP chooses tests, LIMIT=TIME is for all of them
+	BLOCKFERRY_REQUIRE_GUEST=1 go test -count=1 -timeout $(or $(LIMIT),60m) $(if $(RUN),-run '$(RUN)') ./integration/...
 
 bench: uml-deps # FIGURE=NAME or all, QUICK=1; without a name it lists them. RECORD=docs keeps the result there
 	@integration/deps $(BENCH_DEPS)
@@ -62,6 +62,11 @@ bench-report: # measures everything and writes docs/benchmarks.md: three hours o
 
 simulate: # random walks of copies through failovers, crashes and faults; SEEDS=N, SEED=the first
 	go test -count=1 -timeout 60m -v -run '^TestSimulate$$' ./protocol -simulate-seeds $(or $(SEEDS),1000) -simulate-seed $(or $(SEED),1)
+
+soak: # the long forms, for hours: SEEDS=10000 of simulate, SWITCHOVERS=20 there and back, FAILOVERS=100
+	$(MAKE) simulate SEEDS=$(or $(SEEDS),10000)
+	BLOCKFERRY_ROUNDS=$(or $(SWITCHOVERS),20) $(MAKE) integration LIMIT=3h RUN='^TestSwitchover$$'
+	BLOCKFERRY_ROUNDS=$(or $(FAILOVERS),100) $(MAKE) integration LIMIT=3h RUN='^TestFailover$$'
 
 fuzz: # each fuzz test for FUZZTIME
 	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r package dir; do \

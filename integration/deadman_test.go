@@ -19,8 +19,8 @@ import (
 )
 
 // The dead-man's tests with the built binary: agent and dead-man's service in
-// a control group each, as their units have them, and a volume whose era
-// metadata is slow to write, so that a cut's window lasts.
+// a control group each, as their units have them, and a volume whose base is read
+// from a slow disk, so that a cut's window lasts.
 
 const cgroupRoot = "/sys/fs/cgroup"
 
@@ -41,20 +41,21 @@ type deadManTest struct {
 	history history
 	writer  *writer
 	spans   *suspendWatch
+	reads   *lateReads
 }
 
 // deadManGuest runs fn on a volume that is up to date and written to; then it
 // checks that nothing was lost and nothing void was committed.
 func deadManGuest(t *testing.T, stallLimit, interval time.Duration, withService bool, fn func(d *deadManTest)) {
-	disks := []disk{{Size: 192 << 20}, {Size: 192 << 20}, {Size: 64 << 20}}
+	disks := []disk{{Size: 192 << 20}, {Size: 192 << 20}}
 	inGuest(t, guest{Disks: disks, Modules: []string{"dm-delay"}, Timeout: 4 * time.Minute}, func(t *testing.T) {
 		if err := unix.Mount("cgroup2", cgroupRoot, "cgroup2", 0, ""); err != nil {
 			t.Fatal(err)
 		}
-		dmCreate(t, "slow", fmt.Sprintf("0 %d linear %s 0", sectors(t, ubd(2)), ubd(2)))
-		config := fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: 32MiB\n    metadata-device: /dev/mapper/slow\n    interval: %s\n    stall-limit: %s\n    replicas:\n      ebs:\n        device: %s\n",
-			ubd(0), interval, stallLimit, ubd(1))
-		d := &deadManTest{cli: newCLI(t, config), t: t, ctl: mapper(t), socket: filepath.Join(t.TempDir(), "dead-man.sock")}
+		reads := newLateReads(t, "slow")
+		config := fmt.Sprintf("volumes:\n  data:\n    device: %s\n    size: 32MiB\n    interval: %s\n    stall-limit: %s\n    replicas:\n      ebs:\n        device: %s\n",
+			reads.disk, interval, stallLimit, ubd(1))
+		d := &deadManTest{cli: newCLI(t, config), t: t, ctl: mapper(t), socket: filepath.Join(t.TempDir(), "dead-man.sock"), reads: reads}
 		d.inside = d.inGroup("agent")
 		d.agentFlags = []string{"--dead-man-socket", d.socket}
 		d.must(t, "create")
@@ -73,7 +74,7 @@ func deadManGuest(t *testing.T, stallLimit, interval time.Duration, withService 
 		d.writer.awaitWrites(t, 50)
 		d.spans = watchSuspends(t, "data")
 		fn(d)
-		d.slow(0)
+		reads.end()
 		d.finish()
 	})
 }
@@ -86,17 +87,6 @@ func (d *deadManTest) inGroup(name string) []string {
 		d.t.Fatal(err)
 	}
 	return []string{"/bin/sh", "-c", `echo $$ >` + dir + `/cgroup.procs && exec "$0" "$@"`}
-}
-
-// slow has every write of era metadata take so many ms.
-func (d *deadManTest) slow(ms int) {
-	d.t.Helper()
-	n := sectors(d.t, ubd(2))
-	if ms == 0 {
-		dmSwap(d.t, "slow", fmt.Sprintf("0 %d linear %s 0", n, ubd(2)))
-		return
-	}
-	dmSwap(d.t, "slow", fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", n, ubd(2), ubd(2), ms))
 }
 
 // startService starts the dead-man's service in its own control group.
@@ -208,7 +198,7 @@ func (d *deadManTest) mustHold() {
 // writers no longer than the stall limit, and its cut is void.
 func TestDeadManAgentStopped(t *testing.T) {
 	deadManGuest(t, defaultStall, often, true, func(d *deadManTest) {
-		d.slow(30)
+		d.reads.begin(120, "data-base")
 		for hits, tries := 0, 0; hits < 3; tries++ {
 			if tries == 20 {
 				t.Fatal("the window was never hit")
@@ -240,7 +230,7 @@ func TestDeadManAgentStopped(t *testing.T) {
 func TestDeadManAgentsGroupKilled(t *testing.T) {
 	// A limit that is no help.
 	deadManGuest(t, 30*time.Second, often, true, func(d *deadManTest) {
-		d.slow(30)
+		d.reads.begin(120, "data-base")
 		for range 3 {
 			d.awaitCut()
 			for deadline := time.Now().Add(time.Minute); d.pid() != d.service.Process.Pid; d.awaitCut() {
@@ -273,7 +263,7 @@ func TestDeadManAgentsGroupKilled(t *testing.T) {
 func TestDeadManKilled(t *testing.T) {
 	// The next cut, which would end a suspend that was left, comes late.
 	deadManGuest(t, defaultStall, 2500*time.Millisecond, false, func(d *deadManTest) {
-		d.slow(30)
+		d.reads.begin(120, "data-base")
 		if d.count("level=WARN", "the dead-man's service is not there", "systemctl") != 1 {
 			t.Error("no warning that the service is missing")
 		}
@@ -323,7 +313,7 @@ func TestDeadManKilled(t *testing.T) {
 // Promise: the agent does not wait for a dead-man that hangs.
 func TestDeadManStopped(t *testing.T) {
 	deadManGuest(t, defaultStall, often, true, func(d *deadManTest) {
-		d.slow(30)
+		d.reads.begin(120, "data-base")
 		service := d.service.Process.Pid
 		for tries := 1; ; tries++ {
 			gone := d.count(voidCut, "the dead-man is gone")
@@ -386,7 +376,7 @@ func (d *deadManTest) lockedAndSpared() {
 func TestDeadManRestarted(t *testing.T) {
 	// A busy guest must not void a cut here.
 	deadManGuest(t, 20*time.Second, often, true, func(d *deadManTest) {
-		d.slow(30)
+		d.reads.begin(120, "data-base")
 		d.lockedAndSpared()
 		void := d.count(voidCut)
 		for i := range 6 {
@@ -417,14 +407,14 @@ func TestDeadManRestarted(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = d.service.Wait()
-		d.slow(150)
+		d.reads.begin(800, "data-base")
 		d.awaitCut()
 		awaitSuspended(t, d.ctl, "data", true, 20*time.Second)
 		d.startService()
 		if info, err := d.ctl.Info("data"); err != nil || !info.Suspended {
 			t.Logf("the window ended while the service began: %v", err)
 		}
-		d.slow(0)
+		d.reads.end()
 		d.awaitCut()
 		if n := d.count(voidCut) - void; n != 0 {
 			t.Errorf("%d cuts are void", n)

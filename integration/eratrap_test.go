@@ -173,7 +173,9 @@ func TestEraTrapSuspendedEraIsNotAsked(t *testing.T) {
 		ctl := mapper(t)
 		format(t, volume.FormatOptions{Device: ubd(0), SizeBytes: testSize})
 		v := up(t, ctl, volume.Options{Device: ubd(0)})
-		held := mustCut(t, v, 1, true)
+		mustRelease(t, mustCut(t, v, 1, false))
+		held := mustCut(t, v, 2, true)
+		mustChanged(t, held, 1) // from here on it holds a metadata snapshot
 		run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "vol-era")
 		// The raw trap, in a process that may hang.
 		raw := exec.Command("dmsetup", "status", "vol-era")
@@ -196,7 +198,7 @@ func TestEraTrapSuspendedEraIsNotAsked(t *testing.T) {
 			}
 		}
 		within("release", held.Release)
-		within("cut", func() error { _, err := v.Cut(t.Context(), 2, false); return err })
+		within("cut", func() error { _, err := v.Cut(t.Context(), 3, false); return err })
 		select {
 		case err := <-rawEnded:
 			t.Errorf("the trap is gone: status of a suspended era ended with %v", err)
@@ -206,12 +208,12 @@ func TestEraTrapSuspendedEraIsNotAsked(t *testing.T) {
 		if err := <-rawEnded; err != nil {
 			t.Error(err)
 		}
-		mustRelease(t, mustCut(t, v, 3, true)) // and what failed is cleared away
+		mustRelease(t, mustCut(t, v, 4, true)) // and what failed is cleared away
 	})
 }
 
-// Trap 5: what counts is the era that began in the barrier, whatever rolls
-// follow before it is written down.
+// Trap 5: what counts is an era that had begun before the barrier, whatever rolls
+// follow before the barrier, and before it is written down.
 func TestEraTrapCutKeepsTheEraOfItsBarrier(t *testing.T) {
 	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}}, Timeout: 4 * time.Minute}, func(t *testing.T) {
 		ctl := mapper(t)

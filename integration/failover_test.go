@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -39,8 +38,8 @@ func (w *writer) claimed(c []claim) (k uint64) {
 // to some point and none after, no older than what status had claimed; and it is
 // refused without force, with what is lost in seconds and bytes.
 func TestFailover(t *testing.T) {
-	inGuest(t, twinGuest(30*time.Minute), func(t *testing.T) {
-		rounds := powerNumber(t, roundsVar, 3)
+	rounds := powerNumber(t, roundsVar, 3)
+	inGuest(t, twinGuest(10*time.Minute+time.Duration(rounds)*time.Minute), func(t *testing.T) {
 		seed := uint64(time.Now().UnixNano())
 		t.Logf("seed %d, %d rounds", seed, rounds)
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -60,6 +59,7 @@ func TestFailover(t *testing.T) {
 				}
 			}
 			now.kill(t)
+			load.awaitWrites(t, 3) // of its last epoch, which nobody else has
 			last := load.stop(t)
 			removeStack(t, "data")
 			claimed := load.claimed(said)
@@ -118,7 +118,7 @@ func TestFailover(t *testing.T) {
 		}
 		now.refused(t, 3, []string{"out of date"}, "up")
 		now.refused(t, 3, []string{"secondary --force"}, "secondary")
-		if out := now.must(t, "secondary", "--force"); !strings.Contains(out, "written as primary after its last cut") && !strings.Contains(out, "secondary at") {
+		if out := now.must(t, "secondary", "--force"); !strings.Contains(out, "written as primary after its last cut") {
 			t.Errorf("it strays: %s", out)
 		}
 		// Whether it is overwritten is the operator's to say.
@@ -213,54 +213,4 @@ func TestFailoverRefused(t *testing.T) {
 			}
 		}
 	})
-}
-
-// The agent is killed in the middle of a change of role, whichever way it goes:
-// repeated it ends well, and at no time is the disk taken for both.
-func TestSwitchoverKilled(t *testing.T) {
-	inGuest(t, twinGuest(12*time.Minute), func(t *testing.T) {
-		w := newTwins(t)
-		h := history{Seed: 47, Size: twinVolume, MaxBytes: 64 << 10, Span: 8 << 20}
-		now, then := w.a, w.b
-		last := uint64(0)
-		for n := range 6 {
-			v := now.await(t, "up to date", time.Minute, upToDate)
-			load := startWriter(t, v.Path, h, last+1)
-			load.awaitWrites(t, 30)
-			last = load.stop(t)
-			now.must(t, "sync", "--wait", "--timeout", "60s")
-			now.killWithin(t, time.Duration(150+n*70)*time.Millisecond, "secondary")
-			now.start(t)
-			v = now.await(t, "one or the other", time.Minute, func(v status.Volume) bool { return v.Up || isSecondary(v) && v.Position != nil })
-			t.Logf("round %d: killed while it stood down it is %s", n, v.Role)
-			if v.Up {
-				now.await(t, "up to date", time.Minute, upToDate)
-			}
-			now.must(t, "secondary")
-			now.await(t, "open", time.Minute, func(v status.Volume) bool { return isSecondary(v) && v.Position != nil })
-			then.killWithin(t, time.Duration(150+n*70)*time.Millisecond, "primary")
-			then.start(t)
-			v = then.await(t, "one or the other", time.Minute, func(v status.Volume) bool { return v.Up || isSecondary(v) && v.Position != nil })
-			t.Logf("round %d: killed while it took over it is %s", n, v.Role)
-			then.must(t, "primary")
-			v = then.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
-			judgeDevice(t, v.Path, h, last, last)
-			now, then = then, now
-		}
-		now.await(t, "up to date", time.Minute, upToDate)
-		now.must(t, "verify")
-	})
-}
-
-// killWithin begins a command and kills the agent after some time.
-func (c *cli) killWithin(t *testing.T, after time.Duration, command string) {
-	t.Helper()
-	done := make(chan string, 1)
-	go func() {
-		out, errs, code := c.try(t, command)
-		done <- fmt.Sprint(code, " ", out, errs)
-	}()
-	time.Sleep(after) // the moment at which it is hit is what is drawn here
-	c.kill(t)
-	t.Logf("%s, killed after %v: %s", command, after, strings.TrimSpace(<-done))
 }

@@ -205,3 +205,39 @@ func TestHarnessReboot(t *testing.T) {
 		}
 	})
 }
+
+// The judge of how a replica came back takes only plans of that one, and a comparison
+// only where tracking was said to be lost.
+func TestHarnessPlanned(t *testing.T) {
+	line := func(replica, plan string) string {
+		return `time=1 level=INFO msg="replica connected" volume=data replica=` + replica + ` position=1/2 plan="` + plan + ` (replica at 1/2)"` + "\n"
+	}
+	const (
+		known  = "incremental: the replica holds an earlier cut and what changed since is known"
+		losing = "compare: the replica holds an earlier cut and what changed since is not known"
+		said   = `level=WARN msg="epoch failed" error="what changed since epoch 4 is not known"` + "\n"
+	)
+	for name, c := range map[string]struct {
+		log      string
+		lost, ok bool
+	}{
+		"what changed":               {line("zone-b", known), false, true},
+		"nothing":                    {line("zone-b", "nothing: both hold the same cut"), false, true},
+		"a full copy":                {line("zone-b", "full: the replica was never synced"), false, false},
+		"one of two":                 {line("zone-b", known) + line("zone-b", "full: the replica was never synced"), false, false},
+		"a comparison":               {line("zone-b", losing), false, false},
+		"a comparison for losses":    {said + line("zone-b", losing), true, true},
+		"another comparison":         {said + line("zone-b", "compare: the replica's content is not what it last committed"), false, false},
+		"refused":                    {line("zone-b", "refuse: the replica is ahead of the primary"), false, false},
+		"nobody":                     {said, false, false},
+		"another replica, full":      {line("ebs", "full: the replica was never synced") + line("zone-b", known), false, true},
+		"another replica alone":      {line("ebs", known), false, false},
+		"one that is named alike":    {line("zone-bc", known), false, false},
+		"no word of a plan at all":   {`msg="replica connected" replica=zone-b ` + "\n", false, false},
+		"a plan before it connected": {`msg="plan" replica=zone-b plan="` + known + "\"\n", false, false},
+	} {
+		if lost, err := planned(c.log, "zone-b"); lost != c.lost || (err == nil) != c.ok {
+			t.Errorf("%s: lost %v, %v", name, lost, err)
+		}
+	}
+}

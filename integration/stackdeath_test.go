@@ -140,19 +140,6 @@ func TestStackAdoptsAfterKillAnywhere(t *testing.T) {
 	})
 }
 
-// slowMeta makes /dev/mapper/disk of the guest's disk, with whatever lies
-// beyond the data area slow to write: so a cut's window lasts.
-func slowMeta(t *testing.T, delayMS int) string {
-	t.Helper()
-	n := sectors(t, ubd(0))
-	disk := dmCreate(t, "disk", fmt.Sprintf("0 %d linear %s 0", n, ubd(0)))
-	label := format(t, volume.FormatOptions{Device: disk, SizeBytes: testSize, CowBytes: 64 << 20})
-	meta := label.Areas.Meta.Offset / 512
-	dmSwap(t, "disk", fmt.Sprintf("0 %d linear %s 0\n%d %d delay %s %d 0 %s %d %d", meta, ubd(0),
-		meta, n-meta, ubd(0), meta, ubd(0), meta, delayMS))
-	return disk
-}
-
 // awaitSuspended waits until a device is suspended, or is not, and returns how
 // long that took.
 func awaitSuspended(t *testing.T, ctl *dm.Control, name string, want bool, within time.Duration) time.Duration {
@@ -178,10 +165,13 @@ func awaitSuspended(t *testing.T, ctl *dm.Control, name string, want bool, withi
 func TestStackDeadManFreesWriters(t *testing.T) {
 	inGuest(t, guest{Disks: []disk{{Size: 192 << 20}}, Modules: []string{"dm-delay"}, Timeout: 4 * time.Minute}, func(t *testing.T) {
 		ctl := mapper(t)
-		disk := slowMeta(t, 200)
-		o := volume.Options{Device: disk, Guard: guard(t)}
+		reads := newLateReads(t, "disk")
+		format(t, volume.FormatOptions{Device: reads.disk, SizeBytes: testSize, CowBytes: 64 << 20})
+		o := volume.Options{Device: reads.disk, Guard: guard(t)}
 		v := up(t, ctl, o)
 		mustWriteBlock(t, v.Path(), 0, 1)
+		reads.begin(250, "vol-base")
+		defer reads.end() // the base can't be removed while it is read
 		if err := v.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -232,9 +222,12 @@ func TestStackDeadManFreesWriters(t *testing.T) {
 func TestStackSurvivesItsDeadMan(t *testing.T) {
 	inGuest(t, guest{Disks: []disk{{Size: 192 << 20}}, Modules: []string{"dm-delay"}}, func(t *testing.T) {
 		ctl := mapper(t)
-		disk := slowMeta(t, 200)
+		reads := newLateReads(t, "disk")
+		format(t, volume.FormatOptions{Device: reads.disk, SizeBytes: testSize, CowBytes: 64 << 20})
 		g := guard(t)
-		v := up(t, ctl, volume.Options{Device: disk, Guard: g})
+		v := up(t, ctl, volume.Options{Device: reads.disk, Guard: g})
+		reads.begin(250, "vol-base")
+		defer reads.end() // the base can't be removed while it is read
 		first := g.Pid()
 		killed := make(chan error, 1)
 		go func() {

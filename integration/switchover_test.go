@@ -32,6 +32,11 @@ func twinGuest(limit time.Duration) guest {
 
 func newTwins(t *testing.T) *twins {
 	t.Helper()
+	return newTwinsOn(t, ubd(0), ubd(1))
+}
+
+func newTwinsOn(t *testing.T, diskA, diskB string) *twins {
+	t.Helper()
 	zoneA, zoneB := twoZones(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	file := func(me, other, role, here, there, device string) *cli {
@@ -49,8 +54,8 @@ volumes:
 `, me, folders[me], here, t.TempDir(), role, device, twinVolume, other, there))
 	}
 	w := &twins{wire: zoneB}
-	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", ubd(0))
-	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", ubd(1))
+	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", diskA)
+	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", diskB)
 	w.a.inside, w.b.inside = zoneA.inside(), zoneB.inside()
 	w.b.must(t, "create")
 	w.b.must(t, "check")
@@ -81,7 +86,8 @@ func isSecondary(v status.Volume) bool { return v.Stage == "secondary" }
 // A planned switchover, there and back under load: the new primary has all that
 // was acknowledged, and only what changed is sent, either way.
 func TestSwitchover(t *testing.T) {
-	inGuest(t, twinGuest(10*time.Minute), func(t *testing.T) { switchover(t, powerNumber(t, roundsVar, 2)) })
+	rounds := powerNumber(t, roundsVar, 2)
+	inGuest(t, twinGuest(8*time.Minute+time.Duration(rounds)*2*time.Minute), func(t *testing.T) { switchover(t, rounds) })
 }
 
 func switchover(t *testing.T, rounds int) {

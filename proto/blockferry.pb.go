@@ -273,7 +273,7 @@ type Standing struct {
 	Whole         bool                   `protobuf:"varint,3,opt,name=whole,proto3" json:"whole,omitempty"`                                      // the copy could be used: it is the primary's, or a consistent replica
 	Strayed       string                 `protobuf:"bytes,4,opt,name=strayed,proto3" json:"strayed,omitempty"`                                   // as in Welcome
 	BehindBytes   *uint64                `protobuf:"varint,5,opt,name=behind_bytes,json=behindBytes,proto3,oneof" json:"behind_bytes,omitempty"` // of a primary: what the caller's replica lacks; unset: not known
-	Serving       bool                   `protobuf:"varint,6,opt,name=serving,proto3" json:"serving,omitempty"`                                  // of a primary: the volume is up there
+	Serving       bool                   `protobuf:"varint,6,opt,name=serving,proto3" json:"serving,omitempty"`                                  // of a primary: the volume is up there, or comes up at this moment
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

@@ -56,7 +56,8 @@ func (r *Receiver) admitSession(rs *receiverSession, h *proto.Hello) error {
 }
 
 // admitRestore is before a restore; it returns the name under which the replica is
-// served.
+// served. A volume that is written here is refused with FailedPrecondition, all else with
+// PermissionDenied.
 func (r *Receiver) admitRestore(ctx context.Context, req *proto.RestoreRequest) (string, error) {
 	if r.cfg.Admit == nil {
 		return req.Replica, nil
@@ -68,6 +69,9 @@ func (r *Receiver) admitRestore(ctx context.Context, req *proto.RestoreRequest) 
 	who, err := r.cfg.Admit(ctx, a)
 	var refused *RefusedError
 	if errors.As(err, &refused) {
+		if refused.Reason == proto.Reason_REASON_PRIMARY {
+			return "", status.Error(codes.FailedPrecondition, refused.Message)
+		}
 		return "", status.Error(codes.PermissionDenied, refused.Message)
 	}
 	return who.Name, err

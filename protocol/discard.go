@@ -150,16 +150,6 @@ func (l *Link) GivenUp() Position {
 	return at
 }
 
-// givenUp is the operator's word, wherever it was given.
-func (w *replicaWorker) givenUp(link *Link) Position {
-	if at := link.GivenUp(); !at.IsZero() {
-		return at
-	}
-	w.p.mu.Lock()
-	defer w.p.mu.Unlock()
-	return w.discard
-}
-
 // Strayed is why the replica holds blocks of no committed position, as it said
 // at the handshake; empty: it does not.
 func (l *Link) Strayed() string { return clip(l.welcome.Strayed) }

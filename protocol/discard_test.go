@@ -139,7 +139,9 @@ func TestWaywardCopyIsGivenUp(t *testing.T) {
 			r := newWayward(t, c.w)
 			r.refused("both went on separately from " + r.common.String())
 			old := before(r)
-			must(t, r.p.Discard("old", Position{r.tip.Generation, r.tip.Epoch + 1}))
+			if r.disk.rep.GiveUp(Position{r.tip.Generation, r.tip.Epoch + 1}) == nil {
+				t.Error("given up at a position where it is not")
+			}
 			must(t, r.p.Resume("old"))
 			time.Sleep(20 * time.Millisecond) // some tries
 			r.refused("both went on separately")
@@ -147,7 +149,7 @@ func TestWaywardCopyIsGivenUp(t *testing.T) {
 				t.Fatal("the copy was written to, or a rescue file made, without the word for its position")
 			}
 			want := r.onlyTheirs()
-			must(t, r.p.Discard("old", r.tip))
+			must(t, r.disk.rep.GiveUp(r.tip))
 			r.sync()
 			must(t, r.disk.rep.WaitApplied(t.Context(), r.disk.rep.Status().Committed.Epoch))
 			r.disk.check(r.src)
@@ -242,7 +244,7 @@ func TestNothingIsGivenUpUnsaved(t *testing.T) {
 				must(t, os.Remove(r.dir))
 			}
 			old := dataOf(t, r.disk.store, testVolumeSize)
-			must(t, r.p.Discard("old", r.tip))
+			must(t, r.disk.rep.GiveUp(r.tip))
 			r.refused(c.why)
 			if st := r.disk.rep.Status(); st.Strayed == "" || st.Committed != r.tip || st.Err != nil {
 				t.Errorf("%+v", st)

@@ -141,6 +141,13 @@ func (o FormatOptions) check() error {
 // JournalBytes is how large a journal becomes that is asked for with a size.
 func JournalBytes(asked int64) int64 { return roundUp(asked, layoutAlign) }
 
+// Fits says why a device of a size can't be divided so, nil when it can. It wraps
+// ErrTooSmall when only room is missing.
+func (o FormatOptions) Fits(deviceBytes int64) error {
+	_, err := layoutFor(deviceBytes, o)
+	return err
+}
+
 // layoutFor places the areas at the end of a device.
 func layoutFor(deviceBytes int64, o FormatOptions) (layout, error) {
 	if err := o.check(); err != nil {

@@ -55,7 +55,7 @@ func TestWordIsGoodForOneTime(t *testing.T) {
 		t.Errorf("asked %d times what changed there, and nobody may decide", n)
 	}
 	before := r.disk.store.Clone()
-	must(t, r.p.Discard("old", r.tip))
+	must(t, r.disk.rep.GiveUp(r.tip))
 	r.sync()
 	if asked.Load() == 0 {
 		t.Error("it was given up, and not asked what changed there")
@@ -74,6 +74,44 @@ func TestWordIsGoodForOneTime(t *testing.T) {
 	r.refused("both went on separately")
 	if st := rep.Status(); st.Committed != r.tip {
 		t.Errorf("an old word counted: %+v", st)
+	}
+}
+
+// Nobody waits for a replica that only the operator can bring up to date. What was
+// refused before is tried once more: the word may have been given since.
+func TestDrainDoesNotWaitInVain(t *testing.T) {
+	r := newWaywardWith(t, wayward{grain: BlockSize, known: true, written: true}, func(c *PrimaryConfig) {
+		c.RetryMax = time.Hour
+		c.Events.Behind = func(_, reason string, cause error) {
+			if split, _ := IsSplitBrain(cause); split != strings.HasPrefix(reason, "the replica may not be written") || cause != nil && strings.HasPrefix(reason, "it catches up") {
+				t.Errorf("%q comes with cause %v", reason, cause)
+			}
+		}
+	})
+	r.refused("both went on separately")
+	drain := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		_, _, err := r.p.Drain(ctx)
+		return err
+	}
+	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "old (the replica may not be written: both went on separately") {
+		t.Fatal(err)
+	}
+	cause := func() error { return r.p.Status().Replicas[0].Cause }
+	if split, primary := IsSplitBrain(cause()); !split || primary {
+		t.Errorf("the cause is %v", cause())
+	}
+	must(t, r.disk.rep.GiveUp(r.tip))
+	must(t, drain())
+	if err := cause(); err != nil {
+		t.Errorf("it follows, yet: %v", err)
+	}
+	r.disk.check(r.src)
+	must(t, r.p.Pause("old"))
+	wroteSome(r.src, 70, 3)
+	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "paused") {
+		t.Fatal(err)
 	}
 }
 

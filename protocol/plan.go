@@ -71,6 +71,8 @@ type Plan struct {
 	Discard Position
 	// Diverged: the replica went its own way, whatever is done about it.
 	Diverged bool
+	// Format: with Refuse, only formatting the replica ends that.
+	Format   bool
 	Rule     string // the rule that decided, a few words
 	Evidence string // what both sides said
 }
@@ -107,6 +109,10 @@ func MakePlan(in PlanInput) Plan {
 		p.Action, p.Rule = Refuse, rule
 		return p
 	}
+	format := func(rule string) Plan {
+		p.Format = true
+		return refuse(rule)
+	}
 	if err := in.Primary.Check(); err != nil {
 		return refuse("the primary's own history is malformed: " + err.Error())
 	}
@@ -119,7 +125,7 @@ func MakePlan(in PlanInput) Plan {
 	switch in.Disk {
 	case DiskBlank:
 		if len(in.Replica) > 0 {
-			return refuse("a blank replica has no history, yet this one names one; format it anew")
+			return format("a blank replica has no history, yet this one names one; format it anew")
 		}
 		p.Action, p.InPlace, p.Rule = FullCopy, true, "the replica was never synced"
 		return p
@@ -162,14 +168,14 @@ func MakePlan(in PlanInput) Plan {
 		}
 		return p
 	case Ahead:
-		return refuse("the replica is ahead of the primary: it may hold writes that the primary lost; " +
+		return format("the replica is ahead of the primary: it may hold writes that the primary lost; " +
 			"restore the primary from it, or format the replica to give them up")
 	}
 	if in.Strayed != "" {
-		return refuse("the two have no history in common, and the replica strayed (" + in.Strayed + "): format it to give it up")
+		return format("the two have no history in common, and the replica strayed (" + in.Strayed + "): format it to give it up")
 	}
 	if !in.AllowUnrelated {
-		return refuse("the two have no history in common: this is another volume's copy, or a very old one; " +
+		return format("the two have no history in common: this is another volume's copy, or a very old one; " +
 			"format the replica, or allow it to be overwritten")
 	}
 	p.Action, p.InPlace, p.Overwrite = CompareAll, true, true

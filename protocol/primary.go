@@ -49,7 +49,7 @@ type ReplicaConfig struct {
 	AllowUnrelated bool
 	CatchUpInPlace bool
 	// SplitBrain decides when the replica went its own way; empty: the operator
-	// does, by Primary.Discard.
+	// does, by Replica.GiveUp.
 	SplitBrain SplitBrain
 }
 
@@ -106,7 +106,7 @@ type PrimaryEvents struct {
 	Changed      func(replica string, c ChangedInfo)
 	Committed    func(replica string, e EpochStats)
 	Void         func(replica string, epoch uint64, err error) // an epoch that did not happen
-	Behind       func(replica, reason string)                  // reason empty: not behind any more
+	Behind       func(replica, reason string, cause error)     // reason empty: not behind any more; cause: ReplicaReport.Cause
 }
 
 // CutInfo describes a cut that was taken.
@@ -187,6 +187,7 @@ type Primary struct {
 	cutErr   error  // of the last try, nil when it succeeded
 	stateErr error
 	stopping bool
+	together context.Context // while it lasts the last cut waits until all are ready for it; may be nil
 }
 
 // cutRecord remembers a cut after its release.
@@ -276,35 +277,7 @@ func (p *Primary) waitFor(ctx context.Context, ready func() bool) error {
 // the number of that cut, and the names of the replicas that hold it. When ctx ends
 // earlier the error names those that do not.
 func (p *Primary) SyncNow(ctx context.Context) (epoch uint64, committed []string, err error) {
-	p.mu.Lock()
-	if p.stopping {
-		p.mu.Unlock()
-		return 0, nil, ErrStopped
-	}
-	epoch = p.state.OpenEpoch
-	p.syncTo = max(p.syncTo, epoch)
-	p.mu.Unlock()
-	return p.waitSynced(ctx, epoch)
-}
-
-func (p *Primary) waitSynced(ctx context.Context, epoch uint64) (uint64, []string, error) {
-	p.wake()
-	var committed, missing []string
-	err := p.waitFor(ctx, func() bool {
-		committed, missing = nil, nil
-		for _, w := range p.workers {
-			if w.holds >= epoch {
-				committed = append(committed, w.cfg.Name)
-			} else {
-				missing = append(missing, fmt.Sprintf("%s (%s)", w.cfg.Name, w.whyBehind()))
-			}
-		}
-		return len(missing) == 0
-	})
-	if err != nil {
-		err = fmt.Errorf("volume %q: epoch %d is not yet at %v: %w", p.cfg.Volume, epoch, missing, err)
-	}
-	return epoch, committed, err
+	return p.syncNow(ctx, func(*replicaWorker) bool { return false })
 }
 
 // worker finds a replica by name; its error names what there is.
@@ -389,9 +362,19 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 	p.syncTo = max(p.syncTo, epoch)
 	p.mu.Unlock()
 	if anyConnected {
+		var end func()
+		p.mu.Lock()
+		p.together, end = halfOf(ctx)
+		p.mu.Unlock()
 		p.wake()
 		// Replicas that are away get it later; they are no reason to fail.
 		_ = p.waitFor(ctx, func() bool {
+			// When nothing is written any more all are to end at one cut, the last: of two that
+			// take turns each would lack the other's number, though it lacks nothing else.
+			if tip := p.state.Lineage.Tip().Epoch; tip > epoch && p.unchangedLocked() {
+				epoch, p.syncTo = tip, max(p.syncTo, tip)
+				p.wake()
+			}
 			for _, w := range p.workers {
 				if w.connected && w.holds < epoch {
 					return false
@@ -399,6 +382,7 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 			}
 			return true
 		})
+		end()
 	}
 	p.cancel()
 	p.wg.Wait()
@@ -406,6 +390,14 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 		return false, nil
 	}
 	return p.close(seal)
+}
+
+// halfOf is a context that ends after half of the time that another one has left.
+func halfOf(ctx context.Context) (context.Context, context.CancelFunc) {
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithTimeout(ctx, time.Until(deadline)/2)
+	}
+	return context.WithCancel(ctx)
 }
 
 // unchangedLocked reports whether nothing was written since the last cut; mu is held.

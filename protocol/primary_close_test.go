@@ -57,3 +57,60 @@ func TestCleanEndIsFlushed(t *testing.T) {
 		t.Fatalf("the end is clean at %v, which was never flushed", s.Lineage.Tip())
 	}
 }
+
+// Two replicas that take turns with their cuts both end at the last one: a planned
+// change of role asks for just that.
+func TestAllEndAtTheLastCut(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	wroteSome(src, 0, 100)
+	nodes := []*node{newNode(t, "one", testVolumeSize, 32<<20), newNode(t, "two", testVolumeSize, 32<<20)}
+	state, rng := &memState{}, testRand(5)
+	for round := range 20 {
+		r := startRig(t, src, state, nodes, nil)
+		r.sync()
+		stop := src.busy(t, uint64(round), 200*time.Microsecond)
+		time.Sleep(time.Duration(rng.Int64N(int64(20 * time.Millisecond))))
+		stop()
+		r.sync()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		clean, err := r.p.Stop(ctx, func() error { return nil })
+		cancel()
+		if behind := r.p.Behind(); err != nil || !clean || len(behind) > 0 {
+			t.Fatalf("round %d: clean %v, %v, behind: %v", round, clean, err, behind)
+		}
+	}
+	for _, n := range nodes {
+		n.check(src)
+	}
+}
+
+// The last cut is taken when all are ready for it, or they would go on taking turns. It
+// waits for nobody who is away, nor beyond its time, nor while something is written.
+func TestLastCutWaitsForAll(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(src *memSource, busy *replicaWorker, ended context.CancelFunc)
+		want   int
+	}{
+		"one is busy":           {func(*memSource, *replicaWorker, context.CancelFunc) {}, 0},
+		"both are ready":        {func(_ *memSource, busy *replicaWorker, _ context.CancelFunc) { busy.wish = wishView }, 2},
+		"the other is away":     {func(_ *memSource, busy *replicaWorker, _ context.CancelFunc) { busy.connected = false }, 1},
+		"the time is over":      {func(_ *memSource, _ *replicaWorker, ended context.CancelFunc) { ended() }, 1},
+		"something was written": {func(src *memSource, _ *replicaWorker, _ context.CancelFunc) { src.write(1) }, 1},
+	} {
+		src := newMemSource(testVolumeSize, BlockSize)
+		written, err := src.WrittenBytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		together, ended := context.WithCancel(t.Context())
+		defer ended()
+		p := &Primary{cfg: PrimaryConfig{Source: src, Clock: realClock{}, Interval: time.Hour}, lastCut: &cutRecord{epoch: 9, written: written}, syncTo: 9, together: together}
+		ready, busy := &replicaWorker{p: p, connected: true, holds: 8, wish: wishView}, &replicaWorker{p: p, connected: true, holds: 8}
+		p.workers = []*replicaWorker{ready, busy}
+		c.change(src, busy, ended)
+		tick := time.Now()
+		if got, _, _ := p.gather(&tick); len(got) != c.want {
+			t.Errorf("%s: %d joined the cut, want %d", name, len(got), c.want)
+		}
+	}
+}

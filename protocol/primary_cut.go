@@ -195,6 +195,9 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 		// The last cut is also the image of this moment.
 		p.lastCut.covers = now
 	}
+	if unchanged && p.together != nil && p.together.Err() == nil && slices.ContainsFunc(p.workers, func(w *replicaWorker) bool { return w.connected && w.wish == wishNone }) {
+		return nil, wish, p.cfg.Interval // who is busy wakes us when it is done
+	}
 	due := now.Sub(*tick) >= p.cfg.Interval
 	if due {
 		*tick = now

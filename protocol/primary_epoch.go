@@ -147,7 +147,7 @@ func (a *attempt) step(ctx context.Context, h *cutHandle) (Lineage, error) {
 	}
 	live := a.liveNext || view == nil
 	if noView != nil && a.live > 0 {
-		w.update(func() { w.reason = noView.Error() })
+		w.update(func() { w.because(noView.Error(), noView) })
 	}
 	if a.round >= MaxRounds {
 		return nil, a.giveUp(ctx, h, fmt.Errorf("after %d rounds more is still written than the link takes", MaxRounds))
@@ -276,8 +276,8 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		a.whole, a.base, a.rest = false, h.rec.epoch, rest
 		a.liveNext, a.live, a.withdrawn = true, 0, true
 		w.update(func() {
-			w.reason = fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
-				totalBytes(rest)>>20, h.rec.epoch)
+			w.because(fmt.Sprintf("slower than what is written: %d MiB of epoch %d were not sent when its view was given up",
+				totalBytes(rest)>>20, h.rec.epoch), nil)
 		})
 		return nil, nil
 	}
@@ -291,7 +291,8 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 	e.Rounds = int(a.round)
 	e.Link = a.link.Stats().sub(a.stats)
 	w.update(func() {
-		w.holds, w.committed, w.disk, w.last, w.reason, w.sync = h.rec.epoch, h.rec, DiskConsistent, &e, "", nil
+		w.holds, w.committed, w.disk, w.last, w.sync = h.rec.epoch, h.rec, DiskConsistent, &e, nil
+		w.because("", nil)
 	})
 	if ev := w.p.cfg.Events.Committed; ev != nil {
 		ev(w.cfg.Name, e)
@@ -318,11 +319,11 @@ const maxVoids = 5
 func (a *attempt) blind() bool { return a.whole && a.w.blind }
 
 func (a *attempt) void(h *cutHandle, err error) {
-	reason := err.Error()
+	cause := err
 	if a.w.blind || a.full && errors.Is(err, ErrTrackingLost) {
-		reason = ReasonTrackingLost + ", so everything is compared in one frozen view each time: " + reason
+		cause = fmt.Errorf("%w, so everything is compared in one frozen view each time: %w", ErrTrackingGone, err)
 	}
-	a.w.update(func() { a.w.reason = reason })
+	a.w.update(func() { a.w.because(cause.Error(), cause) })
 	if ev := a.w.p.cfg.Events.Void; ev != nil {
 		ev(a.w.cfg.Name, h.rec.epoch, err)
 	}

@@ -30,8 +30,10 @@ type replicaWorker struct {
 	holds       uint64     // epoch of its position, 0 when that is none of ours
 	committed   *cutRecord // the cut it holds, nil when it was taken before this start
 	reason      string     // why it is behind, for people; empty: it is not
+	cause       error      // behind the reason; nil: it is no error
 	refused     bool
-	discard     Position // what the operator gave up of it
+	begun       uint64 // sessions, the one under way included
+	lasting     uint64 // the last of them that ended for what only the operator changes
 	paused      bool
 	retryNow    bool
 	stopSession func()
@@ -71,13 +73,16 @@ func (w *replicaWorker) update(f func()) {
 	w.p.mu.Lock()
 	before := w.reason
 	f()
-	after := w.reason
+	after, cause := w.reason, w.cause
 	w.p.notify()
 	w.p.mu.Unlock()
 	if ev := w.p.cfg.Events.Behind; ev != nil && before != after {
-		ev(w.cfg.Name, after)
+		ev(w.cfg.Name, after, cause)
 	}
 }
+
+// because notes why the replica is behind; mu is held.
+func (w *replicaWorker) because(reason string, cause error) { w.reason, w.cause = reason, cause }
 
 // whyBehind is for messages; mu is held.
 func (w *replicaWorker) whyBehind() string {
@@ -106,7 +111,10 @@ func (w *replicaWorker) run(ctx context.Context) {
 		if w.p.waitFor(ctx, func() bool { return !w.paused }) != nil {
 			return
 		}
-		w.update(func() { w.retryNow = false })
+		w.update(func() {
+			w.retryNow = false
+			w.begun++
+		})
 		progressed, err := w.session(ctx)
 		if ctx.Err() != nil {
 			return
@@ -117,15 +125,17 @@ func (w *replicaWorker) run(ctx context.Context) {
 		var refused interface{ Reason() string } // a plan, or another primary
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
-			w.refused = isRefused
+			if w.refused = isRefused; isRefused || wrongReplica(err) {
+				w.lasting = w.begun
+			}
 			switch {
 			case isRefused:
-				w.reason = refused.Reason() // without the evidence, which goes on
+				w.because(refused.Reason(), err) // without the evidence, which goes on
 			case err != nil:
-				w.reason = err.Error()
+				w.because(err.Error(), err)
 			}
 			if w.paused {
-				w.reason = "paused by the operator"
+				w.because("paused by the operator", nil)
 			}
 		})
 		delay := backoff
@@ -153,6 +163,12 @@ func (w *replicaWorker) run(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// wrongReplica says that what is at the other end is none for this volume.
+func wrongReplica(err error) bool {
+	var r *RefusedError
+	return errors.As(err, &r) && (r.Reason == proto.Reason_REASON_WRONG_VOLUME || r.Reason == proto.Reason_REASON_SIZE || r.Reason == proto.Reason_REASON_VERSION)
 }
 
 // afterConnect is the reason to be behind of a replica that is connected again:
@@ -212,11 +228,10 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		w.p.mu.Lock()
 		primary = w.p.state.Effective()
 		w.p.mu.Unlock()
-		discard := w.givenUp(link)
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
 			AllowUnrelated: w.cfg.AllowUnrelated, CatchUpInPlace: w.cfg.CatchUpInPlace, JournalTooSmall: w.journalTooSmall,
-			Strayed: w.strayed, Discard: discard, SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
+			Strayed: w.strayed, Discard: link.GivenUp(), SplitBrain: w.cfg.SplitBrain, PrimaryChanged: w.mineChanged, ReplicaChanged: w.itsChanged,
 		})
 		w.update(func() {
 			w.plan = &plan
@@ -227,7 +242,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 				w.holds = 0 // no epoch of ours
 			}
 			if first && plan.Action != Refuse {
-				w.reason = w.afterConnect()
+				w.because(w.afterConnect(), nil)
 			}
 		})
 		if ev := w.p.cfg.Events.Connected; ev != nil && first {
@@ -242,7 +257,6 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		case err == nil:
 			lineage, disk, progressed, voids = at, DiskConsistent, true, 0
 			w.strayed, w.itsRanges = "", nil
-			w.used(plan.Discard)
 			w.needsFull, w.untracked, w.journalTooSmall, w.liveFirst = false, false, false, false
 			w.blind = w.blind && plan.Action != Incremental
 		case errors.As(err, &again):

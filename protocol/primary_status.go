@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -35,6 +36,7 @@ type ReplicaReport struct {
 	LagBytes     uint64      `json:"lag-bytes"`
 	LagIsMinimum bool        `json:"lag-is-minimum,omitempty"`
 	Reason       string      `json:"reason,omitempty"`                 // why it is behind, in words
+	Cause        error       `json:"-"`                                // the error behind the reason, to tell kinds; nil: there is none
 	LimitBytes   int64       `json:"limit-bytes-per-second,omitempty"` // of what is sent, that in force now; 0: none
 	Limited      bool        `json:"limited,omitempty"`                // that limit holds it back just now: it is late or being synced
 	Plan         string      `json:"plan,omitempty"`                   // the last decision about it, with its evidence
@@ -44,8 +46,8 @@ type ReplicaReport struct {
 	Session      *LinkStats  `json:"session,omitempty"`
 }
 
-// ReasonTrackingLost begins a reason that only a new start of tracking ends.
-const ReasonTrackingLost = "tracking is lost"
+// ErrTrackingGone is a reason that only a new start of tracking ends.
+var ErrTrackingGone = errors.New("tracking is lost")
 
 // SyncReport is a sync under way. A round may be followed by another, smaller one.
 type SyncReport struct {
@@ -81,7 +83,7 @@ func (p *Primary) Status() PrimaryStatus {
 // report is the replica's part; mu is held.
 func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 	p := w.p
-	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, LastEpoch: w.last,
+	r := ReplicaReport{Name: w.cfg.Name, Connection: "Connecting", Replication: "Off", Disk: diskWord(w.disk), Epoch: w.holds, Reason: w.reason, Cause: w.cause, LastEpoch: w.last,
 		LimitBytes: w.cfg.Link.Pace.Rate()}
 	for _, point := range p.state.Lineage {
 		if w.holds > 0 && point.Epoch >= w.holds {
@@ -124,7 +126,7 @@ func (w *replicaWorker) report(now time.Time, written uint64) ReplicaReport {
 			r.Replication = "Established"
 		}
 		if late && (r.Reason == "" || w.stuck() != "") {
-			r.Reason = w.slowReason()
+			r.Reason, r.Cause = w.slowReason(), nil
 		}
 		if words := w.limited(); words != "" && (late || w.sync != nil) {
 			r.Limited, r.Reason = true, strings.TrimSuffix(words+r.Reason, "; ")

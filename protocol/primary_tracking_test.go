@@ -121,7 +121,7 @@ func TestTrackingLostForGoodInPlace(t *testing.T) {
 	said := ""
 	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 		c.CutLimit, c.Replicas[0].Link.BatchBytes = 30*time.Millisecond, 64<<10
-		c.Events.Behind = func(_, reason string) { mu.Lock(); said += reason + "\n"; mu.Unlock() }
+		c.Events.Behind = func(_, reason string, _ error) { mu.Lock(); said += reason + "\n"; mu.Unlock() }
 	})
 	r.sync()
 	n.check(src)

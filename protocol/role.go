@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"time"
 )
 
 // This file is about devices that change their role. A replica takes over: its
@@ -29,8 +28,12 @@ var ErrUnclean = errors.New("the end was not clean")
 type Heard struct {
 	Lineage Lineage // with the epoch that was open, if one was; empty: not known
 	Alive   bool    // it is primary now, as far as anybody knows
-	// UnixNanos is the wall clock when it was last heard of; 0: not known.
-	UnixNanos int64
+	// Seconds is how long it had gone on from the copy's cut when it was last heard of;
+	// nil: not known. The clock is the listener's.
+	Seconds *float64
+	// OldSeconds is how long ago that was, where this process was started since, so that
+	// it may have been heard by nobody for as long; nil: it was listened to all the time.
+	OldSeconds *float64
 	// BehindBytes is what it had written after the copy's cut, as it last said;
 	// nil: it did not say.
 	BehindBytes *uint64
@@ -38,11 +41,12 @@ type Heard struct {
 
 // Loss is what a copy lacks of what its primary is known to have had.
 type Loss struct {
-	None        bool    // the copy holds all there ever was
-	Known       bool    // the rest says how much it is at least
-	Cuts        uint64  // of the primary, after the copy's
-	Seconds     float64 // from the copy's cut until the primary was last heard of; below 0: not known
-	BehindBytes *uint64 // nil: not known
+	None        bool     // the copy holds all there ever was
+	Known       bool     // the rest says how much it is at least
+	Cuts        uint64   // of the primary, after the copy's
+	Seconds     float64  // from the copy's cut until the primary was last heard of; below 0: not known
+	BehindBytes *uint64  // nil: not known
+	OldSeconds  *float64 // Heard.OldSeconds
 }
 
 func (l Loss) String() string {
@@ -59,6 +63,9 @@ func (l Loss) String() string {
 	if l.BehindBytes != nil {
 		parts = append(parts, fmt.Sprintf("%d bytes by then", *l.BehindBytes))
 	}
+	if l.OldSeconds != nil {
+		parts = append(parts, fmt.Sprintf("which was %.0f s ago, and the agent here was started since: nobody listened to what came after", *l.OldSeconds))
+	}
 	return strings.Join(parts, ", ")
 }
 
@@ -71,12 +78,12 @@ func loss(st ReplicaStatus, h Heard) Loss {
 	if rel.Kind == Same || rel.Kind == Ahead {
 		return Loss{None: true}
 	}
-	l := Loss{Known: true, Seconds: -1, BehindBytes: h.BehindBytes}
+	l := Loss{Known: true, Seconds: -1, BehindBytes: h.BehindBytes, OldSeconds: h.OldSeconds}
 	if n := h.Lineage.Tip().Epoch; n > rel.Common.Epoch {
 		l.Cuts = n - rel.Common.Epoch - 1 // the last one is open
 	}
-	if h.UnixNanos > 0 && st.CutUnixNanos > 0 {
-		l.Seconds = max(0, time.Duration(h.UnixNanos-st.CutUnixNanos).Seconds())
+	if h.Seconds != nil {
+		l.Seconds = *h.Seconds
 	}
 	return l
 }
@@ -283,7 +290,7 @@ func StandDown(label StateStore, device Store, o StandDownOptions) (*Holding, er
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
 	}
 	o.Format.Holds = h
-	if _, err := layoutFor(device.Size(), o.Format); err != nil {
+	if err := o.Format.Fits(device.Size()); err != nil {
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)
 	}
 	// One from an earlier life as a replica must not vouch for what was written since,

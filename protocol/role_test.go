@@ -16,7 +16,7 @@ func TestPlanTakeOver(t *testing.T) {
 	copyAt := func(l Lineage) ReplicaStatus {
 		return ReplicaStatus{State: DiskConsistent, Lineage: l, CutUnixNanos: 5e9}
 	}
-	bytesBehind := uint64(4096)
+	bytesBehind, seconds, old := uint64(4096), 2.0, 3600.0
 	whole := copyAt(line(1, 10))
 	with := func(change func(*ReplicaStatus)) ReplicaStatus {
 		st := whole
@@ -36,7 +36,8 @@ func TestPlanTakeOver(t *testing.T) {
 		{"nothing was heard", whole, TakeOverOptions{}, ErrWouldLose, "not known", 0},
 		{"nothing was heard, forced", whole, TakeOverOptions{Force: true}, nil, "not known", 11},
 		{"an epoch was open", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 11)}}, ErrWouldLose, "0 later cuts and an open epoch", 0},
-		{"cuts were taken", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 14), UnixNanos: 7e9, BehindBytes: &bytesBehind}}, ErrWouldLose, "3 later cuts and an open epoch, 2.0 s until the primary was last heard of, 4096 bytes by then", 0},
+		{"cuts were taken", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 14), Seconds: &seconds, BehindBytes: &bytesBehind}}, ErrWouldLose, "3 later cuts and an open epoch, 2.0 s until the primary was last heard of, 4096 bytes by then;", 0},
+		{"the same, heard before a start", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 14), Seconds: &seconds, BehindBytes: &bytesBehind, OldSeconds: &old}}, ErrWouldLose, "4096 bytes by then, which was 3600 s ago, and the agent here was started since", 0},
 		{"cuts were taken, forced", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 14)}, Force: true}, nil, "3 later cuts", 15},
 		{"another took over before", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 8, 2, 12)}}, ErrWouldLose, "3 later cuts", 0},
 		{"alive", whole, TakeOverOptions{Heard: Heard{Lineage: line(1, 10), Alive: true}}, ErrPrimaryAlive, "stand down first", 0},

@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,6 +27,9 @@ const (
 	simSize   = 1 << 20
 	simBlocks = simSize / BlockSize
 	simMoves  = 60
+	// simAgain is how often one seed alone is walked: the same moves with the same
+	// faults, but how a session's two ends take turns is not the seed's to say.
+	simAgain = 100
 )
 
 // simWorld is three nodes with a disk each, and all that ever was cut.
@@ -53,6 +59,8 @@ type simNode struct {
 	state   SourceState
 	marks   [simBlocks]uint64 // after which cut it was written, plus 1; survives a crash
 	tracked uint64            // the tracker can tell since this cut
+	// unflushed: the device was not flushed since its last cut, which no replica has then.
+	unflushed bool
 }
 
 // TestSimulate walks at random over what can happen to copies of a volume and checks
@@ -60,18 +68,43 @@ type simNode struct {
 // acknowledged it keeps, no position has two contents, no device is both primary and
 // replica, and nothing that only one copy had is overwritten unless it was given up and saved.
 func TestSimulate(t *testing.T) {
-	all := map[string]int{}
-	for seed := *simulateSeed; seed < *simulateSeed+*simulateSeeds; seed++ {
-		w := &simWorld{t: t, rng: rand.New(rand.NewPCG(seed, 0x51)), images: map[Position][]byte{}, did: all}
-		if err := w.walk(); err != nil {
-			for _, m := range w.moves {
-				t.Log(m)
-			}
-			t.Fatalf("seed %d: %v\nagain: make simulate SEEDS=1 SEED=%d", seed, err, seed)
-		}
+	var (
+		next  atomic.Uint64
+		mu    sync.Mutex
+		all   = map[string]int{}
+		walks sync.WaitGroup
+	)
+	count := *simulateSeeds
+	if count == 1 {
+		count = simAgain
 	}
-	t.Logf("%d walks: %v", *simulateSeeds, all)
-	if *simulateSeeds < 25 {
+	for range runtime.GOMAXPROCS(0) {
+		walks.Go(func() {
+			for !t.Failed() {
+				n := next.Add(1) - 1
+				if n >= count {
+					return
+				}
+				seed := *simulateSeed + n%*simulateSeeds
+				w := &simWorld{t: t, rng: rand.New(rand.NewPCG(seed, 0x51)), images: map[Position][]byte{}, did: map[string]int{}}
+				err := w.walk()
+				mu.Lock()
+				for what, times := range w.did {
+					all[what] += times
+				}
+				if err != nil {
+					for _, m := range w.moves {
+						t.Log(m)
+					}
+					t.Errorf("seed %d: %v\nagain: make simulate SEEDS=1 SEED=%d", seed, err, seed)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	walks.Wait()
+	t.Logf("%d walks: %v", count, all)
+	if *simulateSeeds < 25 || t.Failed() {
 		return
 	}
 	for _, what := range []string{"incremental", "compare", "full", "refuse", "gave up", "rescued", "took over", "stood down", "strayed", "crash", "fault", "disk lost", "two primaries"} {
@@ -163,7 +196,7 @@ func (n *simNode) close() {
 }
 
 func (n *simNode) blank() error {
-	n.dev, n.label, n.acks = blocktest.NewMemory(simOptions().NeededBytes()), &memState{}, nil
+	n.dev, n.label, n.acks, n.unflushed = blocktest.NewMemory(simOptions().NeededBytes()), &memState{}, nil, false
 	if err := FormatReplica(n.dev, simOptions()); err != nil {
 		return err
 	}
@@ -247,9 +280,15 @@ func (n *simNode) write() error {
 		}
 	}
 	if n.w.rng.IntN(3) == 0 {
-		return n.dev.Flush()
+		return n.flush()
 	}
 	return nil
+}
+
+func (n *simNode) flush() error {
+	err := n.dev.Flush()
+	n.unflushed = n.unflushed && err != nil
+	return err
 }
 
 // cut makes the number durable, and remembers the image.
@@ -267,7 +306,7 @@ func (n *simNode) cut() ([]byte, error) {
 	if n.w.images[tip] != nil {
 		return nil, fmt.Errorf("%s: position %v comes twice", n.name, tip)
 	}
-	n.w.images[tip] = image
+	n.w.images[tip], n.unflushed = image, true
 	return image, err
 }
 
@@ -349,7 +388,7 @@ func (n *simNode) feed(to *simNode) error {
 		_, err = link.SendRound(ctx, Round{Source: simView(image), Ranges: ranges, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy})
 	}
 	if err == nil {
-		err = n.dev.Flush()
+		err = n.flush()
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)
@@ -366,6 +405,13 @@ func (n *simNode) feed(to *simNode) error {
 		return err
 	}
 	if fault || w.rng.IntN(6) == 0 {
+		if !fault { // the power goes while it is applied
+			to.dev.FailAt(blocktest.OpWrite, w.rng.IntN(12), errors.New("no power"))
+		}
+		// What goes on in the background comes to its end, so that a seed tells all.
+		link.Close()
+		to.recv.Close()
+		_ = to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
 		return to.crash()
 	}
 	return to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
@@ -413,6 +459,13 @@ func (n *simNode) crash() error {
 	after := n.dev.PowerCut(n.w.rng)
 	n.close()
 	n.dev = after
+	if n.unflushed { // what a cut was that nobody has is what is left of it
+		image, err := n.data()
+		if err != nil {
+			return err
+		}
+		n.w.images[n.state.Lineage.Tip()], n.unflushed = image, false
+	}
 	if was && n.w.rng.IntN(3) == 0 {
 		n.tracked = ^uint64(0) // its tracker is lost, too
 	}
@@ -430,7 +483,7 @@ func (n *simNode) standDown(follow *simNode) error {
 		if _, err := n.cut(); err != nil {
 			return err
 		}
-		if err := n.dev.Flush(); err != nil {
+		if err := n.flush(); err != nil {
 			return err
 		}
 		n.state = n.state.Close()
@@ -463,7 +516,7 @@ func (n *simNode) standDown(follow *simNode) error {
 	if h.Strayed != "" {
 		w.did["strayed"]++
 	}
-	n.acks = []Lineage{h.Lineage}
+	n.acks, n.unflushed = []Lineage{h.Lineage}, false // its superblock was flushed
 	n.close()
 	if err := n.start(); err != nil {
 		return err

@@ -12,9 +12,14 @@ import (
 // they last had in common. The names and what they do are DRBD's.
 type SplitBrain string
 
-// ReasonSplitBrain is in the reason of a replica that nothing is sent to because both
-// sides were written on their own.
-const ReasonSplitBrain = "split brain"
+// IsSplitBrain says whether nothing is sent to a replica because both sides were
+// written on their own; primary: the other one still is.
+func IsSplitBrain(cause error) (split, primary bool) {
+	var two *TwoPrimariesError
+	var refused *PlanRefusedError
+	primary = errors.As(cause, &two)
+	return primary || errors.As(cause, &refused) && refused.Plan.Diverged, primary
+}
 
 // The policies; the empty one is SplitBrainNone. Whatever they say, a copy that
 // is written as primary never gives way by itself.
@@ -159,7 +164,7 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 		return p
 	}
 	if in.Disk != DiskConsistent || in.NeedsFull {
-		p.Action, p.Rule = Refuse, rule+"; yet the replica's image is not whole, so nothing of it can be saved: format it to give it up"
+		p.Action, p.Format, p.Rule = Refuse, true, rule+"; yet the replica's image is not whole, so nothing of it can be saved: format it to give it up"
 		return p
 	}
 	// The old image stays until the new one is whole: never in place.
@@ -170,24 +175,6 @@ func (p Plan) diverged(in PlanInput, rel Relation) Plan {
 	}
 	p.Action, p.Rule = CompareAll, rule+"; what changed since "+rel.Common.String()+" is not known of both sides"
 	return p
-}
-
-// Discard gives up what a replica that went its own way has at a position: where
-// it is just there it is overwritten, and what only it had is saved at the replica
-// first. The word holds until it is used, another is given, or the primary stops.
-func (p *Primary) Discard(replica string, at Position) error {
-	w, err := p.worker(replica)
-	if err != nil {
-		return err
-	}
-	if at.IsZero() {
-		return fmt.Errorf("volume %q: give up what of replica %q? name the position that it is at", p.cfg.Volume, replica)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	w.discard, w.retryNow = at, true
-	p.notify()
-	return nil
 }
 
 // TwoPrimariesError says that the node at the other end is primary, too. Neither
@@ -202,7 +189,7 @@ func (e *TwoPrimariesError) Error() string {
 
 // Reason is the error without what moves on while both are written.
 func (e *TwoPrimariesError) Reason() string {
-	const both = ReasonSplitBrain + ": the volume is primary there, too"
+	const both = "split brain: the volume is primary there, too"
 	if rel := Compare(e.Theirs, e.Mine); rel.Kind == Diverged {
 		return both + ", and both went on separately from " + rel.Common.String()
 	}
@@ -233,7 +220,7 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 		return nil
 	}
 	policy := w.cfg.SplitBrain != "" && w.cfg.SplitBrain != SplitBrainNone
-	if !policy && w.givenUp(link) != link.Lineage().Tip() {
+	if !policy && link.GivenUp() != link.Lineage().Tip() {
 		return nil // it costs the replica a look at all of its map, and would decide nothing
 	}
 	w.itsRanges, w.itsChanged.Known, err = link.Changes(ctx, rel.Common)
@@ -258,19 +245,6 @@ func (w *replicaWorker) askWayward(ctx context.Context, link *Link, rel Relation
 	w.mineChanged = ChangedBytes{Known: true, Bytes: totalBytes(widen(changed, grain, w.p.size))}
 	w.itsChanged.Bytes = totalBytes(widen(w.itsRanges, grain, w.p.size))
 	return nil
-}
-
-// used forgets the operator's word: a copy that is at the position again later was
-// not meant.
-func (w *replicaWorker) used(discard Position) {
-	if discard.IsZero() {
-		return
-	}
-	w.update(func() {
-		if w.discard == discard {
-			w.discard = Position{}
-		}
-	})
 }
 
 // maxGrain is the coarsest that any tracker has: an era block of 4 MiB.

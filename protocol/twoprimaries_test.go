@@ -72,7 +72,7 @@ func TestTwoPrimaries(t *testing.T) {
 	state := &memState{b: mustEncode(t, SourceState{Lineage: line(9, 7), Generation: gen(9), OpenEpoch: 8})}
 	var told []string
 	r := startRig(t, src, state, []*node{near, far}, func(c *PrimaryConfig) {
-		c.Events.Behind = func(replica, reason string) {
+		c.Events.Behind = func(replica, reason string, _ error) {
 			mu.Lock()
 			defer mu.Unlock()
 			if replica == "far" {
@@ -91,6 +91,9 @@ func TestTwoPrimaries(t *testing.T) {
 	eventually(t, "the other replica goes on", func() bool { return report(0).Disk == "UpToDate" && report(0).Epoch > 8 && report(0).Reason == "" })
 	near.check(src)
 	eventually(t, "it is tried again", func() bool { mu.Lock(); defer mu.Unlock(); return theirs.Tip().Epoch > first+5 })
+	if split, primary := IsSplitBrain(report(1).Cause); !split || !primary {
+		t.Errorf("the cause is %v", report(1).Cause)
+	}
 	if got := report(1); got.Reason != want+common || got.Connection == "Connected" {
 		t.Errorf("%+v", got)
 	}
@@ -119,7 +122,7 @@ func TestTwoPrimariesInWords(t *testing.T) {
 		{Lineage{{}}, "primary there, too"},
 	} {
 		e := &TwoPrimariesError{Mine: line(1, 10), Theirs: c.theirs}
-		if !strings.HasPrefix(e.Reason(), ReasonSplitBrain+": ") || !strings.Contains(e.Reason(), c.want) || !strings.Contains(e.Error(), line(1, 10).Tip().String()) {
+		if !strings.HasPrefix(e.Reason(), "split brain: ") || !strings.Contains(e.Reason(), c.want) || !strings.Contains(e.Error(), line(1, 10).Tip().String()) {
 			t.Errorf("%v: %s", c.theirs, e)
 		}
 	}

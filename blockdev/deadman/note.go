@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -213,9 +214,27 @@ func openNote(name string) (*os.File, error) {
 	return f, nil
 }
 
+func noteText(f io.ReaderAt) ([]byte, error) {
+	return io.ReadAll(io.NewSectionReader(f, 0, 2*maxDevices*(maxPathBytes*4+64)))
+}
+
+// mayBeFrozen are the mount points that a note may have left frozen, as far as one
+// of another version, or a torn one, tells: each is at the end of its line.
+func mayBeFrozen(f io.ReaderAt) (points []string) {
+	text, _ := noteText(f) // it was read a moment ago
+	for line := range strings.Lines(string(text)) {
+		state, rest, _ := strings.Cut(line, " ")
+		_, point, found := strings.Cut(rest, `"`)
+		if point, err := strconv.Unquote(`"` + strings.TrimSpace(point)); found && err == nil && state != noteArmed && state != noteThawed {
+			points = append(points, point)
+		}
+	}
+	return points
+}
+
 // readNote parses a note.
 func readNote(f io.ReaderAt) (*note, error) {
-	text, err := io.ReadAll(io.NewSectionReader(f, 0, 2*maxDevices*(maxPathBytes*4+64)))
+	text, err := noteText(f)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +352,8 @@ func (s *sweeper) until(stop <-chan struct{}, wake <-chan struct{}) {
 func (s *sweeper) one(f *os.File) (done bool) {
 	n, err := readNote(f)
 	if err != nil {
-		s.log.Warn("a note of a freeze can't be read; it is removed", "note", f.Name(), "error", err)
+		s.log.Warn("a note of a freeze can't be read and is removed; should a file system that it names be frozen it is left so, thaw it with 'fsfreeze --unfreeze' if nobody needs it frozen",
+			"note", f.Name(), "error", err, "file-systems", mayBeFrozen(f))
 		return true
 	}
 	if boot, err := bootID(); err != nil || boot != n.boot {

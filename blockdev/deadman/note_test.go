@@ -2,12 +2,14 @@ package deadman
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -354,6 +356,34 @@ func TestNotesThatProveNothing(t *testing.T) {
 	r.write(text)
 	if r.sweep() || r.isFrozen() {
 		t.Error("the very note: not thawed")
+	}
+}
+
+// A note of another version proves nothing, but what it may have left frozen is
+// named before it is gone.
+func TestNoteOfAnotherVersion(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), notePrefix+"old"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString("blockferry freeze 1 b007 17 1000\nfrozen   7:0 5 \"/srv/a \\\"b\\\"\"\nfreezing 7:1 6 - \"/srv/c\"\narmed    7:2 7 \"/srv/d\"\nthawed   7:3 8 \"/srv/e\"\nfrozen   7:4 9 \"/srv/tor"); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	s := &sweeper{freezer: kernelFreezer{}, now: bootTime, log: slog.New(slog.NewJSONHandler(&out, nil))}
+	if !s.one(f) {
+		t.Error("it is kept")
+	}
+	var said struct {
+		Level, Msg, Error string
+		Points            []string `json:"file-systems"`
+	}
+	if err := json.Unmarshal(out.Bytes(), &said); err != nil {
+		t.Fatalf("%v: %s", err, &out)
+	}
+	if want := []string{`/srv/a "b"`, "/srv/c"}; said.Level != "WARN" || !slices.Equal(said.Points, want) || !strings.Contains(said.Msg, "fsfreeze --unfreeze") || !strings.Contains(said.Error, "version 2") {
+		t.Errorf("it says %+v; want %q", said, want)
 	}
 }
 

@@ -242,20 +242,15 @@ func (c *Control) ResumeRequest(name string) (*Request, error) {
 
 // Message sends a message to the target at a sector of the device.
 func (c *Control) Message(name string, sector uint64, message string) error {
-	r, err := c.MessageRequest(name, sector, message)
+	data, err := encodeMessage(sector, message)
+	if err != nil {
+		return fmt.Errorf("device-mapper: message to %s: %w", name, err)
+	}
+	r, err := c.request(unix.DM_TARGET_MSG, "message '"+message+"' to", name, "", 0, data, 0)
 	if err != nil {
 		return err
 	}
 	return r.Do()
-}
-
-// MessageRequest prepares Message.
-func (c *Control) MessageRequest(name string, sector uint64, message string) (*Request, error) {
-	data, err := encodeMessage(sector, message)
-	if err != nil {
-		return nil, fmt.Errorf("device-mapper: message to %s: %w", name, err)
-	}
-	return c.request(unix.DM_TARGET_MSG, "message '"+message+"' to", name, "", 0, data, 0)
 }
 
 // Remove removes a device that nobody has open. One that is busy is tried

@@ -268,7 +268,11 @@ func (e *Engine) Mark(ctx context.Context, number uint64, stop Stopper) (stalled
 		}
 	}
 	e.vain = 0
-	return stalled, e.seal(number)
+	lost := e.seal(number)
+	if lost != nil && err != nil {
+		lost = fmt.Errorf("%w; the stop before that did not hold: %w", lost, err)
+	}
+	return stalled, lost
 }
 
 // exchange keeps what it takes until it is sealed.

@@ -32,7 +32,8 @@ type Cut struct {
 	withView  bool
 	view      *blockdev.File
 	image     *precopy.Cut // in the view's place
-	rolled    bool         // it began an era
+	rolled    bool         // it began an era, just before
+	era       uint32       // that one
 	rollAsked uint64       // the volume's, before it began
 	fine      bool         // fine tracking covers it
 	marksMu   sync.Mutex
@@ -118,11 +119,14 @@ func (c *Cut) take() error {
 	if v.options.FreezeFilesystem {
 		v.syncMounts()
 	}
-	c.rolled = v.rollNow()
-	c.hasMarks = c.rolled
-	w, err := v.newWindow(c.withView, c.rolled)
+	w, err := v.newWindow(c.withView)
 	if err != nil {
 		return err
+	}
+	if c.rolled = v.rollNow(); c.rolled {
+		if c.era, err = v.beginEra(); err != nil {
+			return err
+		}
 	}
 	if err := w.run(); err != nil {
 		if v.fine != nil {
@@ -169,22 +173,12 @@ func (c *Cut) afterWindow() error {
 	return nil
 }
 
-// recordEra finds out which era the cut began, and records it. Only now: an
-// entry of a cut that never was would lose writes.
+// recordEra records the era that the cut began. Only now: an entry of a cut that
+// never was would lose writes.
 func (c *Cut) recordEra() error {
 	v := c.volume
-	var err error
-	if c.snapBlock, err = v.heldSnapshot(); err != nil {
-		return err
-	}
-	// The era in the metadata snapshot, not the present one: something may
-	// have begun another since.
-	super, err := era.ReadSuperblock(v.eras, c.snapBlock)
-	if err != nil {
-		return err
-	}
 	if err := v.changeLabel(func(l *Label) {
-		l.Cuts = l.Cuts.With(CutEra{c.number, super.CurrentEra})
+		l.Cuts = l.Cuts.With(CutEra{c.number, c.era})
 		c.cuts = l.Cuts
 	}); err != nil {
 		return err
@@ -354,8 +348,9 @@ func (v *Volume) syncMounts() {
 	}
 }
 
-// prepareSnapshot makes the frozen view's device and loads the tables, all
-// that can be done before writers are stopped.
+// prepareSnapshot makes the frozen view's device and loads the table of its origin,
+// all that can be done before writers are stopped. The view is there already, of
+// the volume as it goes on, until the base becomes its origin.
 func (v *Volume) prepareSnapshot() error {
 	name, base := deviceName(v.options.Name, roleSnap), deviceName(v.options.Name, roleBase)
 	info, err := v.ctl.Create(name, deviceUUID(v.label.UUID, roleSnap))
@@ -367,6 +362,9 @@ func (v *Volume) prepareSnapshot() error {
 	snapshot := dm.Target{Length: origin.Length, Type: "snapshot", Params: fmt.Sprintf("%s %s N %d",
 		v.devices[roleData].Dev(), v.devices[roleCow].Dev(), v.options.ChunkBytes/blockdev.SectorSize)}
 	if err := v.ctl.Load(name, []dm.Target{snapshot}); err != nil {
+		return err
+	}
+	if err := v.ctl.Resume(name); err != nil {
 		return err
 	}
 	return v.ctl.Load(base, []dm.Target{origin})

@@ -60,7 +60,8 @@ func (v *Volume) rollNow() bool {
 }
 
 // RollNext has the next cut that is taken from now on and is whole begin an era,
-// whatever tracks what: the marks can then prove that nothing was written after it.
+// whatever tracks what: the marks can then prove that nothing was written after it,
+// if nothing was while it was taken.
 func (v *Volume) RollNext() { v.rollAsked.Add(1) }
 
 // Forget says that nobody will ask for what changed before a cut. It may be
@@ -112,9 +113,8 @@ func (c *Cut) changedFine(since uint64) ([]blockdev.Extent, bool) {
 	return blockdev.Clip(extents, c.volume.Size()), true
 }
 
-// marks is the block of the metadata snapshot to read the era's marks from. A
-// cut that began no era takes one when it is asked: outside of any barrier, so
-// that it names too much.
+// marks is the block of the metadata snapshot to read the era's marks from. It is
+// taken when the cut is asked: outside of any barrier, so that it names too much.
 func (c *Cut) marks() (uint64, error) {
 	c.marksMu.Lock()
 	defer c.marksMu.Unlock()

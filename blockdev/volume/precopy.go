@@ -89,7 +89,7 @@ func (v *Volume) stop(ctx context.Context, limit time.Duration, inside func() er
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	w, err := v.newWindow(false, false)
+	w, err := v.newWindow(false)
 	if err != nil {
 		return nil, err
 	}

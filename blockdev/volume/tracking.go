@@ -200,6 +200,27 @@ func (v *Volume) eraStatus() (eraStatus, error) {
 	return s, nil
 }
 
+// beginEra begins an era, with writes going on, and says which one is the present
+// then. A cut that follows may count from it as well as from one begun with writers
+// stopped, who then need not wait for its commits:
+//   - The kernel says so when every write that it looks at from then on is marked in
+//     that era or a later one.
+//   - A write that it had looked at before may bear an older mark, and land later. It
+//     is one of the top device, whose suspend waits for it: the cut has it.
+//   - A write between this and the suspend is in the cut, and named as changed after
+//     it, too: more than need be. What changed before the cut is asked of marks that
+//     are taken later, which have it as well.
+func (v *Volume) beginEra() (uint32, error) {
+	if err := v.eraAnswers(); err != nil {
+		return 0, err
+	}
+	if err := v.ctl.Message(deviceName(v.options.Name, roleEra), 0, "checkpoint"); err != nil {
+		return 0, err
+	}
+	status, err := v.eraStatus()
+	return status.era, err
+}
+
 // heldSnapshot is the block of the metadata snapshot that was just taken.
 func (v *Volume) heldSnapshot() (uint64, error) {
 	status, err := v.eraStatus()

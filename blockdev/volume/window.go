@@ -35,7 +35,7 @@ type window struct {
 	devices []string // inner to outer
 
 	suspend  *dm.Request
-	inner    []*dm.Request // while the top is suspended, in order
+	inner    *dm.Request   // while the top is suspended; nil: nothing
 	between  func() error  // then, may be nil
 	rescuers []*dm.Request // resume all, should the dead-man be dead
 
@@ -51,7 +51,7 @@ type window struct {
 	err     error
 }
 
-func (v *Volume) newWindow(withView, roll bool) (*window, error) {
+func (v *Volume) newWindow(withView bool) (*window, error) {
 	o := v.options
 	name := func(role string) string { return deviceName(o.Name, role) }
 	w := &window{volume: v, guard: o.Guard, limit: o.StallLimit, devices: []string{name(roleTop)}}
@@ -63,13 +63,9 @@ func (v *Volume) newWindow(withView, roll bool) (*window, error) {
 	w.suspend = request(v.ctl.SuspendRequest(name(roleTop), dm.SuspendOptions{LockFS: o.FreezeFilesystem, Flush: o.FreezeFilesystem}))
 	if withView {
 		w.devices = []string{name(roleBase), name(roleTop)}
-		// The snapshot first: the origin takes its split size from it. The
+		// The snapshot is there already: the origin takes its split size from it. The
 		// origin's resume suspends, exchanges and resumes in one call.
-		w.inner = append(w.inner, request(v.ctl.ResumeRequest(name(roleSnap))), request(v.ctl.ResumeRequest(name(roleBase))))
-	}
-	if roll {
-		// Sound only here, where nothing is in flight.
-		w.inner = append(w.inner, request(v.ctl.MessageRequest(name(roleEra), 0, "take_metadata_snap")))
+		w.inner = request(v.ctl.ResumeRequest(name(roleBase)))
 	}
 	if v.fine != nil {
 		w.exchange = v.fine.tracker.ExchangeStopped
@@ -142,8 +138,8 @@ func (w *window) inside() {
 	if w.exchange != nil {
 		w.exchange()
 	}
-	for _, r := range w.inner {
-		if w.err = r.Do(); w.err != nil {
+	if w.inner != nil {
+		if w.err = w.inner.Do(); w.err != nil {
 			return
 		}
 	}

@@ -76,7 +76,7 @@ func (g *globalOptions) agent(ctx context.Context, log *slog.Logger, deadMan dea
 	deadMan.Command = []string{self, "dead-man", "--notes", deadMan.Notes}
 	return agent.Run(ctx, agent.Options{
 		Config: c, Socket: g.socket, Log: log, Version: version, System: doctor.Live(),
-		DeadMan: deadMan,
+		DeadMan: deadMan, StateDir: config.DefaultStateDir,
 	})
 }
 

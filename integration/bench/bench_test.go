@@ -118,6 +118,32 @@ func TestBenchRunsNatively(t *testing.T) {
 	}
 }
 
+// The link of the figures over one has the delay and the rate that they name: more may be,
+// on a busy machine, never less.
+func TestBenchRunsOverALink(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("network namespaces need root")
+	}
+	once = true
+	r, err := run(t.Context(), figures[figureIndex("stream-over-5ms")], true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if trip, _ := r.Extra["round trip ms"].(float64); trip < 5 {
+		t.Errorf("a round trip of %v ms", r.Extra["round trip ms"])
+	}
+	if len(r.Rows) != 4 {
+		t.Fatalf("measured %+v", r.Rows)
+	}
+	for _, row := range r.Rows[2:] {
+		for side, took := range map[string]float64{"ours": row.Ours[0], "plain TCP": row.Theirs[0]} {
+			if least := float64(16<<20)/cappedRate - 0.02; took < least {
+				t.Errorf("%s, %s: 16 MiB in %v s, on a link that takes %v s for them", row.Name, side, took, least)
+			}
+		}
+	}
+}
+
 func TestRows(t *testing.T) {
 	m := &measured{}
 	m.add(row{Name: "rate", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Goal: atLeast(0.95)})

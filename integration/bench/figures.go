@@ -31,6 +31,8 @@ var figures = []figure{
 		native:  true,
 		measure: streamVersusTCP,
 	},
+	streamOver(time.Millisecond),
+	streamOver(5 * time.Millisecond),
 	{
 		name:    "tracked-vs-raw",
 		about:   "a volume on which changes are marked (and all are, and replication is paused) against the bare disk",
@@ -190,6 +192,24 @@ var figures = []figure{
 		debian:  true,
 		limit:   15 * time.Minute,
 		measure: sentPerChanged,
+	},
+	{
+		name:  "primary-to-first-write",
+		about: "how long after 'blockferry primary' on a copy the volume takes its first write",
+		note: "Two agents in one guest, on its one CPU, where starting the command takes a good part of the time. Before each run 1 MiB, in blocks of 4 KiB, was written that the copy had, and, forced, as much " +
+			"that perhaps it had not.",
+		limit:   20 * time.Minute,
+		measure: primaryToFirstWrite,
+	},
+	{
+		name:  "resync-bytes",
+		about: "what is sent to a peer that was away for 1, 10 and 60 minutes",
+		note: "The load is one of 100 writes of 4 KiB a second to a file of 384 MiB on an attached device, four of five to a fifth of it. Time is compressed: the peer's agent is stopped, as many writes as that load makes in " +
+			"those minutes are made as fast as they go, and it is started again. What was written more than once is sent once.",
+		disks:   []uml.Disk{{Size: 512 << 20}, {Size: 2 << 30}},
+		native:  true,
+		limit:   20 * time.Minute,
+		measure: resyncBytes,
 	},
 	planFigure(1, "1000M", 10*time.Minute),
 	planFigure(4, "1500M", 20*time.Minute),

@@ -118,6 +118,9 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 	if err := l.end(ctx); err != nil {
 		return err
 	}
+	if err := s.rig.Run(ctx, "recover", s.disks[1]); err != nil { // the last epochs may be in its journal alone
+		return err
+	}
 	if err := arrivedAll(s.disks[1], n); err != nil {
 		return fmt.Errorf("the replica: %w", err)
 	}

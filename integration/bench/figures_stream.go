@@ -35,7 +35,7 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 		{"in-place", "bytes per second of a first sync from memory to a replica in memory, by gRPC over TCP on loopback and with all checks, over those of one plain TCP connection", protocol.ModeInPlace},
 		{"journaled", "the same through the replica's journal, applied", protocol.ModeJournal},
 	} {
-		f, err := newFeed(ctx, source, &ramDisk{b: make([]byte, 1<<30)}, protocol.FormatOptions{SizeBytes: source.Size(), JournalBytes: 600 << 20}, true)
+		f, err := newFeed(ctx, source, &ramDisk{b: make([]byte, 1<<30)}, protocol.FormatOptions{SizeBytes: source.Size(), JournalBytes: 600 << 20}, overLoopback)
 		if err != nil {
 			return err
 		}
@@ -55,7 +55,7 @@ func streamVersusTCP(ctx context.Context, _ *stand, m *measured) error {
 			},
 			func(context.Context) (float64, error) {
 				before := ownCPU()
-				took, err := plainTCP(source.b, rounds)
+				took, err := plainTCP(source.b, rounds, loopback)
 				cpu.Theirs = append(cpu.Theirs, ownCPU()-before)
 				return took, err
 			})
@@ -108,7 +108,7 @@ func firstSyncNatively(ctx context.Context, s *stand, m *measured) error {
 				return 0, err
 			}
 			defer to.Close()
-			f, err := newFeed(ctx, section{from}, to, protocol.FormatOptions{SizeBytes: syncBytes, JournalBytes: 32 << 20}, false)
+			f, err := newFeed(ctx, section{from}, to, protocol.FormatOptions{SizeBytes: syncBytes, JournalBytes: 32 << 20}, nil)
 			if err != nil {
 				return 0, err
 			}
@@ -151,11 +151,31 @@ type feed struct {
 
 var feedVolume = [16]byte{1, 2, 3}
 
-// newFeed formats the store; the session is one of this process, or one by TCP.
+// network has a receiver served, and gives the client that reaches it and what ends both.
+type network func(*protocol.Receiver) (proto.ReplicationClient, func(), error)
+
+// overLoopback is plain TCP on loopback.
+func overLoopback(receiver *protocol.Receiver) (proto.ReplicationClient, func(), error) {
+	lis, err := loopback()
+	if err != nil {
+		return nil, nil, err
+	}
+	server := grpc.NewServer(protocol.ServerOptions()...)
+	proto.RegisterReplicationServer(server, receiver)
+	go func() { _ = server.Serve(lis) }()
+	conn, err := grpc.NewClient(lis.Addr().String(), append(protocol.DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+	if err != nil {
+		server.Stop()
+		return nil, nil, err
+	}
+	return proto.NewReplicationClient(conn), func() { _ = conn.Close(); server.Stop() }, nil
+}
+
+// newFeed formats the store; the session is one over a network, or, without, of this process.
 func newFeed(ctx context.Context, source interface {
 	io.ReaderAt
 	Size() int64
-}, store protocol.Store, o protocol.FormatOptions, tcp bool) (_ *feed, err error) {
+}, store protocol.Store, o protocol.FormatOptions, over network) (_ *feed, err error) {
 	f := &feed{source: source}
 	defer func() {
 		if err != nil {
@@ -176,24 +196,15 @@ func newFeed(ctx context.Context, source interface {
 		return nil, err
 	}
 	client := protocol.LocalClient(receiver)
-	if tcp {
-		lis, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+	if over != nil {
+		var end func()
+		if client, end, err = over(receiver); err != nil {
 			return nil, err
 		}
-		server := grpc.NewServer(protocol.ServerOptions()...)
-		proto.RegisterReplicationServer(server, receiver)
-		go func() { _ = server.Serve(lis) }()
-		f.closers = append(f.closers, server.Stop)
-		conn, err := grpc.NewClient(lis.Addr().String(), append(protocol.DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()))...)
-		if err != nil {
-			return nil, err
-		}
-		f.closers = append(f.closers, func() { _ = conn.Close() })
-		client = proto.NewReplicationClient(conn)
+		f.closers = append(f.closers, end)
 	}
 	config := protocol.LinkConfig{VolumeUUID: feedVolume, SizeBytes: source.Size(), Replica: "bench"}
-	if !tcp {
+	if over == nil {
 		config.BatchBytes = protocol.LocalBatchBytes
 	}
 	if f.link, err = protocol.Connect(ctx, client, config, protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 1}}); err != nil {
@@ -239,10 +250,10 @@ func (f *feed) send(ctx context.Context, mode protocol.Mode, epochs int) (float6
 	return time.Since(began).Seconds(), nil
 }
 
-// plainTCP sends data so often over one connection and reads it on the other
-// side, a MiB at a time.
-func plainTCP(data []byte, times int) (float64, error) {
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
+// plainTCP sends data so often over one connection, to where listen opens a port, and
+// reads it on the other side, a MiB at a time.
+func plainTCP(data []byte, times int, listen func() (net.Listener, error)) (float64, error) {
+	lis, err := listen()
 	if err != nil {
 		return 0, err
 	}

@@ -54,6 +54,8 @@ type figure struct {
 	// native: it runs on this machine's kernel, its disks are loop devices
 	// (see stand.disks).
 	native bool
+	// network: natively, in a network namespace of its own, for a link in it.
+	network bool
 	// debian: it runs on Debian's own kernel, under an emulator, with fine
 	// tracking; otherwise the guest is User-Mode Linux.
 	debian bool

@@ -49,6 +49,9 @@ func runNative(ctx context.Context, f figure, quick bool) (r result, err error) 
 	cmd.Env = append(os.Environ(), roomVar+"="+room, binaryVar+"="+binary)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if f.network {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	}
 	// Pdeathsig is sent when the thread that started the child ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

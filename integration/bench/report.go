@@ -246,8 +246,14 @@ var reasons = []struct{ prefix, why string }{
 		"Reading what is left takes 1 to 3 ms, each of the dead-man's answers 0.2 to 0.5 ms, all else less than 0.1 ms."},
 	{"tracked-vs-drbd-a/", "Each machine is one emulated CPU. DRBD sends a write from the kernel, as it comes; here the writer shares that CPU with an agent that cuts each second, and without fine tracking nearly every write at random " +
 		"is the first to its block since the cut and waits for a commit of the era's marks. Fine tracking spares that: tracked-vs-drbd-a-debian."},
+	{"cut-stall-debian/pre-copy/", emulatedStall + "What was written since the last round is read inside, too: under load that is the longest part."},
+	{"cut-stall-debian/", emulatedStall + "The longest part is the exchange of the base's table, for the cut and again for the release of its view: each waits for four of the kernel's grace periods, which take a turn of " +
+		"several of its threads. Realtime threads for the agent and its dead-man, and expedited grace periods, were tried on a busy host: no difference could be told from the noise."},
 	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
 }
+
+const emulatedStall = "The guest's two emulated processors stand still for milliseconds whenever the host runs something else, and a stop waits for several threads' turns: single writes to the bare disk take longer still in the same run " +
+	"(the raw numbers of outside/longest-write). Idle, each part of a stop has a median of 2 ms or less, and a tail of ten times that. "
 
 func why(figure, row string) string {
 	for _, r := range reasons {

@@ -53,6 +53,8 @@ type Options struct {
 	System  *doctor.System
 	// DeadMan says who resumes devices that the agent left suspended.
 	DeadMan deadman.GuardOptions
+	// StateDir is the folder of what is remembered until the next start; "": nothing is.
+	StateDir string
 }
 
 // Agent runs the volumes of one configuration.

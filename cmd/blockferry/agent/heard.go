@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -17,12 +18,11 @@ import (
 	"blockferry/protocol"
 )
 
-const (
-	// tellEvery is how often a node tells those that watch it.
-	tellEvery = 500 * time.Millisecond
-	// askNode is how long another node has to say where it stands.
-	askNode = 3 * time.Second
-)
+// tellEvery is how often a node tells those that watch it.
+const tellEvery = 500 * time.Millisecond
+
+// askNode is how long another node has to say where it stands; tests give it more.
+var askNode = 3 * time.Second
 
 // peerService is what other nodes can call: replication, and where a volume stands.
 type peerService struct {
@@ -70,30 +70,118 @@ func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_Watch
 // heard is what another node said of the volume last.
 type heard struct {
 	primary bool
-	serving bool // as primary, the volume is up
+	serving bool // as primary, the volume is up, or comes up at this moment
 	lineage protocol.Lineage
 	behind  *uint64
 	at      time.Time
+	cuts    []cutHeard // after the copy here, oldest first, of a primary
+	before  bool       // the agent here was started since: at has no monotonic part
+}
+
+// cutHeard is when it was first heard that an epoch was open, so that the cut before it
+// was taken.
+type cutHeard struct {
+	open uint64
+	at   time.Time
+}
+
+// maxCutsHeard bounds how many are remembered of a primary that the copy does not follow:
+// of those after it the oldest count.
+const maxCutsHeard = 256
+
+// after is what was heard now, with the cuts heard before that the copy does not hold.
+func (h heard) after(last heard, holds uint64) heard {
+	if !h.primary || len(h.lineage) == 0 {
+		return h
+	}
+	for _, c := range last.cuts {
+		if last.primary && c.open > holds {
+			h.cuts = append(h.cuts, c)
+		}
+	}
+	open := h.lineage.Tip().Epoch
+	if n := len(h.cuts); open > holds && n < maxCutsHeard && (n == 0 || open > h.cuts[n-1].open) {
+		h.cuts = append(h.cuts, cutHeard{open, h.at})
+	}
+	return h
+}
+
+// known is what is to be held against the copy here. Times are of this node alone, by its
+// monotonic clock unless it was started since: the clocks of two machines differ.
+func (h heard) known(holds uint64) protocol.Heard {
+	k := protocol.Heard{Lineage: h.lineage, BehindBytes: h.behind}
+	if len(h.lineage) > 0 && h.lineage.Tip().Epoch <= holds {
+		k.Seconds = new(float64) // it was heard before the copy's cut
+	}
+	for _, c := range h.cuts {
+		if c.open > holds {
+			seconds := max(0, h.at.Sub(c.at).Seconds())
+			k.Seconds = &seconds
+			break
+		}
+	}
+	if h.before {
+		ago := max(0, time.Since(h.at).Seconds())
+		k.OldSeconds = &ago
+	}
+	return k
+}
+
+// keepEvery is how often what a primary says is written down while it goes on.
+const keepEvery = 10 * time.Second
+
+// note remembers what a node says.
+func (s *switching) note(node string, h heard) {
+	st, _, _, _ := s.copy.replica.status()
+	s.mu.Lock()
+	last := s.heard[node]
+	h = h.after(last, st.Committed.Epoch)
+	s.heard[node] = h
+	news := h.primary != last.primary || h.primary && !h.lineage.Equal(last.lineage) && time.Since(s.keptAt) > keepEvery
+	if news {
+		s.keptAt = time.Now()
+	}
+	s.mu.Unlock()
+	if news {
+		s.keepHeard()
+	}
+}
+
+// backoff is how long a node that does not answer is waited with before it is asked again.
+type backoff struct {
+	least, most time.Duration
+	next        time.Duration // 0: least
+}
+
+// wait is that time, spread by a quarter either way so that nodes do not come in step.
+// Once it was heard it begins anew.
+func (b *backoff) wait(heard bool) time.Duration {
+	if heard || b.next == 0 {
+		b.next = b.least
+	}
+	d := b.next
+	b.next = min(2*b.next, b.most)
+	return time.Duration(float64(d) * (0.75 + rand.Float64()/2))
 }
 
 // listen keeps what a node says, while the volume is secondary here.
-func (s *switching) listen(ctx context.Context, node string) {
+func (s *switching) listen(ctx context.Context, node string, again backoff) {
 	for ctx.Err() == nil {
 		r, uuid, change := s.look()
-		wait := tellEvery
-		if r != roleSecondary || uuid.IsZero() {
-			wait = time.Hour // until there is something to hear
-		} else {
+		wait := time.Hour // until there is something to hear
+		if r == roleSecondary && !uuid.IsZero() {
+			spoke := false
 			s.hearFrom(ctx, node, uuid, change, func(h heard) bool {
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				s.heard[node] = h
+				spoke = true
+				s.note(node, h)
 				return true
 			})
+			wait = again.wait(spoke)
 		}
 		select {
 		case <-ctx.Done():
 		case <-change:
+			again.next = 0
 		case <-time.After(wait):
 		}
 	}
@@ -186,6 +274,7 @@ func (k knowledge) beside(mine protocol.Lineage) protocol.Heard {
 // answer, and why.
 func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ knowledge, _ string, silent map[string]string) {
 	said, silent := s.ask(ctx, st.VolumeUUID)
+	holds := st.Lineage.Tip().Epoch
 	var words []string
 	far := protocol.Heard{Lineage: st.Lineage}
 	for _, node := range s.config.Peers {
@@ -194,11 +283,15 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 		case !ok:
 			words = append(words, "node '"+node+"' does not say where it stands: "+silent[node])
 		case h.primary:
-			return knowledge{protocol.Heard{Lineage: h.lineage, Alive: true, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true}, "node '" + node + "' is primary", silent
+			s.mu.Lock()
+			k := h.after(s.heard[node], holds).known(holds)
+			s.mu.Unlock()
+			k.Alive = true
+			return knowledge{k, true}, "node '" + node + "' is primary", silent
 		default:
-			words = append(words, fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip()))
+			words = append(words, h.inWords(st.Lineage, node))
 			if kind := protocol.Compare(far.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
-				far = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano()}
+				far = protocol.Heard{Lineage: h.lineage}
 			}
 		}
 	}
@@ -211,16 +304,25 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 	}
 	// What the silent ones said last counts only from a primary: who was secondary
 	// may be primary since.
-	last, known := protocol.Heard{}, false
+	var last heard
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for node := range silent {
-		h, ok := s.heard[node]
-		if ok && h.primary && (!known || h.at.UnixNano() > last.UnixNanos) {
-			last, known = protocol.Heard{Lineage: h.lineage, UnixNanos: h.at.UnixNano(), BehindBytes: h.behind}, true
+		if h := s.heard[node]; h.primary && (!last.primary || h.at.After(last.at)) {
+			last = h
 		}
 	}
-	return knowledge{last, known}, strings.Join(words, ", "), silent
+	return knowledge{last.known(holds), last.primary}, strings.Join(words, ", "), silent
+}
+
+// inWords says where another node that is secondary stands, and whether it is the better
+// one to take over.
+func (h heard) inWords(mine protocol.Lineage, node string) string {
+	words := fmt.Sprintf("node '%s' is secondary at %v", node, h.lineage.Tip())
+	if len(mine) > 0 && protocol.Compare(mine, h.lineage).Kind == protocol.Behind {
+		words += ", ahead of the copy here: it loses less if that one takes over"
+	}
+	return words
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that
@@ -235,9 +337,8 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	if decided {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), askNode)
-	defer cancel()
-	said, silent := s.ask(ctx, uuid)
+	s.agent.peers.heardHere()
+	said, silent := s.ask(context.Background(), uuid)
 	for node, h := range said {
 		if why := h.supersedes(disk, node); why != "" {
 			return &supersededError{s.config.Device + " " + why}
@@ -251,15 +352,19 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 
 // supersedes says why a primary's disk is not written beside what another node said;
 // "": it may be. Of two that went their own ways from where both were, none is out of
-// date; but one that serves is not joined by a second.
+// date; but one that serves, or comes up at this moment, is not joined by a second.
 func (h heard) supersedes(disk protocol.Lineage, node string) string {
 	switch {
 	case len(h.lineage) == 0:
 		return ""
 	case protocol.Superseded(disk, h.lineage):
-		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: that node took over", disk, node, h.lineage)
-	case h.primary && h.serving && protocol.Compare(disk, h.lineage).Kind == protocol.Diverged:
-		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up", disk, node, h.lineage)
+		how := "that node took over"
+		if !h.primary {
+			how = "the copy there is of a primary that took over, or newer"
+		}
+		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: %s", disk, node, h.lineage, how)
+	case h.primary && h.serving:
+		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, or comes up at this moment", disk, node, h.lineage)
 	}
 	return ""
 }

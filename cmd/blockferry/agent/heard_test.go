@@ -1,7 +1,17 @@
 package agent
 
 import (
+	"context"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/transport"
 
 	"blockferry/protocol"
 )
@@ -15,7 +25,7 @@ func history(points ...uint64) (l protocol.Lineage) {
 }
 
 // A disk that another node's copy left behind is not written, nor is one beside a
-// primary that serves another line. One that is down keeps nobody from coming up.
+// primary that serves, or comes up. One that is down keeps nobody from coming up.
 func TestSecondPrimaryStaysDown(t *testing.T) {
 	serving, down := heard{primary: true, serving: true}, heard{primary: true}
 	for name, c := range map[string]struct {
@@ -29,13 +39,96 @@ func TestSecondPrimaryStaysDown(t *testing.T) {
 		"it took over from what this one went on from": {history(1, 11), history(1, 10, 3, 13), down, true},
 		"it went on": {history(1, 10), history(1, 10, 3, 13), heard{}, true},
 		"this one took over from it, which went on":        {history(1, 10, 3, 13), history(1, 11), down, false},
-		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, false},
+		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, true},
+		"both hold the same":                               {history(1, 10), history(1, 10), serving, true},
 		"it says nothing of its history":                   {history(1, 10), nil, serving, false},
 	} {
 		h := c.h
 		h.lineage = c.other
 		if why := h.supersedes(c.disk, "node-b"); (why != "") != c.refused {
 			t.Errorf("%s: %q", name, why)
+		}
+	}
+}
+
+// A node that does not answer is asked ever more rarely, and one that did soon.
+func TestListenWaitsLonger(t *testing.T) {
+	b := backoff{least: time.Second, most: 10 * time.Second}
+	between := func(d, least, most time.Duration) {
+		t.Helper()
+		if d < least*3/4 || d > most*5/4 {
+			t.Errorf("it waits %v, want about %v to %v", d, least, most)
+		}
+	}
+	seen := map[time.Duration]bool{}
+	for range 3 {
+		for i := range 8 {
+			d := b.wait(i == 0)
+			want := min(time.Second<<i, 10*time.Second)
+			between(d, want, want)
+			seen[d] = true
+		}
+	}
+	if len(seen) < 20 {
+		t.Error("it is not spread")
+	}
+
+	path := filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var calls atomic.Int32
+	called := make(chan struct{}, 1)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			calls.Add(1)
+			c.Close()
+			select {
+			case called <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	s := aSwitching(t, nil, &config.Replica{Name: "far", Peer: "node-b", Address: "unix:" + path})
+	s.role, s.uuid, s.agent.identity = roleSecondary, volume.UUID{7}, transport.NewIdentity("node-a", "", quiet())
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.listen(ctx, "node-b", backoff{least: time.Millisecond, most: time.Hour})
+	}()
+	<-called
+	time.Sleep(500 * time.Millisecond) // for what should not come
+	cancel()
+	<-ended
+	if n := calls.Load(); n > 12 {
+		t.Errorf("called %d times in half a second", n)
+	}
+}
+
+// Of another secondary it is said when that one holds more.
+func TestWhoIsAheadIsNamed(t *testing.T) {
+	for name, c := range map[string]struct {
+		mine, other protocol.Lineage
+		ahead       bool
+	}{
+		"it has later cuts":                  {history(1, 10), history(1, 12), true},
+		"it has those of a later generation": {history(1, 10), history(1, 10, 2, 12), true},
+		"it is level":                        {history(1, 10), history(1, 10), false},
+		"it is behind":                       {history(1, 10), history(1, 9), false},
+		"it went its own way":                {history(1, 10), history(1, 9, 2, 12), false},
+		"it has nothing":                     {history(1, 10), nil, false},
+		"neither has anything":               {nil, history(1, 10), false},
+	} {
+		h := heard{lineage: c.other}
+		if got := strings.Contains(h.inWords(c.mine, "node-b"), "ahead of the copy here"); got != c.ahead {
+			t.Errorf("%s: %s", name, h.inWords(c.mine, "node-b"))
 		}
 	}
 }

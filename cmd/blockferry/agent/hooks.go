@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -118,9 +117,9 @@ func (m *managed) withHooks(e protocol.PrimaryEvents) protocol.PrimaryEvents {
 		}
 	}
 	behind := e.Behind
-	e.Behind = func(replica, reason string) {
-		behind(replica, reason)
-		if strings.Contains(reason, protocol.ReasonSplitBrain) { // two primaries, too
+	e.Behind = func(replica, reason string, cause error) {
+		behind(replica, reason, cause)
+		if split, _ := protocol.IsSplitBrain(cause); split { // two primaries, too
 			m.tellSplit(replica, true, reason)
 		}
 	}

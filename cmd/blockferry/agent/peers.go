@@ -35,7 +35,8 @@ type peers struct {
 	server   *transport.Server
 	volumes  []*secondary
 
-	adopting sync.Mutex
+	adopting  sync.Mutex
+	listening chan struct{} // closed once other nodes can call
 
 	mu   sync.Mutex
 	said map[string]*feeding // by volume
@@ -74,7 +75,7 @@ func (a *adoption) prepare(disk *blockdev.File) (err error) {
 }
 
 func newPeers(a *Agent) *peers {
-	p := &peers{agent: a, node: a.options.Config.Node, log: a.log, said: map[string]*feeding{}}
+	p := &peers{agent: a, node: a.options.Config.Node, log: a.log, said: map[string]*feeding{}, listening: make(chan struct{})}
 	p.receiver = protocol.NewReceiver(protocol.ReceiverConfig{Admit: p.admit, Events: protocol.ReceiverEvents{
 		Connected: p.fed, Committed: p.brought, Disconnected: p.notFed,
 		Refused: func(ctx context.Context, err *protocol.RefusedError) { p.server.Refused(ctx, errors.New(err.Message)) },
@@ -156,11 +157,13 @@ func (p *peers) run(ctx context.Context) {
 		p.server.Stop()
 	})
 	said := ""
+	heard := sync.OnceFunc(func() { close(p.listening) })
 	for ctx.Err() == nil {
 		l, err := transport.Listen(ctx, p.node.Listen)
 		if err == nil {
 			p.log.Info("listening for other nodes", "listen", l.Addr().String())
 			said = ""
+			heard()
 			err = p.server.Serve(l) // closes it
 		}
 		if err != nil && ctx.Err() == nil && err.Error() != said {
@@ -173,6 +176,16 @@ func (p *peers) run(ctx context.Context) {
 		}
 	}
 	running.Wait()
+}
+
+// heardHere waits until other nodes can ask, for as long as one has to answer: who asks
+// before that may be missed by one that asks at the same time.
+func (p *peers) heardHere() {
+	select {
+	case <-p.listening:
+	case <-time.After(askNode):
+		p.log.Warn("other nodes are asked though none can ask here yet", "listen", p.node.Listen)
+	}
 }
 
 // known reports whether a node has any business here.

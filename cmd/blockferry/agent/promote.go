@@ -12,23 +12,54 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/hooks"
+	"blockferry/cmd/blockferry/layout"
 	"blockferry/cmd/blockferry/progress"
 	"blockferry/proto"
 	"blockferry/protocol"
 )
 
-// reached runs the hook of a point in a change of role. Only what is before it can
-// refuse it; elsewhere what failed is logged, by the hook.
+// reached runs the hook of a point in a change of role; op is held, managed.op is not.
+// Only what is before it can refuse it; elsewhere what failed is logged, by the hook.
 func (s *switching) reached(ctx context.Context, at hooks.Event, position protocol.Position, words string) error {
 	s.log.Info("change of role", "at", string(at), "detail", words)
 	s.agent.hub.publish(s.config.Name, "", string(at), words)
 	if at != hooks.BeforePromote {
 		ctx = context.WithoutCancel(ctx) // it has happened, even if whoever asked for it has gone
 	}
-	err := s.managed.hooks.Run(ctx, at, hooks.Info{Device: s.managed.path(), Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: words})
+	err := s.hook(ctx, at, hooks.Info{Device: s.managed.path(), Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: words})
 	if at == hooks.BeforePromote {
 		return err
 	}
+	return nil
+}
+
+// hook runs a hook and waits for it. Commands that would wait for op are refused
+// meanwhile: they may come from that very hook.
+func (s *switching) hook(ctx context.Context, at hooks.Event, info hooks.Info) error {
+	s.waitFor(at)
+	defer s.waitFor("")
+	return s.managed.hooks.Run(ctx, at, info)
+}
+
+func (s *switching) waitFor(hook hooks.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waits = hook
+}
+
+// lock takes op, unless it is held for a hook.
+func (s *switching) lock() error {
+	if s.op.TryLock() {
+		return nil
+	}
+	s.mu.Lock()
+	hook := s.waits
+	s.mu.Unlock()
+	if hook != "" {
+		return exit.Errorf(exit.Refused, "volume '%s': its role is being changed, and hook '%s' of that has not ended; repeat it then; a hook that changes the role itself would wait for its own end: have it start that by the service manager (systemd-run), and end",
+			s.config.Name, hook)
+	}
+	s.op.Lock()
 	return nil
 }
 
@@ -45,7 +76,7 @@ func (s *switching) fence(ctx context.Context, silent map[string]string, positio
 				info.Replica = r.Name
 			}
 		}
-		if err := s.managed.hooks.Run(ctx, hooks.FencePeer, info); err != nil {
+		if err := s.hook(ctx, hooks.FencePeer, info); err != nil {
 			return err
 		}
 	}
@@ -64,7 +95,9 @@ func (c control) changeRole(ctx context.Context, r *proto.VolumeRequest, do func
 		}
 		ctx, end := c.agent.untilStop(ctx)
 		defer end()
-		s.op.Lock()
+		if err := s.lock(); err != nil {
+			return nil, err
+		}
 		defer s.op.Unlock()
 		message, err := do(s, ctx, r.Force)
 		if err != nil {
@@ -98,7 +131,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	// Of two that are asked to take over at once, at least one hears of the other.
 	s.promote(st.Lineage)
 	defer s.promote(nil)
-	_, plan, words, silent, err := s.planTakeOver(ctx, st, force)
+	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
 		return "", err
 	}
@@ -109,13 +142,13 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
-	// The hooks may have taken long.
-	if st, err = s.promotable(); err != nil {
-		return "", err
-	}
-	heard, _, _, _, err := s.planTakeOver(ctx, st, force)
-	if err != nil {
-		return "", err
+	if s.managed.hooks.Has(hooks.BeforePromote) || len(silent) > 0 && s.managed.hooks.Has(hooks.FencePeer) { // they may have taken long
+		if st, err = s.promotable(); err != nil {
+			return "", err
+		}
+		if heard, _, _, _, err = s.planTakeOver(ctx, st, force); err != nil {
+			return "", err
+		}
 	}
 	s.copy.replica.park("it takes over")
 	did, err := s.takeOver(ctx, heard, force)
@@ -127,8 +160,9 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
-	s.decide(force)
+	s.decide(true) // the nodes were asked just now, and hear of this one since
 	up, err := s.startTaken(st.VolumeUUID)
+	s.decide(force && err != nil)
 	if err != nil {
 		return "", fmt.Errorf("it is primary, and not up: %w", err)
 	}
@@ -226,33 +260,47 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	case roleSecondary:
 		return "is secondary already", nil
 	}
+	at, message, err := s.standDownNow(ctx, force)
+	if err != nil {
+		return "", err
+	}
+	return message, s.reached(ctx, hooks.AfterDemote, at, message)
+}
+
+// standDownNow has the volume stand down, and says where it is then.
+func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.Position, message string, err error) {
 	m := s.managed
 	m.op.Lock()
 	defer m.op.Unlock()
+	if err := s.room(); err != nil {
+		return at, "", err
+	}
 	waited, err := s.goDown(ctx, force)
 	if err != nil {
-		return "", err
+		return at, "", err
 	}
 	m.set(stageDown, "it stands down", "")
 	h, err := s.standDown(force)
 	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
 		s.decide(false)
 		s.set(roleSecondary, volume.UUID{})
-		return "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
+		return at, "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
 	}
 	if err != nil {
 		m.set(stageStarting, err.Error(), "")
 		if errors.Is(err, protocol.ErrUnclean) {
 			err = fmt.Errorf("%w; to keep what was written last for its rescue, and stand down: blockferry secondary --force %s", err, s.config.Name)
 		}
-		return "", exit.Mark(exit.Refused, err)
+		return at, "", exit.Mark(exit.Refused, err)
 	}
 	s.mu.Lock()
 	clear(s.heard)
 	s.mu.Unlock()
+	s.keepHeard()
 	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
-	message := fmt.Sprintf("secondary at %v", h.Lineage.Tip())
+	at = h.Lineage.Tip()
+	message = fmt.Sprintf("secondary at %v", at)
 	switch {
 	case h.Strayed != "":
 		message += ": " + h.Strayed + "; no other node may have that"
@@ -261,7 +309,7 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	default:
 		message += "; whether a replica has all of that was not looked at"
 	}
-	return message, s.reached(ctx, hooks.AfterDemote, h.Lineage.Tip(), message)
+	return at, message, nil
 }
 
 // goDown takes the volume down after all replicas have what was written; it
@@ -295,7 +343,7 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, _, err := r.primary.SyncNow(limited); err != nil && !force {
+	if _, _, err := r.primary.Drain(limited); err != nil && !force {
 		return nil, exit.Errorf(exit.Refused, "%w%s%s", err, all, m.config.Name)
 	}
 	clean, gone, err := m.sealAndStop(limited, stack, r)
@@ -320,6 +368,25 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 		return nil, errors.Join(err, up)
 	}
 	return nil, exit.Errorf(exit.Refused, "volume '%s' is up again, and primary: %w; repeat it", m.config.Name, err)
+}
+
+// room refuses a disk that can't hold a replica beside the volume, before that is
+// taken down.
+func (s *switching) room() error {
+	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	defer disk.Close()
+	label, err := volume.ReadLabel(disk)
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	if err := layout.OnLabelled(label).Fits(disk.Size()); err != nil {
+		return exit.Errorf(exit.Refused, "volume '%s' does not stand down, and is as it was: %s was divided without room for a replica: %w; to change roles the disk has to be made anew: with the agent stopped, blockferry create --discard-my-data %[1]s",
+			s.config.Name, s.config.Device, err)
+	}
+	return nil
 }
 
 // standDown makes the disk of a volume that is down a replica.

@@ -3,14 +3,18 @@ package agent
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
-	"strings"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/status"
+	"blockferry/cmd/blockferry/transport"
 	"blockferry/proto"
 	"blockferry/protocol"
 )
@@ -36,31 +40,52 @@ func (m *managed) remoteStatus(c *config.Replica, primary protocol.PrimaryStatus
 			s.Position = position(r.Generation, r.Epoch)
 		}
 		if s.Reason != "" && s.Advice == "" {
-			s.Advice = m.adviseRemote(c, s.Reason, r.Connection == "Connected")
+			s.Advice = m.adviseRemote(c, r.Cause, r.Connection == "Connected")
 		}
 	}
 	return s
 }
 
-// adviseRemote says what to do about a replica at another node that is behind.
-func (m *managed) adviseRemote(c *config.Replica, reason string, connected bool) string {
-	const again = "; it is tried again by itself, writes go on and are marked"
-	certs := "see 'blockferry certs show' here and at node '" + c.Peer + "'"
+// adviseCause says what to do about a replica that is behind for a cause that is the
+// same wherever it is; format is how it is formatted. "": for another.
+func (m *managed) adviseCause(c *config.Replica, cause error, format string) string {
+	var refused *protocol.PlanRefusedError
+	split, primary := protocol.IsSplitBrain(cause)
 	switch {
-	case strings.Contains(reason, protocol.ReasonTrackingLost):
+	case errors.Is(cause, protocol.ErrTrackingGone):
+		// The kernel's metadata is damaged while it uses it; disks say nothing of that.
 		return "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
-	case strings.Contains(reason, "format the replica"), strings.Contains(reason, "format it"):
-		return "writes go on and are marked; only if what it holds may be lost, at node '" + c.Peer + "' with its agent stopped: blockferry create --discard-my-data " + m.config.Name
-	case strings.Contains(reason, protocol.ReasonSplitBrain):
-		return m.adviseSplit(c, reason)
-	case strings.Contains(reason, "this node's certificate can't"), strings.Contains(reason, "refused this node's certificate"):
+	case errors.As(cause, &refused) && refused.Plan.Format:
+		return "writes go on and are marked; only if what it holds may be lost, " + format
+	case primary:
+		return m.twoPrimariesAdvice()
+	case split:
+		return m.adviseSplit(c)
+	}
+	return ""
+}
+
+// adviseRemote says what to do about a replica at another node that is behind.
+func (m *managed) adviseRemote(c *config.Replica, cause error, connected bool) string {
+	const again = "; it is tried again by itself, writes go on and are marked"
+	if advice := m.adviseCause(c, cause, "at node '"+c.Peer+"' with its agent stopped: blockferry create --discard-my-data "+m.config.Name); advice != "" {
+		return advice
+	}
+	certs := "see 'blockferry certs show' here and at node '" + c.Peer + "'"
+	fault := transport.FaultOf(cause)
+	var refused *protocol.RefusedError
+	if errors.As(cause, &refused) && refused.Reason == proto.Reason_REASON_WRONG_VOLUME {
+		fault = transport.NotAllowed
+	}
+	switch {
+	case fault == transport.OwnCertificate:
 		return certs + "; to replace this node's: blockferry certs renew" + again
-	case strings.Contains(reason, "its certificate"):
+	case fault == transport.TheirCertificate:
 		return certs + ", and whether " + c.Address + " leads to that node" + again
-	case strings.Contains(reason, "can't be reached"):
+	case fault == transport.Unreachable:
 		return "see whether node '" + c.Peer + "' is up, its agent runs and listens there, and nothing between stands in the way" + again
-	case strings.Contains(reason, "is not among"):
-		return "name this node there in 'peers' of volume '" + m.config.Name + "'" + again
+	case fault == transport.NotAllowed:
+		return "name this node there in 'peers' of volume '" + m.config.Name + "', unless the reason says otherwise" + again
 	case connected:
 		return "if this goes on, see 'blockferry status' and the agent's log at node '" + c.Peer + "', and the way to it; writes go on and are marked"
 	}
@@ -75,6 +100,9 @@ func (m *managed) askRemotes(ctx context.Context, best *localReplica, have proto
 			continue
 		}
 		l, err := m.remoteLineage(ctx, r, have.VolumeUUID)
+		if grpcstatus.Code(err) == codes.FailedPrecondition {
+			return exit.Errorf(exit.Refused, "volume '%s' is written at node '%s' (%w): restored here there would be two primaries; %s", m.config.Name, r.Peer, err, m.adviseFollow(r.Peer))
+		}
 		if err != nil {
 			return exit.Errorf(exit.Refused, "volume '%s': replica '%s' did not say what it holds (%w) and may be newer than '%s' (%v); or say with --from %[4]s that this one is right",
 				m.config.Name, r.Name, err, best.config.Name, have.Committed)
@@ -85,6 +113,15 @@ func (m *managed) askRemotes(ctx context.Context, best *localReplica, have proto
 		}
 	}
 	return nil
+}
+
+// adviseFollow is for a disk that is blank while another node writes the volume.
+func (m *managed) adviseFollow(node string) string {
+	back := "to write it here again, first at node '" + node + "': blockferry "
+	if !m.config.Switches() {
+		return back + "down " + m.config.Name
+	}
+	return "to have this node follow: " + m.roles.copy.replica.formatCommand() + ", with the agent stopped; " + back + "secondary " + m.config.Name
 }
 
 // remoteLineage asks what a replica at another node holds; empty: nothing yet.

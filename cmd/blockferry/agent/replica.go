@@ -40,6 +40,7 @@ type localReplica struct {
 	reason  string             // why not
 	advice  string
 	last    [16]byte      // its volume when it was open last, AnyVolume until it has one
+	word    bool          // the operator's, for what it holds, is kept
 	noSpill string        // why the configured spill file is not used
 	fault   error         // why it could not be served, until it takes an epoch again
 	ready   chan struct{} // closed and replaced when the state changes
@@ -163,6 +164,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 		return nil, err
 	}
 	defer l.receiver.Remove(s.VolumeUUID, l.name)
+	l.recallWord(replica)
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
 	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
@@ -186,6 +188,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 			if now.Err != nil {
 				return nil, now.Err
 			}
+			l.usedWord(now)
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/hooks"
 	"blockferry/cmd/blockferry/layout"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -41,12 +42,17 @@ type switching struct {
 	// op is held while the role changes. It is taken before managed.op.
 	op sync.Mutex
 
+	keeping sync.Mutex // held while what was heard is written down; taken before mu
+
 	mu      sync.Mutex
 	role    role
 	uuid    volume.UUID // zero: not known
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
+	keptAt  time.Time        // when heard was written down last
 	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	rising  bool             // it comes up as primary, or tries to
+	waits   hooks.Event      // op is held until this hook ends; "": for none
 	change  chan struct{}    // closed and replaced when role or uuid change
 }
 
@@ -84,6 +90,17 @@ func (s *switching) promote(at protocol.Lineage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.taking = at.Clone()
+}
+
+// rise has other nodes hear of a volume that comes up from before they are asked until it
+// is up: of two that come up at once at least one hears of the other. A nil s does nothing.
+func (s *switching) rise(rising bool) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rising = rising
 }
 
 func (s *switching) set(r role, uuid volume.UUID) {
@@ -146,11 +163,21 @@ func (s *switching) run(ctx context.Context) {
 		case <-time.After(retryEvery):
 		}
 	}
+	if r, uuid, _ := s.look(); r == roleSecondary {
+		if err := s.recallHeard(uuid); err != nil {
+			s.log.Warn("what other nodes said before this start is not known", "error", err)
+		}
+	}
 	var listening sync.WaitGroup
-	defer listening.Wait()
+	defer func() {
+		listening.Wait()
+		if s.at() == roleSecondary {
+			s.keepHeard()
+		}
+	}()
 	for _, node := range s.config.Peers {
 		if s.config.AddressOf(node) != "" {
-			listening.Go(func() { s.listen(ctx, node) })
+			listening.Go(func() { s.listen(ctx, node, backoff{least: tellEvery, most: retryPeer}) })
 		}
 	}
 }
@@ -291,7 +318,7 @@ func (s takeOverState) Save(state []byte) error {
 func (s *switching) standing(node string) (*proto.Standing, bool) {
 	r, uuid, _ := s.look()
 	s.mu.Lock()
-	taking := s.taking
+	taking, rising := s.taking, s.rising
 	s.mu.Unlock()
 	if r == roleSecondary && len(taking) > 0 {
 		return &proto.Standing{Primary: true, Lineage: taking.Proto(), Whole: true}, true
@@ -305,12 +332,12 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	}
 	m := s.managed
 	m.mu.Lock()
-	running := m.running
+	running := m.running // after rising was read: one of both says it
 	m.mu.Unlock()
 	if running == nil {
 		// It is down, and comes up as primary when it does.
 		l, err := s.onDisk()
-		return &proto.Standing{Primary: true, Serving: m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
+		return &proto.Standing{Primary: true, Serving: rising || m.leftUp(), Lineage: l.Proto(), Whole: true}, err == nil
 	}
 	out := &proto.Standing{Primary: true, Serving: true, Lineage: running.primary.Lineage().Proto(), Whole: true}
 	reports := running.primary.Status().Replicas

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -130,7 +129,7 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, _, err := r.primary.SyncNow(limited); err != nil && !force {
+	if _, _, err := r.primary.Drain(limited); err != nil && !force {
 		return "", exit.Errorf(exit.Refused, "%w; to take it down all the same: blockferry down --force %s (what is missing stays marked)", err, m.config.Name)
 	}
 	clean, gone, err := m.sealAndStop(limited, stack, r)
@@ -341,7 +340,7 @@ func (m *managed) events() protocol.PrimaryEvents {
 			m.log.Warn("epoch void; it is sent again", "replica", replica, "epoch", epoch, "error", err)
 			say(replica, "epoch-void", "epoch %d: %v", epoch, err)
 		},
-		Behind: func(replica, reason string) {
+		Behind: func(replica, reason string, cause error) {
 			if reason == "" {
 				m.log.Info("replica is not behind any more", "replica", replica)
 				say(replica, "replica-caught-up", "")
@@ -349,7 +348,7 @@ func (m *managed) events() protocol.PrimaryEvents {
 			}
 			m.log.Warn("replica is behind", "replica", replica, "reason", reason)
 			say(replica, "replica-behind", "%s", reason)
-			if strings.Contains(reason, protocol.ReasonSplitBrain) {
+			if split, _ := protocol.IsSplitBrain(cause); split {
 				say(replica, "split-brain", "%s", reason)
 			}
 		},

@@ -3,7 +3,6 @@ package agent
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"blockferry/blockdev/volume"
@@ -32,14 +31,28 @@ func (m *managed) isPeer(node string) bool {
 	return slices.ContainsFunc(m.config.Replicas, func(r *config.Replica) bool { return r.Address != "" && r.Peer == node })
 }
 
-// primaryHere refuses a node that is primary of a volume that is written here, and
-// tells it how far this one is.
+// mayAsk says whether a node may be primary of the volume in this one's place.
+func (m *managed) mayAsk(node string) bool {
+	return m.isPeer(node) || slices.Contains(m.config.Peers, node)
+}
+
+// primaryHere refuses a node that is primary of a volume that is primary here, too,
+// and tells it how far this one is.
 func (p *peers) primaryHere(node string, a protocol.Admission) error {
 	for _, m := range p.agent.volumes {
 		m.mu.Lock()
 		r, id := m.running, m.uuid
 		m.mu.Unlock()
-		if r == nil || id != volume.UUID(a.VolumeUUID) || !m.isPeer(node) {
+		if !m.mayAsk(node) {
+			continue
+		}
+		if r == nil {
+			if err := m.roles.primaryDown(node, a); err != nil {
+				return err
+			}
+			continue
+		}
+		if id != volume.UUID(a.VolumeUUID) {
 			continue
 		}
 		mine := r.primary.Lineage()
@@ -50,6 +63,27 @@ func (p *peers) primaryHere(node string, a protocol.Admission) error {
 			Message: fmt.Sprintf("volume '%s' (%s) is written at node '%s', too", m.config.Name, id, p.node.Name)}
 	}
 	return nil
+}
+
+// primaryDown is primaryHere for a volume that is not up. One that the caller left
+// behind is told so, and no split brain: it does not come up. A nil s is no such volume.
+func (s *switching) primaryDown(node string, a protocol.Admission) error {
+	if s == nil || a.Restore {
+		return nil
+	}
+	if r, id, _ := s.look(); r != rolePrimary || id != volume.UUID(a.VolumeUUID) {
+		return nil
+	}
+	mine, err := s.onDisk()
+	if err != nil || len(mine) == 0 {
+		return nil // it never was, or nobody knows
+	}
+	here := fmt.Sprintf("volume '%s' is primary at node '%s', too, and not up there", s.config.Name, s.agent.options.Config.Node.Name)
+	if kind := protocol.Compare(mine, a.Lineage).Kind; kind == protocol.Same || protocol.Superseded(mine, a.Lineage) {
+		return &protocol.RefusedError{Reason: proto.Reason_REASON_STORAGE,
+			Message: fmt.Sprintf("%s: node '%s' took over from it; to have it follow, there: blockferry secondary %s (--force, if it holds writes that no other node has)", here, node, s.config.Name)}
+	}
+	return &protocol.RefusedError{Reason: proto.Reason_REASON_PRIMARY, Lineage: mine, Message: here}
 }
 
 func (m *managed) heardOf(node, reason string) {
@@ -88,11 +122,8 @@ func (m *managed) twoPrimariesAdvice() string {
 
 // adviseSplit is about a replica that was written on its own; c is at another node if it
 // has an address.
-func (m *managed) adviseSplit(c *config.Replica, reason string) string {
+func (m *managed) adviseSplit(c *config.Replica) string {
 	name := m.config.Name
-	if strings.Contains(reason, "primary there, too") {
-		return m.twoPrimariesAdvice()
-	}
 	if c.Address == "" {
 		// A restore overwrites the volume, and keeps nothing of it.
 		return "writes go on and are marked; to give up what only that copy has, which is saved first: blockferry discard --replica " + c.Name + " " + name +
@@ -162,7 +193,11 @@ func (l *localReplica) giveUp(rescueDir string) (string, error) {
 	if err := r.GiveUp(st.Committed); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
+	until := "until then the word holds"
+	if err := l.keepWord(st.ReplicaUUID, &st.Committed); err != nil {
+		until = "until then, or the agent's end, the word holds (" + err.Error() + ")"
+	}
 	l.log.Warn("given up by the operator", "position", st.Committed.String(), "rescue", rescueDir)
-	return fmt.Sprintf("%s: what %s has at %v gives way to the line of the node that writes it; what only this copy has is saved in %s first; until then, or the agent's end, the word holds",
-		l.volume.Name, l.config.Device, st.Committed, rescueDir), nil
+	return fmt.Sprintf("%s: what %s has at %v gives way to the line of the node that writes it; what only this copy has is saved in %s first; %s",
+		l.volume.Name, l.config.Device, st.Committed, rescueDir, until), nil
 }

@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
 	"blockferry/cmd/blockferry/status"
+	"blockferry/proto"
 	"blockferry/protocol"
 )
 
@@ -99,14 +101,11 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		}
 		if open && r.Reason != "" {
 			s.Reason = r.Reason
-			if strings.Contains(r.Reason, protocol.ReasonTrackingLost) {
-				// The kernel's metadata is damaged while it uses it; disks say nothing of that.
-				s.Advice = "if it stays so: blockferry down " + m.config.Name + ", then blockferry up " + m.config.Name + ", begins tracking anew"
-			} else if strings.Contains(r.Reason, "format the replica") || strings.Contains(r.Reason, "format it") {
-				s.Advice = "writes go on and are marked; only if what it holds may be lost, with the agent stopped: " + l.formatCommand() + " --discard-my-data"
-			} else if strings.Contains(r.Reason, protocol.ReasonSplitBrain) {
-				s.Advice = m.adviseSplit(l.config, r.Reason)
-			} else if s.Advice == "" && !strings.Contains(r.Reason, "catch-up: in-place") {
+			var refused *protocol.RefusedError
+			noRoom := errors.As(r.Cause, &refused) && refused.Reason == proto.Reason_REASON_JOURNAL_FULL // the reason says what to do
+			if advice := m.adviseCause(l.config, r.Cause, "with the agent stopped: "+l.formatCommand()+" --discard-my-data"); advice != "" {
+				s.Advice = advice
+			} else if s.Advice == "" && !noRoom {
 				s.Advice = l.adviseOpen(m.config.Device, r.Connection == "Connected")
 			}
 		}

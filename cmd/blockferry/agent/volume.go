@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"sync"
 	"time"
@@ -122,7 +123,7 @@ func (m *managed) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-m.poke:
-		case <-time.After(wait):
+		case <-time.After(time.Duration(float64(wait) * (0.75 + rand.Float64()/2))): // two nodes that wait for each other don't try in step
 		}
 	}
 	m.op.Lock()
@@ -216,6 +217,8 @@ func (m *managed) bringUp(after *restored) error {
 		// An agent that died while it built the stack, or took it down, left
 		// inner devices that hold the disk. Nobody can be writing: there is no
 		// top. What was written is in the label and the marks.
+		m.roles.rise(true)
+		defer m.roles.rise(false)
 		if err := volume.Down(m.agent.dm, v.Name); err != nil {
 			return m.refuse(err)
 		}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -59,12 +60,12 @@ func TestAdviceEndsWithItsFault(t *testing.T) {
 func TestOneAdviceForLostTracking(t *testing.T) {
 	m := aManaged(&config.Volume{Name: "data", Device: "/dev/a", Replicas: []*config.Replica{{Name: "ebs", Device: "/dev/b"}}})
 	m.replicas[0] = replicaAt(t, "ebs", protocol.Lineage{{Generation: protocol.Generation{1}, Epoch: 5}})
-	for reason, want := range map[string]string{
-		protocol.ReasonTrackingLost + ", so everything is compared: checksum": "if it stays so: blockferry down data, then blockferry up data, begins tracking anew",
-		"read of 4096 bytes at 0: input/output error":                         "if this goes on, see what the kernel's log says of /dev/a and /dev/ebs; writes go on and are marked",
+	for cause, want := range map[error]string{
+		fmt.Errorf("%w, so everything is compared: checksum", protocol.ErrTrackingGone): "if it stays so: blockferry down data, then blockferry up data, begins tracking anew",
+		errors.New("read of 4096 bytes at 0: tracking is lost"):                         "if this goes on, see what the kernel's log says of /dev/a and /dev/ebs; writes go on and are marked",
 	} {
-		s := m.replicaStatus(m.replicas[0], protocol.PrimaryStatus{Replicas: []protocol.ReplicaReport{{Name: "ebs", Connection: "Connected", Reason: reason}}})
-		if s.Reason != reason || s.Advice != want {
+		s := m.replicaStatus(m.replicas[0], protocol.PrimaryStatus{Replicas: []protocol.ReplicaReport{{Name: "ebs", Connection: "Connected", Reason: cause.Error(), Cause: cause}}})
+		if s.Reason != cause.Error() || s.Advice != want {
 			t.Errorf("%s: %s", s.Reason, s.Advice)
 		}
 	}

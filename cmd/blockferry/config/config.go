@@ -38,7 +38,7 @@ const (
 	MinStallBudget     = time.Millisecond
 	DefaultStallBudget = 20 * time.Millisecond
 
-	// DefaultStateDir holds the state files of attached volumes.
+	// DefaultStateDir holds the state files of attached volumes, and what agents remember.
 	DefaultStateDir = "/var/lib/blockferry"
 
 	// DefaultRescueDir takes rescue files.

@@ -6,6 +6,7 @@ import (
 
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
+	"blockferry/protocol"
 )
 
 const (
@@ -99,6 +100,12 @@ func TestReplicasElsewhere(t *testing.T) {
 	o, err := Secondary(there, gib, 4*gib)
 	if err != nil || o != a.Replicas["ebs"] {
 		t.Errorf("%+v, %v; beside the volume %+v", o, err, a.Replicas["ebs"])
+	}
+	if room := a.Areas.Cow.Length + a.Areas.Meta.Length; o.ReserveBytes != room || room == 0 {
+		t.Errorf("the copy keeps %d bytes for areas that take %d", o.ReserveBytes, room)
+	}
+	if got, want := Switching(there, gib).TailBytes, protocol.TailBytes(gib, o.JournalBytes); got != want {
+		t.Errorf("a copy that can take over has a tail of %d bytes, one that can't %d", got, want)
 	}
 	if _, err := Secondary(there, gib, gib); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "/dev/b") {
 		t.Errorf("a disk that is too small: %v", err)

@@ -29,6 +29,7 @@ type Client struct {
 	peer      string
 	address   string
 	handshake string // of this call: why it failed
+	fault     Fault  // likewise
 }
 
 // Client reaches a peer by its name at an address, HOST:PORT or unix:PATH.
@@ -161,7 +162,7 @@ func (c clientCredentials) ClientHandshake(ctx context.Context, authority string
 	conn, info, err := c.shake(ctx, authority, raw)
 	if err != nil {
 		c.call.mu.Lock()
-		c.call.handshake = handshakeWords(err)
+		c.call.handshake, c.call.fault = handshakeWords(err), handshakeFault(err)
 		c.call.mu.Unlock()
 	}
 	return conn, info, err
@@ -170,7 +171,7 @@ func (c clientCredentials) ClientHandshake(ctx context.Context, authority string
 func (c clientCredentials) shake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	node, err := c.call.identity.load()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, &ownError{err}
 	}
 	config := tlsConfig(node)
 	config.ServerName = c.call.peer

@@ -22,7 +22,7 @@ func TestEachVolumeMayConnect(t *testing.T) {
 	a := authority(t)
 	dir := folder(t, a, "node-b", 0)
 	identity := NewIdentity("node-a", folder(t, a, "node-a", 0), discard())
-	for _, c := range []struct{ volumes, allowed int }{{1, 16}, {17, 68}} {
+	for _, c := range []struct{ volumes, allowed int }{{1, 16}, {17, 102}} {
 		log := &logged{}
 		l, err := Listen(t.Context(), "127.0.0.1:0")
 		if err != nil {

@@ -29,7 +29,7 @@ const (
 	maxPending     = 32              // connections that have not shown who they are
 	maxPendingHost = 8               // of them from one host
 	minConnections = 16              // of one node that are allowed in any case
-	perVolume      = 4               // and for each volume: sessions, and those that just end
+	perVolume      = 6               // and for each volume: a session, a watch, of each one that the node has given up and this side has not; a question where it stands, and one of a restore
 	maxStreams     = 4               // calls at once on a connection
 	maxHeaderBytes = 8 << 10
 	lingerBytes    = 64 << 10 // taken from who was refused, so that the reason arrives

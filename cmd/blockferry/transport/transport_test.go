@@ -192,12 +192,13 @@ func TestClientRefuses(t *testing.T) {
 	mine := folder(t, a, "node-a", 0)
 	for _, c := range []struct {
 		what, server, client, want string
+		fault                      Fault
 	}{
-		{"another node", folder(t, a, "node-c", 0), mine, "its certificate, of node 'node-c', is not of node 'node-b'"},
-		{"another authority", folder(t, other, "node-b", 0), mine, "its certificate, of node 'node-b', is not by an authority that is trusted here"},
-		{"an expired one of our own", folder(t, a, "node-b", 0), folder(t, a, "node-a", 40), "this node's certificate can't be used: "},
-		{"none of our own", folder(t, a, "node-b", 0), t.TempDir(), "this node's certificate can't be read: "},
-		{"one of our own of another node", folder(t, a, "node-b", 0), folder(t, a, "node-d", 0), "is of node 'node-d', this node is 'node-a'"},
+		{"another node", folder(t, a, "node-c", 0), mine, "its certificate, of node 'node-c', is not of node 'node-b'", TheirCertificate},
+		{"another authority", folder(t, other, "node-b", 0), mine, "its certificate, of node 'node-b', is not by an authority that is trusted here", TheirCertificate},
+		{"an expired one of our own", folder(t, a, "node-b", 0), folder(t, a, "node-a", 40), "this node's certificate can't be used: ", OwnCertificate},
+		{"none of our own", folder(t, a, "node-b", 0), t.TempDir(), "this node's certificate can't be read: ", OwnCertificate},
+		{"one of our own of another node", folder(t, a, "node-b", 0), folder(t, a, "node-d", 0), "is of node 'node-d', this node is 'node-a'", OwnCertificate},
 	} {
 		name := "node-b"
 		if c.what == "another node" {
@@ -208,6 +209,9 @@ func TestClientRefuses(t *testing.T) {
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "node 'node-b' at "+r.address+": "+c.want) && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.what, err, c.want)
 		}
+		if got := FaultOf(fmt.Errorf("replica: %w", err)); got != c.fault {
+			t.Errorf("%s: fault %d, want %d", c.what, got, c.fault)
+		}
 	}
 	// Nobody there at all.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -216,7 +220,7 @@ func TestClientRefuses(t *testing.T) {
 	}
 	l.Close()
 	_, err = ask(t, NewIdentity("node-a", mine, discard()).Client("node-b", l.Addr().String()))
-	if err == nil || !strings.Contains(err.Error(), "can't be reached: ") || !strings.Contains(err.Error(), "connection refused") {
+	if err == nil || FaultOf(err) != Unreachable || !strings.Contains(err.Error(), "can't be reached: ") || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("nobody there: %v", err)
 	}
 }

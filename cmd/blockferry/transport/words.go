@@ -108,28 +108,78 @@ func (c *Client) inWords(err error) error {
 		return err
 	}
 	where := fmt.Sprintf("node '%s' at %s", c.peer, c.address)
-	words := ""
+	words, fault := "", Fault(0)
 	switch s.Code() {
 	case codes.Unavailable:
 		if c.handshake != "" {
-			words = where + ": " + c.handshake
+			words, fault = where+": "+c.handshake, c.fault
 		} else if alert := alertWords(s.Message()); alert != "" {
-			words = where + ": " + alert
+			words, fault = where+": "+alert, alertFault(s.Message())
 		} else {
-			words = where + " can't be reached: " + clip(lastPart(s.Message()))
+			words, fault = where+" can't be reached: "+clip(lastPart(s.Message())), Unreachable
 		}
 	case codes.PermissionDenied:
-		words = where + " refuses: " + clip(s.Message())
+		words, fault = where+" refuses: "+clip(s.Message()), NotAllowed
 	case codes.Canceled:
 		return err
 	default:
 		words = where + ": " + clip(s.Message())
 	}
-	return &callError{status.New(s.Code(), words)}
+	return &callError{status.New(s.Code(), words), fault}
+}
+
+// Fault is why a call failed, as far as somebody can do something about it.
+type Fault int
+
+// The faults; 0: another, or none.
+const (
+	_                Fault = iota
+	Unreachable            // nobody answers
+	OwnCertificate         // this node's can't be shown, or is not accepted
+	TheirCertificate       // the other node's is not accepted
+	NotAllowed             // this node may not call there
+)
+
+// FaultOf says which fault a failed call's error is of.
+func FaultOf(err error) Fault {
+	var call *callError
+	if errors.As(err, &call) {
+		return call.fault
+	}
+	return 0
+}
+
+// ownError says that this node has no certificate to show.
+type ownError struct{ error }
+
+func (e *ownError) Unwrap() error { return e.error }
+
+func handshakeFault(err error) Fault {
+	var own *ownError
+	var bad *tls.CertificateVerificationError
+	switch {
+	case errors.As(err, &own):
+		return OwnCertificate
+	case errors.As(err, &bad):
+		return TheirCertificate
+	}
+	return alertFault(err.Error())
+}
+
+func alertFault(text string) Fault {
+	for _, a := range alerts {
+		if strings.Contains(text, "remote error: tls: "+a.alert) {
+			return OwnCertificate
+		}
+	}
+	return 0
 }
 
 // callError says why a call failed, in words alone; gRPC still finds its code.
-type callError struct{ status *status.Status }
+type callError struct {
+	status *status.Status
+	fault  Fault
+}
 
 func (e *callError) Error() string              { return e.status.Message() }
 func (e *callError) GRPCStatus() *status.Status { return e.status }
