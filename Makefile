@@ -10,7 +10,7 @@ PACKAGES = $(shell go list ./... | grep -v /integration)
 # What the tests run, and the Debian package it comes in.
 DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
-	systemctl=systemd udevadm=udev fio=fio ip=iproute2
+	systemctl=systemd udevadm=udev fio=fio ip=iproute2 etcd=etcd-server
 # What demo and benchmarks do without.
 TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
 # What benchmarks compare with and draw with. Tests do without.

@@ -3,6 +3,7 @@ package integration
 import (
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -161,7 +162,7 @@ func (c *cli) edit(t *testing.T, fromTo ...string) {
 func removeStack(t *testing.T, name string) {
 	t.Helper()
 	for _, inner := range []string{"", "-era", "-snap", "-base", "-cow", "-meta", "-data"} {
-		if _, err := os.Stat("/dev/mapper/" + name + inner); err != nil {
+		if exec.Command("dmsetup", "info", name+inner).Run() != nil {
 			continue
 		}
 		run(t, "dmsetup", "resume", name+inner)

@@ -37,21 +37,32 @@ func newTwins(t *testing.T) *twins {
 
 func newTwinsOn(t *testing.T, diskA, diskB string) *twins {
 	t.Helper()
+	w := madeTwins(t, diskA, diskB, "", "stall-limit: 20s")
+	w.b.start(t)
+	w.a.start(t)
+	w.a.await(t, "up to date", 2*time.Minute, upToDate)
+	return w
+}
+
+// madeTwins are those whose agents were not started. Their files have top at the top
+// level, and more for the volume.
+func madeTwins(t *testing.T, diskA, diskB, top, more string) *twins {
+	t.Helper()
 	zoneA, zoneB := twoZones(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	file := func(me, other, role, here, there, device string) *cli {
-		return newCLI(t, fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
+		return newCLI(t, top+fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
 volumes:
   data:
     role: %s
     device: %s
     size: %d
     interval: 300ms
-    stall-limit: 20s
+    %s
     peers: [%s]
     replicas:
-      other: {address: "%s:7070", peer: %[8]s}
-`, me, folders[me], here, t.TempDir(), role, device, twinVolume, other, there))
+      other: {address: "%s:7070", peer: %[9]s}
+`, me, folders[me], here, t.TempDir(), role, device, twinVolume, more, other, there))
 	}
 	w := &twins{wire: zoneB}
 	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", diskA)
@@ -60,9 +71,6 @@ volumes:
 	w.b.must(t, "create")
 	w.b.must(t, "check")
 	w.a.must(t, "create")
-	w.b.start(t)
-	w.a.start(t)
-	w.a.await(t, "up to date", 2*time.Minute, upToDate)
 	return w
 }
 

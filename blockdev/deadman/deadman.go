@@ -24,13 +24,18 @@ import (
 // come back. One line each way, over a Unix socket:
 //
 //	ARM <limit in ms> <device> <device> ...   inner to outer; the agent suspends them
-//	    -> ARMED, or ERROR <why>
+//	    -> ARMED, REFUSED <why> for the sake of a lease, or ERROR <why>
 //	ARM-MOUNTS <limit in ms> <count>          so many descriptors come along, one of each file system
 //	    -> ARMED, or ERROR <why>
 //	FREEZE                                    after ARM-MOUNTS: the dead-man freezes them
 //	    -> FROZEN; or BUSY <which>, LATE <why> or ERROR <why>, then none is frozen by it
 //	RESUME
 //	    -> IN-TIME or LATE <why>; or ERROR <why> if some may not be resumed
+//	LEASE <device> <holder> <deadline in ns of this boot> <uuid>      the service alone: see deadline.go
+//	EXTEND <device> <holder> <deadline in ns of this boot>
+//	    -> HELD, ENDED <why> or ERROR <why>
+//	RELEASE <device> <holder>
+//	    -> RELEASED or ERROR <why>
 //
 // From ARMED on it resumes by itself once the limit has passed, and goes on
 // looking every 100 ms until RESUME has fetched its LATE: the other side may
@@ -39,6 +44,9 @@ import (
 // that the outermost device was still suspended then, or each file system
 // frozen, so that nobody else had resumed it either: what was read in between
 // was read under the stop.
+//
+// A device whose lease has ended is made to fail in place of being resumed, and
+// none is armed whose lease might end meanwhile. A lease belongs to no connection.
 //
 // A file system is frozen by the dead-man itself: whether a freeze is the
 // agent's or somebody else's could not be told by looking, and somebody else's
@@ -86,13 +94,14 @@ func Run(socket *os.File, notes string) error {
 	var mapper dmResumer
 	defer mapper.close()
 	_ = mapper.ready() // at ARM it is tried again
+	fence := &striker{notes, &mapper, bootTime}
 	in := &inbox{conn: unixConn}
 	defer in.close()
 	done := make(chan struct{})
 	defer close(done)
 	left := &sweeper{notes, kernelFreezer{}, bootTime, slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	go left.until(done, nil)
-	return (&deadman{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, out: conn, inbox: in, notes: notes}).run(in)
+	return (&deadman{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, out: conn, inbox: in, notes: notes, fence: fence}).run(in)
 }
 
 // becomeDeadMan makes this process one that waits for nothing.
@@ -154,6 +163,17 @@ func (r *dmResumer) resume(name string) (held bool, err error) {
 	return true, r.control.Resume(name)
 }
 
+func (r *dmResumer) identify(name string) (is identity, fails bool, err error) {
+	info, err := r.control.Info(name)
+	if err != nil || !info.Exists {
+		return identity{}, false, err
+	}
+	table, err := r.control.Table(name)
+	return identity{info.UUID, info.Dev(), sequenceOf(info.Dev())}, dm.Failing(table), err
+}
+
+func (r *dmResumer) fail(name string) error { return r.control.Fail(name) }
+
 // deadman serves one agent's guard: one stop of writers at a time.
 type deadman struct {
 	resumer  resumer
@@ -163,6 +183,8 @@ type deadman struct {
 	inbox    *inbox
 	stopping <-chan struct{} // closed: end as soon as nothing is armed; may be nil
 	notes    string          // folder
+	fence    *striker
+	leases   *deadlines // nil: it is no service
 
 	holds    holds         // of devices
 	devices  []string      // inner to outer; of the last ARM
@@ -249,12 +271,18 @@ func (d *deadman) answer(line string) error {
 		if command == "ARM-MOUNTS" {
 			arm = d.armMounts
 		}
-		if err := arm(strings.Fields(rest)); err != nil {
+		err := arm(strings.Fields(rest))
+		if errors.Is(err, errNear) {
+			return d.say("REFUSED " + err.Error())
+		}
+		if err != nil {
 			return d.say("ERROR " + err.Error())
 		}
 		return d.say("ARMED")
 	case "FREEZE":
 		return d.say(d.freeze())
+	case "LEASE", "EXTEND", "RELEASE":
+		return d.say(d.leases.answer(command, strings.Fields(rest)))
 	case "RESUME":
 		if !d.armed {
 			return d.say("ERROR not armed")
@@ -290,6 +318,9 @@ func (d *deadman) arm(fields []string) error {
 	if err := d.resumer.ready(); err != nil {
 		return err
 	}
+	if err := d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
+		return err
+	}
 	if d.holds.file == nil {
 		d.holds, _ = openHolds(d.notes)
 	}
@@ -315,17 +346,25 @@ func (d *deadman) begin(limit time.Duration, devices []string, mounts []mount) {
 	d.deadline = d.now() + limit
 }
 
-// resumeAll resumes what is suspended and thaws what is frozen; gone says what
-// was not any more though it should have been.
+// resumeAll resumes what is suspended, unless its lease has ended, and thaws what
+// is frozen; gone says what was not any more though it should have been.
 func (d *deadman) resumeAll() (gone string, err error) {
 	var errs []error
 	for i, name := range d.devices {
+		top := i == len(d.devices)-1 // the inner ones the agent resumes itself as part of a cut
+		if top {
+			struck, err := d.fence.overdue(name)
+			if struck || err != nil {
+				errs = append(errs, err)
+				d.late = "the lease of " + name + " has ended: everything on it fails"
+				continue
+			}
+		}
 		held, err := d.resumer.resume(name)
 		if err != nil {
 			errs = append(errs, err)
 		}
-		// The inner ones the agent resumes itself as part of a cut.
-		if i == len(d.devices)-1 && !held {
+		if top && !held {
 			gone = name + " was not suspended any more: somebody else resumed it"
 		}
 	}

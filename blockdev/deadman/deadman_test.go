@@ -21,15 +21,21 @@ type fakeDevices struct {
 	mu        sync.Mutex
 	suspended map[string]bool
 	resumed   []string
-	fail      int   // so many resumes fail
+	broken    int   // so many resumes fail
 	missing   error // there is no device-mapper
+
+	failing  map[string]bool // everything on it fails
+	sequence map[string]uint64
+	notNow   int                      // so many fails don't work
+	hang     map[string]chan struct{} // fail waits for its end
+	struck   chan string              // each that fails, if there is room
 }
 
 func (f *fakeDevices) resume(name string) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.fail > 0 {
-		f.fail--
+	if f.broken > 0 {
+		f.broken--
 		return false, errors.New("resume does not work\ntoday")
 	}
 	if !f.suspended[name] {
@@ -72,6 +78,39 @@ func (f *fakeDevices) ready() error {
 	return f.missing
 }
 
+// newDevices are devices none of which is suspended.
+func newDevices() *fakeDevices {
+	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, struck: make(chan string, 100)}
+}
+
+func (f *fakeDevices) identify(name string) (identity, bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return identity{"uuid-" + name, "253:0", f.sequence[name]}, f.failing[name], nil
+}
+
+// fail lets nothing through that was held back: it is none of resumed.
+func (f *fakeDevices) fail(name string) error {
+	f.mu.Lock()
+	hang := f.hang[name]
+	f.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.notNow > 0 {
+		f.notNow--
+		return errors.New("no table could be loaded")
+	}
+	f.failing[name], f.suspended[name] = true, false
+	select {
+	case f.struck <- name:
+	default:
+	}
+	return nil
+}
+
 // agent talks to a dead-man that runs in this process.
 type agent struct {
 	t       *testing.T
@@ -79,6 +118,7 @@ type agent struct {
 	mounts  *fakeMounts
 	notes   string
 	slept   atomic.Int64 // added to the dead-man's clock
+	fence   *striker
 	in      *net.UnixConn
 	out     *bufio.Scanner
 	ended   chan error
@@ -100,10 +140,12 @@ func newAgent(t *testing.T) *agent {
 		t.Cleanup(func() { c.Close() })
 		ends[i] = c.(*net.UnixConn)
 	}
-	a := &agent{t: t, devices: &fakeDevices{suspended: map[string]bool{}}, mounts: &fakeMounts{frozen: map[string]bool{}}, notes: t.TempDir(),
+	a := &agent{t: t, devices: newDevices(), mounts: &fakeMounts{frozen: map[string]bool{}}, notes: t.TempDir(),
 		in: ends[0], out: bufio.NewScanner(ends[0]), ended: make(chan error, 1)}
 	in := &inbox{conn: ends[1]}
-	d := &deadman{resumer: a.devices, freezer: a.mounts, out: ends[1], inbox: in, notes: a.notes, now: func() time.Duration { return bootTime() + time.Duration(a.slept.Load()) }}
+	now := func() time.Duration { return bootTime() + time.Duration(a.slept.Load()) }
+	a.fence = &striker{a.notes, a.devices, now}
+	d := &deadman{resumer: a.devices, freezer: a.mounts, out: ends[1], inbox: in, notes: a.notes, now: now, fence: a.fence}
 	go func() { a.ended <- d.run(in) }()
 	return a
 }
@@ -189,7 +231,7 @@ func TestDeadManResumesWhenTheAgentEnds(t *testing.T) {
 			a.say("RESUME", "IN-TIME")
 		}
 		a.devices.suspend("vol")
-		a.devices.set(func() { a.devices.fail = 2 }) // it tries again
+		a.devices.set(func() { a.devices.broken = 2 }) // it tries again
 		a.in.Close()
 		if err := <-a.ended; err != nil {
 			t.Fatal(err)
@@ -204,7 +246,7 @@ func TestDeadManResumesWhenTheAgentEnds(t *testing.T) {
 func TestDeadManCanNotResume(t *testing.T) {
 	a := newAgent(t)
 	a.say("ARM 10000 vol", "ARMED")
-	a.devices.set(func() { a.devices.fail = 1 })
+	a.devices.set(func() { a.devices.broken = 1 })
 	a.devices.suspend("vol")
 	a.say("RESUME", "ERROR resume failed: resume does not work; today")
 	a.awaitRunning(5 * time.Second)

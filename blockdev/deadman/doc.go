@@ -4,4 +4,7 @@
 // dead-man, is told before each stop and resumes or thaws, at the latest at a
 // limit or when the agent's connection closes. Its answer that this was in time
 // is what makes a cut valid.
+//
+// Its service also holds the deadlines of leases: when one passes, everything on
+// the device fails.
 package deadman

@@ -50,8 +50,8 @@ type GuardOptions struct {
 	// Socket is where a dead-man's service answers (Serve), "" for
 	// none. It is looked for before each suspend.
 	Socket string
-	// Notes is the folder in which the dead-man notes what it freezes; "": beside
-	// Socket.
+	// Notes is the folder in which the dead-man notes what it freezes and which
+	// leases it holds; "": beside Socket.
 	Notes string
 	// Command starts a dead-man while there is no service: its main must be
 	// Run on its standard input, which is a socket. Its standard error is this
@@ -63,11 +63,19 @@ type GuardOptions struct {
 	Log *slog.Logger
 }
 
+func (o *GuardOptions) notes() string {
+	if o.Notes == "" && o.Socket != "" {
+		return filepath.Dir(o.Socket)
+	}
+	return o.Notes
+}
+
 // Guard is the agent's side of the dead-man: a connection to its service or to
 // a process of its own, made again when it ended. It serves one stop of writers
 // at a time: a suspend of devices, or a freeze of file systems.
 type Guard struct {
 	options GuardOptions
+	fence   *striker
 
 	window sync.Mutex // held from arm to resume
 	mu     sync.Mutex // guards what follows
@@ -79,6 +87,7 @@ type Guard struct {
 	deadline time.Time     // of the suspend
 	notYet   time.Time     // the service is left alone until then
 	lost     error         // FREEZE was not answered
+	top      string        // the outermost device, "" of file systems
 	resume   [7]byte       // requests that must not allocate
 	freeze   [7]byte
 	reply    [maxLineBytes]byte
@@ -92,10 +101,8 @@ func NewGuard(o GuardOptions) (*Guard, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if o.Notes == "" && o.Socket != "" {
-		o.Notes = filepath.Dir(o.Socket)
-	}
-	g := &Guard{options: o}
+	o.Notes = o.notes()
+	g := &Guard{options: o, fence: &striker{o.Notes, &dmResumer{}, bootTime}}
 	return g, g.ensure()
 }
 
@@ -204,7 +211,11 @@ func (g *Guard) fail(err error, fresh bool) {
 // process ends. After it returned nil, Resume must be called; until then
 // nobody else is served.
 func (g *Guard) Arm(limit time.Duration, devices ...string) error {
-	return g.arm(limit, fmt.Sprintf("ARM %d %s\n", limit.Milliseconds(), strings.Join(devices, " ")), nil)
+	top := ""
+	if len(devices) > 0 {
+		top = devices[len(devices)-1]
+	}
+	return g.arm(limit, fmt.Sprintf("ARM %d %s\n", limit.Milliseconds(), strings.Join(devices, " ")), nil, top)
 }
 
 // ArmMounts has the file systems that the given files are on, each only once,
@@ -216,14 +227,14 @@ func (g *Guard) ArmMounts(limit time.Duration, files ...*os.File) error {
 	for i, f := range files {
 		fds[i] = int(f.Fd())
 	}
-	err := g.arm(limit, fmt.Sprintf("ARM-MOUNTS %d %d\n", limit.Milliseconds(), len(files)), unix.UnixRights(fds...))
+	err := g.arm(limit, fmt.Sprintf("ARM-MOUNTS %d %d\n", limit.Milliseconds(), len(files)), unix.UnixRights(fds...), "")
 	runtime.KeepAlive(files)
 	return err
 }
 
-func (g *Guard) arm(limit time.Duration, line string, rights []byte) error {
+func (g *Guard) arm(limit time.Duration, line string, rights []byte, top string) error {
 	g.window.Lock()
-	g.lost = nil
+	g.lost, g.top = nil, top
 	var err error
 	for try := range armTries {
 		if err = g.ensure(); err != nil {
@@ -238,6 +249,10 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte) error {
 			copy(g.resume[:], "RESUME\n")
 			copy(g.freeze[:], "FREEZE\n")
 			return nil
+		}
+		if why, refused := bytes.CutPrefix(answer, []byte("REFUSED ")); err == nil && refused {
+			err = errors.New(string(why))
+			break // no other dead-man would do it
 		}
 		if err == nil {
 			err = fmt.Errorf("the dead-man answers '%s'", answer)
@@ -296,7 +311,10 @@ func (g *Guard) Resume(rescue func() error) error {
 	if err == nil && string(answer) == "IN-TIME" {
 		return nil
 	}
-	rescued := rescue()
+	rescued := g.mayRescue()
+	if rescued == nil {
+		rescued = rescue()
+	}
 	if rescued != nil {
 		rescued = fmt.Errorf("%w: %w", ErrStopped, rescued)
 	}
@@ -307,6 +325,16 @@ func (g *Guard) Resume(rescue func() error) error {
 	}
 	g.fail(err, false)
 	return errors.Join(fmt.Errorf("%w: %w", ErrLate, err), rescued)
+}
+
+// mayRescue makes the outermost device fail if its lease has ended: what is held
+// back must not be written. With an error it must not be resumed.
+func (g *Guard) mayRescue() error {
+	if g.top == "" {
+		return nil
+	}
+	_, err := g.fence.overdue(g.top)
+	return err
 }
 
 func (g *Guard) patience() time.Duration {

@@ -197,6 +197,7 @@ type testService struct {
 	t       *testing.T
 	socket  string
 	devices *fakeDevices
+	slept   atomic.Int64 // added to its clock
 	log     logBuffer
 	stopped chan struct{}
 	stop    func()
@@ -204,14 +205,24 @@ type testService struct {
 
 func startService(t *testing.T, socket string) *testService {
 	t.Helper()
+	return startServiceOf(t, socket, newDevices())
+}
+
+// startServiceOf is startService, with devices that were there before.
+func startServiceOf(t *testing.T, socket string, devices *fakeDevices) *testService {
+	t.Helper()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &testService{t: t, socket: socket, devices: &fakeDevices{suspended: map[string]bool{}}, stopped: make(chan struct{})}
+	s := &testService{t: t, socket: socket, devices: devices, stopped: make(chan struct{})}
 	stop := make(chan struct{})
 	s.stop = sync.OnceFunc(func() { close(stop) })
-	inner := &service{resumer: s.devices, freezer: &fakeMounts{frozen: map[string]bool{}}, now: bootTime, log: slog.New(slog.NewTextHandler(&s.log, nil)), notes: filepath.Dir(socket)}
+	log := slog.New(slog.NewTextHandler(&s.log, nil))
+	now := func() time.Duration { return bootTime() + time.Duration(s.slept.Load()) }
+	inner := &service{resumer: s.devices, freezer: &fakeMounts{frozen: map[string]bool{}}, now: now, log: log, notes: filepath.Dir(socket),
+		leases: newDeadlines(striker{filepath.Dir(socket), s.devices, now}, log)}
+	inner.leases.adopt()
 	go func() { inner.serve(l, stop); close(s.stopped) }()
 	t.Cleanup(s.stop)
 	return s

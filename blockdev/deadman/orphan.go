@@ -21,6 +21,7 @@ type orphans struct {
 	}
 	ours  func(uuid string) bool
 	holds holds // without a file: all are nobody's
+	fence *striker
 	log   *slog.Logger
 	now   func() time.Duration
 }
@@ -63,7 +64,12 @@ func (o *orphans) dealtWith(name string) bool {
 }
 
 func (o *orphans) resumeOne(name string) {
-	err := o.devices.Resume(name)
+	struck, err := o.fence.overdue(name)
+	if struck || err != nil {
+		o.log.Error("a volume was left suspended, and its lease has ended: it is made to fail", "volume", name, "error", err)
+		return
+	}
+	err = o.devices.Resume(name)
 	o.log.Warn("a volume was left suspended; it is resumed", "volume", name, "error", err)
 }
 

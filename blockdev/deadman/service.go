@@ -35,8 +35,9 @@ const (
 // its own user, root, are answered. Devices that were left suspended and whose
 // device-mapper UUID is ours are resumed first, unless another dead-man looks
 // after them; then ready is called, and it is about to accept. What killed
-// dead-men froze, of whom notes stand beside the socket, is thawed. The listener
-// is closed.
+// dead-men froze, of whom notes stand beside the socket, is thawed. The leases
+// that the service before it held it holds on; those that ended meanwhile come
+// first of all. The listener is closed.
 func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
@@ -48,6 +49,9 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 	notes := filepath.Dir(l.Addr().String())
 	var mapper dmResumer
 	defer mapper.close()
+	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: notes,
+		leases: newDeadlines(striker{notes, &mapper, bootTime}, log)}
+	s.leases.adopt()
 	if err := mapper.ready(); err != nil {
 		log.Info("no device-mapper yet; it is looked for when a volume needs it", "error", err)
 	} else {
@@ -55,14 +59,13 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 		if err != nil {
 			log.Warn("whether a suspend is under way can't be told: one may be ended, and its cut void", "error", err)
 		}
-		o := &orphans{mapper.control, ours, h, log, bootTime}
+		o := &orphans{mapper.control, ours, h, &s.leases.striker, log, bootTime}
 		held := o.resume()
 		var looks sync.WaitGroup
 		defer looks.Wait() // before the mapper is closed
 		looks.Go(func() { o.await(ctx, held) })
 	}
 	ready()
-	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: notes}
 	s.serve(l, ctx.Done())
 	return nil
 }
@@ -73,10 +76,13 @@ type service struct {
 	now     func() time.Duration
 	log     *slog.Logger
 	notes   string // folder
+	leases  *deadlines
 }
 
-// serve returns when stop is closed and nothing is armed.
+// serve returns when stop is closed and nothing is armed. Leases are left to the
+// next service.
 func (s *service) serve(l *net.UnixListener, stop <-chan struct{}) {
+	defer s.leases.close() // last: a stop under way may last
 	var connections sync.WaitGroup
 	defer connections.Wait()
 	// An agent that comes may have lost a dead-man of its own.
@@ -125,7 +131,8 @@ func (s *service) one(conn *net.UnixConn, stop <-chan struct{}) error {
 	}
 	in := &inbox{conn: conn}
 	defer in.close()
-	return (&deadman{resumer: s.resumer, freezer: s.freezer, now: s.now, out: patient{conn}, inbox: in, stopping: stop, notes: s.notes}).run(in)
+	return (&deadman{resumer: s.resumer, freezer: s.freezer, now: s.now, out: patient{conn}, inbox: in, stopping: stop, notes: s.notes,
+		fence: &s.leases.striker, leases: s.leases}).run(in)
 }
 
 // patient gives up on a reader that does not read: while it is waited for,

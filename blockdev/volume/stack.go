@@ -30,6 +30,10 @@ const (
 	adoptPatience = 30 * time.Second
 )
 
+// ErrFenced says that everything on a volume that is up fails: its lease ended, and
+// another node may write it since.
+var ErrFenced = errors.New("the volume's lease has ended and everything on it fails")
+
 // stackRoles are the devices of a stack that is at rest, inner to outer.
 var stackRoles = []string{roleData, roleMeta, roleCow, roleBase, roleEra, roleTop}
 
@@ -268,6 +272,9 @@ func (v *Volume) look() error {
 		if len(got) == 1 && (got[0] == want || role == roleBase && got[0] == v.originTable()) {
 			continue
 		}
+		if role == roleTop && dm.Failing(got) {
+			return fmt.Errorf("%w: take it down, then up", ErrFenced)
+		}
 		return fmt.Errorf("%w: %s has the table '%v', want '%s': take the volume down, then up", ErrOtherVolume, info.Name, got, want)
 	}
 	return nil
@@ -326,6 +333,13 @@ func (v *Volume) ensure(role string) error {
 		if err := v.ctl.Load(name, []dm.Target{table}); err != nil {
 			return err
 		}
+	}
+	if role == roleTop && v.options.Hold != nil {
+		if err := v.options.Hold(); err != nil {
+			return err
+		}
+	}
+	if !info.HasActive {
 		if err := v.ctl.Resume(name); err != nil {
 			return err
 		}
@@ -411,14 +425,23 @@ func Rescue(ctl *dm.Control, name string) error {
 		if !info.Exists || !strings.HasPrefix(info.UUID, uuidPrefix) || !info.HasActive {
 			continue
 		}
+		failing := false
+		if info.HasInactive && role == roleTop {
+			// A dead-man may be about to make it fail: its lease has ended.
+			table, err := ctl.InactiveTable(device)
+			if err != nil {
+				return err
+			}
+			failing = dm.Failing(table)
+		}
 		// A resume would take a waiting table into use. One for era was read
 		// while the other went on committing: marks would be lost.
-		if info.HasInactive {
+		if info.HasInactive && !failing {
 			if err := ctl.Clear(device); err != nil {
 				return err
 			}
 		}
-		if info.Suspended {
+		if info.Suspended || failing {
 			if err := retryEINTR(func() error { return ctl.Resume(device) }); err != nil {
 				return err
 			}

@@ -71,7 +71,11 @@ type Options struct {
 	// identity; tracking begins anew.
 	AllowOtherDisk bool
 	Guard          *deadman.Guard
-	Log            *slog.Logger // nil: discarded
+	// Hold is called by Up when the outermost device is there, and unless an earlier
+	// process left it up, before anything can be written to it: whoever writes under a
+	// lease has its deadline held (deadman.HoldLease). Its error is Up's. Nil: nothing is.
+	Hold func() error
+	Log  *slog.Logger // nil: discarded
 }
 
 func (o *Options) check() error {

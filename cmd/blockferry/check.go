@@ -40,6 +40,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		findings = append(findings, kernel...)
 		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
 		findings = append(findings, doctor.Node(c, now())...)
+		findings = append(findings, doctor.Lease(c)...)
 		disks := system.Volumes(c)
 		for _, v := range c.Volumes {
 			findings = append(findings, disks[v]...)

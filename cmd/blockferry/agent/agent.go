@@ -67,6 +67,7 @@ type Agent struct {
 	volumes  []*managed
 	roles    []*switching        // of those that have both roles
 	identity *transport.Identity // nil: no other node is known
+	leases   leaseStore          // nil: no volume has a lease
 	peers    *peers              // nil: nothing is taken from other nodes
 	stopping chan struct{}       // closed when the agent begins to stop
 	asking   atomic.Bool         // alive waits for an answer
@@ -104,6 +105,11 @@ func Run(ctx context.Context, o Options) error {
 			defer a.peers.receiver.Close()
 		}
 	}
+	closeLeases, err := a.openLeases()
+	if err != nil {
+		return err
+	}
+	defer closeLeases()
 	for _, v := range o.Config.Volumes {
 		switch {
 		case v.Secondary():
@@ -132,6 +138,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	for _, s := range a.roles {
 		running.Go(func() { s.run(work) })
+		if s.lease != nil {
+			running.Go(func() { s.watchLease(work) })
+		}
 	}
 	n := notifier{a.log}
 	running.Go(func() { n.watch(work, a.alive, a.summary) })

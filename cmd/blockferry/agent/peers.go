@@ -346,7 +346,7 @@ func (s *secondary) status() status.Volume {
 	v := status.Volume{Name: s.config.Name, Device: s.config.Device, Role: "Secondary", Disk: "DUnknown", Stage: "secondary", Restore: "manual",
 		Peers: s.config.Peers, Replicas: []status.Replica{}}
 	st, open, reason, advice := s.replica.status()
-	v.Reason, v.Advice = reason, advice
+	v.Reason, v.Advice, v.Lease = reason, advice, s.roles.keeps().status()
 	if !open {
 		return v
 	}

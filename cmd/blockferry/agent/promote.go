@@ -115,6 +115,9 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	case roleUnknown:
 		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
 	case rolePrimary:
+		if err := s.needHere(ctx, force); err != nil {
+			return "", err
+		}
 		s.decide(force) // also where another node went on from what it has
 		message, err := s.managed.up(ctx)
 		if err != nil {
@@ -131,6 +134,15 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	// Of two that are asked to take over at once, at least one hears of the other.
 	s.promote(st.Lineage)
 	defer s.promote(nil)
+	if err := s.lease.need(ctx, st.VolumeUUID, false, st.Lineage, force); err != nil {
+		return "", err
+	}
+	taken := false
+	defer func() {
+		if !taken {
+			s.lease.release()
+		}
+	}()
 	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force)
 	if err != nil {
 		return "", err
@@ -154,12 +166,14 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	did, err := s.takeOver(ctx, heard, force)
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
 		if s.roleOnDisk() == rolePrimary { // what failed came after the label
+			taken = true
 			s.set(rolePrimary, st.VolumeUUID)
 			return "", fmt.Errorf("it is primary, and is brought up by itself: %w", err)
 		}
 		s.copy.replica.unpark() // where the disk is settled
 		return "", exit.Mark(exit.Refused, err)
 	}
+	taken = true
 	s.decide(true) // the nodes were asked just now, and hear of this one since
 	up, err := s.startTaken(st.VolumeUUID)
 	s.decide(force && err != nil)
@@ -168,6 +182,19 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	}
 	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
 	return message, s.reached(ctx, hooks.AfterPromote, st.Lineage.Tip(), message)
+}
+
+// needHere takes the lease for a disk that is a primary's already.
+func (s *switching) needHere(ctx context.Context, force bool) error {
+	if s.lease == nil {
+		return nil
+	}
+	_, uuid, _ := s.look()
+	has, err := s.onDisk()
+	if err != nil {
+		return exit.Mark(exit.Refused, err)
+	}
+	return s.lease.need(ctx, uuid, true, has, force)
 }
 
 // startTaken brings up what took over. The volume's own look comes after that: a stack
@@ -284,6 +311,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
 		s.decide(false)
 		s.set(roleSecondary, volume.UUID{})
+		s.lease.decline()
 		return at, "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
 	}
 	if err != nil {
@@ -299,6 +327,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	s.keepHeard()
 	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
+	s.lease.decline()
 	at = h.Lineage.Tip()
 	message = fmt.Sprintf("secondary at %v", at)
 	switch {

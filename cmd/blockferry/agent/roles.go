@@ -38,6 +38,7 @@ type switching struct {
 	log     *slog.Logger
 	managed *managed
 	copy    *secondary
+	lease   *keeper // nil: the volume has no lease
 
 	// op is held while the role changes. It is taken before managed.op.
 	op sync.Mutex
@@ -60,6 +61,9 @@ func newSwitching(m *managed, c *secondary) *switching {
 	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{})}
 	m.roles, c.roles = s, s
 	c.replica.parked = true
+	if s.config.AutoPromote {
+		s.lease = newKeeper(m.agent, s)
+	}
 	return s
 }
 

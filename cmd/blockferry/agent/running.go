@@ -162,6 +162,7 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 			return err
 		}
 		gone = true
+		m.roles.keeps().unguard()
 		var err error
 		if disk, err = volume.OpenOffline(m.config.Device); err != nil {
 			return err

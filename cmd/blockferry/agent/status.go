@@ -31,6 +31,8 @@ func (m *managed) status() status.Volume {
 		s.Disk = "Diskless"
 	case stageDown:
 		s.Role, s.Disk = "Secondary", "Consistent"
+	case stageWaiting:
+		s.Role = "Secondary"
 	}
 	var primary protocol.PrimaryStatus
 	if stack != nil && r != nil {
@@ -51,6 +53,7 @@ func (m *managed) status() status.Volume {
 		s.RestoreDoneBytes, s.RestoreTotalBytes = &done, &total
 		s.Reason = fmt.Sprintf("being restored from replica '%s': %d%%", restoring.replica, percent(done, total))
 	}
+	s.Lease = m.roles.keeps().status()
 	local := 0
 	for _, r := range m.config.Replicas {
 		if r.Address != "" {

@@ -41,6 +41,7 @@ const (
 	stageRefused                // its disk holds what is not this volume
 	stageRestoring              // it is being filled
 	stageDown                   // the operator took it down
+	stageWaiting                // it may not be written here without its lease
 	stageUp
 )
 
@@ -189,7 +190,7 @@ func (m *managed) set(s stage, reason, advice string) {
 }
 
 var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageBusy: "busy", stageRefused: "refused",
-	stageRestoring: "restoring", stageDown: "down", stageUp: "up"}
+	stageRestoring: "restoring", stageDown: "down", stageUp: "up", stageWaiting: "waiting"}
 
 // bringUp builds or adopts the stack and starts replication; op is held. The
 // stage says how it ended, too. after is what a restore just did, nil if there
@@ -207,7 +208,13 @@ func (m *managed) bringUp(after *restored) error {
 	if adopt {
 		// Whatever refuses below, applications do not wait for it behind a
 		// device that a dead agent left suspended.
+		if err := deadman.FailEnded(m.agent.options.DeadMan, v.Name); err != nil {
+			return m.refuse(err)
+		}
 		if err := volume.Rescue(m.agent.dm, v.Name); err != nil {
+			return m.refuse(err)
+		}
+		if err := m.roles.keeps().mayWrite(); err != nil {
 			return m.refuse(err)
 		}
 	} else {
@@ -222,6 +229,9 @@ func (m *managed) bringUp(after *restored) error {
 		if err := m.inspect(); err != nil {
 			return err
 		}
+		if err := m.roles.keeps().mayWrite(); err != nil {
+			return m.refuse(err)
+		}
 		state, err = m.beginOffline()
 		var unfinished *unfinishedRestore
 		if errors.As(err, &unfinished) {
@@ -232,6 +242,9 @@ func (m *managed) bringUp(after *restored) error {
 			return m.refuse(err)
 		}
 	}
+	if err := m.roles.keeps().ready(context.Background()); err != nil {
+		return m.refuse(err)
+	}
 	deadMan := m.agent.options.DeadMan
 	deadMan.Log = m.log
 	guard, err := deadman.NewGuard(deadMan)
@@ -241,8 +254,12 @@ func (m *managed) bringUp(after *restored) error {
 	stack, err := volume.Up(m.agent.dm, volume.Options{
 		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
 		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), FineOwner: m.agent.owner(), PreCopy: v.PreCopy, StallBudget: v.StallBudget, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
-		Guard: guard, Log: m.agent.log,
+		Guard: guard, Hold: func() error { return m.roles.keeps().guard(m.holdDeadline) }, Log: m.agent.log,
 	})
+	if errors.Is(err, volume.ErrFenced) && adopt && volume.Down(m.agent.dm, v.Name) == nil {
+		// Its lease ended, and there is another one now.
+		return errors.Join(guard.Close(), m.bringUp(after))
+	}
 	if err != nil {
 		return m.refuse(errors.Join(err, guard.Close()))
 	}
@@ -308,7 +325,14 @@ func (m *managed) refuse(err error) error {
 	var foreign *foreignContent
 	var stale *overtakenError
 	var superseded *supersededError
+	var waits *noLeaseError
 	switch {
+	case errors.As(err, &waits):
+		stage, advice = stageWaiting, "see 'lease' in blockferry status; it comes up by itself when it has the lease"
+	case errors.Is(err, volume.ErrFenced):
+		advice = "close what uses it, such as with umount; it is tried again by itself"
+	case errors.Is(err, deadman.ErrNoService):
+		advice = "a lease needs the dead-man's service: systemctl enable --now blockferry-deadman; it is tried again by itself"
 	case errors.As(err, &stale):
 		advice = "nothing is written; to fill it from the replica: blockferry restore --force --from " + stale.replica + " " + m.config.Name +
 			"; only if the disk's own content is the one that counts: blockferry create --replica " + stale.replica + " --discard-my-data " + m.config.Name +

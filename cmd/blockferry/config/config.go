@@ -55,7 +55,8 @@ const (
 // Config is a whole file. Volumes and replicas are sorted by name.
 type Config struct {
 	Path    string
-	Node    *Node // nil: no other machine is known
+	Node    *Node  // nil: no other machine is known
+	Lease   *Lease // nil: none
 	Volumes []*Volume
 	// RescueDir is the folder for what one copy alone had when it was overwritten.
 	RescueDir string
@@ -114,7 +115,12 @@ type Volume struct {
 	// SplitBrain says what gives way when a replica was written on its own: none,
 	// discard-older-primary, discard-least-changes or discard-zero-changes.
 	SplitBrain string
-	Replicas   []*Replica
+	// AutoPromote has the volume written only by the node that has its lease; another
+	// node's copy takes over by itself when that has ended, if it lacked no more than
+	// MaxLoss when the holder renewed it last.
+	AutoPromote bool
+	MaxLoss     time.Duration
+	Replicas    []*Replica
 }
 
 // Replica is one copy of a volume: on Device, or at another node, at Address.

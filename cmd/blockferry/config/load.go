@@ -72,6 +72,7 @@ type reader struct {
 	errors Errors
 	disks  map[string]string // cleaned path -> where it was used first
 	afar   []afar            // what is about other nodes
+	auto   []autoVolume      // volumes with 'promote: auto'
 }
 
 func (r *reader) syntax(err error) error {

@@ -16,12 +16,13 @@ var innerSuffixes = []string{"-era", "-base", "-data", "-meta", "-cow", "-snap"}
 
 func (r *reader) root(n ast.Node) {
 	r.config.RescueDir = DefaultRescueDir
-	var node ast.Node
-	present := r.fields(n, "the file", []field{{"node", func(n ast.Node) { node = n }}, {"volumes", r.volumes}})
+	var node, lease ast.Node
+	present := r.fields(n, "the file", []field{{"node", func(n ast.Node) { node = n }}, {"lease", func(n ast.Node) { lease = n }}, {"volumes", r.volumes}})
 	if present["volumes"] == nil && len(r.errors) == 0 {
 		r.fail(n, "the file needs 'volumes:'")
 	}
 	r.node(present["node"], node)
+	r.lease(present["lease"], lease)
 	for _, v := range r.config.Volumes {
 		var all *Hooks
 		if r.config.Node != nil {
@@ -36,7 +37,7 @@ func (r *reader) volumes(n ast.Node) {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "volume name '%s': %s", name, err)
 		}
-		v := &Volume{Name: name, SplitBrain: "none", Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
+		v := &Volume{Name: name, SplitBrain: "none", MaxLoss: DefaultMaxLoss, Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
 		r.volume(pair, v)
 		if v.Attach && v.StateFile == "" {
 			v.StateFile = filepath.Join(DefaultStateDir, v.Name)
@@ -72,6 +73,8 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.disk("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
 		r.choice("split-brain", func(s string) { v.SplitBrain = s }, "none", "discard-older-primary", "discard-least-changes", "discard-zero-changes"),
+		r.choice("promote", func(s string) { v.AutoPromote = s == "auto" }, "manual", "auto"),
+		r.duration("max-loss", &v.MaxLoss, MinMaxLoss, MaxMaxLoss),
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
 		{"peers", func(n ast.Node) { r.peers(n, v) }},
 		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
@@ -92,6 +95,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 			}
 		}
 	}
+	r.promote(v, present)
 	switch {
 	case present["device"] == nil:
 		r.fail(pair.Key, "%s needs 'device:', the disk that holds it", what)

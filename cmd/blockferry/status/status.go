@@ -26,9 +26,11 @@ type Volume struct {
 	Disk string `json:"disk"`
 	Up   bool   `json:"up"`
 	// Stage is where the agent is with it: starting (not looked at yet),
-	// absent, blank, busy (somebody else has a disk), refused, restoring, down or up;
-	// or secondary: it is only a replica here.
+	// absent, blank, busy (somebody else has a disk), refused, restoring, waiting (for its lease),
+	// down or up; or secondary: it is only a replica here.
 	Stage string `json:"stage"`
+	// Lease is that of a volume with 'promote: auto'.
+	Lease *Lease `json:"lease,omitempty"`
 	// Restore says what happens to a blank disk: manual or auto.
 	Restore string `json:"restore"`
 	// Of RestoreTotalBytes, RestoreDoneBytes are back, while it is restoring.
@@ -50,6 +52,18 @@ type Volume struct {
 	Reason   string    `json:"reason,omitempty"`
 	Advice   string    `json:"advice,omitempty"`
 	Replicas []Replica `json:"replicas"`
+}
+
+// Lease is who may write a volume.
+type Lease struct {
+	// Holder is the node that has it, as far as is known here.
+	Holder string `json:"holder,omitempty"`
+	// SecondsLeft is, at the holder, when writes fail unless it is renewed. Ending: it
+	// will not be; the volume is given up.
+	SecondsLeft *float64 `json:"seconds-left,omitempty"`
+	Ending      bool     `json:"ending,omitempty"`
+	// Reason says why it is not held here, or what keeps it from being renewed.
+	Reason string `json:"reason,omitempty"`
 }
 
 // Position is what a copy holds.

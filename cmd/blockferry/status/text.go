@@ -74,9 +74,28 @@ func writeVolume(b *strings.Builder, v *Volume) {
 	now.add("fed-by", v.FedBy)
 	now.add("peers", strings.Join(v.Peers, ","))
 	now.to(b, "  ")
+	writeLease(b, v.Lease)
 	writeWhy(b, "  ", v.Reason, v.Advice)
 	for i := range v.Replicas {
 		writeReplica(b, &v.Replicas[i])
+	}
+}
+
+func writeLease(b *strings.Builder, v *Lease) {
+	if v == nil {
+		return
+	}
+	head := line{words: []string{"lease"}}
+	head.add("holder", v.Holder)
+	if v.SecondsLeft != nil {
+		head.add("left", progress.FormatDuration(seconds(*v.SecondsLeft)))
+	}
+	if v.Ending {
+		head.add("ending", "yes")
+	}
+	head.to(b, "  ")
+	if v.Reason != "" {
+		b.WriteString("    lease: " + v.Reason + "\n")
 	}
 }
 

@@ -1,0 +1,378 @@
+package deadman
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// strikePatience is after how long it is said that a device does not fail yet.
+	strikePatience = time.Second
+	// strikeLogAgain is the pause before a strike that goes on failing is told again.
+	strikeLogAgain = 30 * time.Second
+)
+
+// failer makes devices fail.
+type failer interface {
+	ready() error
+	// identify says which device bears the name, the zero identity for none,
+	// and whether everything on it fails already.
+	identify(name string) (is identity, fails bool, err error)
+	fail(name string) error
+}
+
+// striker makes devices fail whose deadline has passed.
+type striker struct {
+	folder  string // of notes
+	devices failer
+	now     func() time.Duration
+}
+
+// strike makes a note's device fail; struck is false if another device bears the
+// name, or none.
+func (s *striker) strike(n *leaseNote) (struck bool, err error) {
+	if err := s.devices.ready(); err != nil {
+		return false, err
+	}
+	is, _, err := s.devices.identify(n.device)
+	if err != nil || is != n.identity {
+		return false, err
+	}
+	return true, s.devices.fail(n.device)
+}
+
+// overdue strikes a device before it is resumed, if its deadline has passed:
+// what a suspend holds back would be written. An error: it must not be resumed.
+func (s *striker) overdue(device string) (struck bool, err error) {
+	n, err := leaseOf(s.folder, device)
+	if err != nil || n == nil || s.now() < n.until {
+		return false, err
+	}
+	struck, err = s.strike(n)
+	if err != nil {
+		err = fmt.Errorf("the lease of %s has ended, and it can't be made to fail: %w", device, err)
+	}
+	return struck, err
+}
+
+// errNear says that writers may not be stopped for so long.
+var errNear = errors.New("the lease")
+
+// mayStop refuses a stop that the deadline may fall into: a suspend that the agent
+// breaks off after it would let through what it held back.
+func (s *striker) mayStop(device string, limit time.Duration) error {
+	struck, err := s.overdue(device)
+	if struck {
+		err = errors.Join(fmt.Errorf("%w of %s has ended: everything on it fails", errNear, device), err)
+	}
+	if err != nil {
+		return err
+	}
+	n, err := leaseOf(s.folder, device)
+	if err != nil || n == nil || s.now()+limit < n.until {
+		return err
+	}
+	if is, _, err := s.devices.identify(device); err != nil || is != n.identity {
+		return err
+	}
+	return fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
+}
+
+// deadlines are those that a dead-man's service holds.
+type deadlines struct {
+	striker
+	log *slog.Logger
+
+	mu     sync.Mutex
+	held   map[string]*deadline
+	closed bool
+	done   chan struct{} // closed with it
+	under  sync.WaitGroup
+}
+
+// deadline is one of them; deadlines.mu guards it.
+type deadline struct {
+	leaseNote
+	alarm *alarm
+}
+
+func newDeadlines(s striker, log *slog.Logger) *deadlines {
+	return &deadlines{striker: s, log: log, held: map[string]*deadline{}, done: make(chan struct{})}
+}
+
+// adopt holds what the notes say: those of the service before this one. What has
+// passed meanwhile is struck at once.
+func (d *deadlines) adopt() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	paths, _ := filepath.Glob(filepath.Join(d.folder, leasePrefix+"*")) // the pattern is well-formed
+	for _, path := range paths {
+		n, err := readLease(path)
+		if errors.Is(err, errOtherBoot) {
+			os.Remove(path)
+			continue
+		}
+		if err == nil {
+			err = d.begin(n)
+		}
+		if err != nil {
+			d.log.Error("a lease that the dead-man before this one held is not held any more: nothing ends writes when it ends", "note", path, "error", err,
+				"advice", "take the volume down, or renew its lease")
+			continue
+		}
+		d.log.Info("a lease of the dead-man before this one is held on", "volume", n.device, "seconds", (n.until - d.now()).Seconds())
+	}
+}
+
+// begin holds a deadline whose note is written, in the place of any other of
+// that device. mu is held.
+func (d *deadlines) begin(n *leaseNote) error {
+	if old := d.held[n.device]; old != nil {
+		old.leaseNote = *n
+		return old.alarm.set(n.until)
+	}
+	a, err := newAlarm()
+	if err != nil {
+		return err
+	}
+	if err := a.set(n.until); err != nil {
+		a.close()
+		return err
+	}
+	l := &deadline{*n, a}
+	d.held[n.device] = l
+	d.under.Go(func() { d.watch(l) })
+	return nil
+}
+
+// end forgets a deadline, its note too. mu is held.
+func (d *deadlines) end(l *deadline) {
+	delete(d.held, l.device)
+	l.alarm.close()
+	os.Remove(leasePath(d.folder, l.device))
+}
+
+// hold is LEASE.
+func (d *deadlines) hold(n leaseNote) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.closed:
+		return errStopping
+	case n.until <= d.now():
+		return fmt.Errorf("%w: its deadline had passed before it was held", ErrLeaseEnded)
+	}
+	if err := d.devices.ready(); err != nil {
+		return err
+	}
+	is, fails, err := d.devices.identify(n.device)
+	switch {
+	case err != nil:
+		return err
+	case is == (identity{}):
+		return fmt.Errorf("there is no device-mapper device '%s' whose lease could be held", n.device)
+	case is.uuid != n.uuid:
+		return fmt.Errorf("the device of that name has the uuid '%s', want '%s'", is.uuid, n.uuid)
+	case fails:
+		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, n.device)
+	}
+	n.identity = is
+	old := d.held[n.device]
+	if old != nil && old.identity == is && old.until <= d.now() {
+		_ = old.alarm.set(0) // should it not have fired yet
+		return fmt.Errorf("%w: an earlier deadline of %s has passed", ErrLeaseEnded, n.device)
+	}
+	if err := n.write(d.folder); err != nil {
+		return err
+	}
+	return d.begin(&n)
+}
+
+var errStopping = errors.New("the dead-man is stopping")
+
+// extend is EXTEND.
+func (d *deadlines) extend(device, holder string, until time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return errStopping
+	}
+	l := d.held[device]
+	switch {
+	case l == nil:
+		return fmt.Errorf("%w: none is held for %s: its deadline passed, or it was released", ErrLeaseEnded, device)
+	case l.holder != holder:
+		return fmt.Errorf("%w: another process holds that of %s now", ErrLeaseEnded, device)
+	case l.until <= d.now():
+		_ = l.alarm.set(0) // should it not have fired yet
+		return fmt.Errorf("%w: the deadline of %s has passed", ErrLeaseEnded, device)
+	case until <= l.until:
+		return nil
+	}
+	n := l.leaseNote
+	n.until = until
+	if err := n.write(d.folder); err != nil {
+		return err
+	}
+	return d.begin(&n)
+}
+
+// release is RELEASE. What has passed is struck all the same.
+func (d *deadlines) release(device, holder string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return errStopping
+	}
+	if l := d.held[device]; l != nil && l.holder == holder && d.now() < l.until {
+		d.end(l)
+	}
+	return nil
+}
+
+// watch strikes at the deadline. What it can't strike it tries again.
+func (d *deadlines) watch(l *deadline) {
+	told := time.Duration(0)
+	for l.alarm.wait() {
+		d.mu.Lock()
+		n, due := l.leaseNote, d.now() >= l.until
+		if !due && !d.closed && d.held[l.device] == l {
+			_ = l.alarm.set(l.until) // it rang for a deadline that was moved since
+		}
+		d.mu.Unlock()
+		if !due {
+			continue
+		}
+		log := d.log.With("volume", n.device)
+		late := time.AfterFunc(strikePatience, func() {
+			log.Error("the lease of a volume has ended; what is in flight on it does not end: writes that come are held and will fail then. Killed now, the dead-man would let them through")
+		})
+		begun := d.now()
+		struck, err := d.strike(&n)
+		late.Stop()
+		if err == nil {
+			if struck {
+				log.Error("the lease of a volume has ended: everything on it fails from now on; take it down, then up", "late-seconds", (begun - n.until).Seconds(), "took-seconds", (d.now() - begun).Seconds())
+			} else {
+				log.Info("the lease of a volume has ended that is gone")
+			}
+			d.mu.Lock()
+			over := l.leaseNote == n // and no later device of that name has one
+			if over {
+				d.end(l)
+			}
+			d.mu.Unlock()
+			if over {
+				return
+			}
+			continue
+		}
+		if told == 0 || d.now()-told > strikeLogAgain {
+			told = d.now()
+			log.Error("the lease of a volume has ended, and it can't be made to fail: it may still be written; it is tried again", "error", err)
+		}
+		select {
+		case <-d.done:
+			return
+		case <-time.After(deadmanRecheck):
+			d.mu.Lock()
+			if !d.closed {
+				_ = l.alarm.set(0)
+			}
+			d.mu.Unlock()
+		}
+	}
+}
+
+// close ends the watch, after what is being struck. The notes stay.
+func (d *deadlines) close() {
+	d.mu.Lock()
+	if !d.closed {
+		d.closed = true
+		close(d.done)
+		for _, l := range d.held {
+			l.alarm.close()
+		}
+	}
+	d.mu.Unlock()
+	d.under.Wait()
+}
+
+// answer answers LEASE, EXTEND and RELEASE. Without deadlines it is a dead-man
+// that an agent started.
+func (d *deadlines) answer(command string, fields []string) string {
+	if d == nil {
+		return "ERROR a lease is held by the dead-man's service alone"
+	}
+	want := map[string]int{"LEASE": 4, "EXTEND": 3, "RELEASE": 2}[command]
+	if len(fields) != want {
+		return fmt.Sprintf("ERROR %s wants %d words", command, want)
+	}
+	var until time.Duration
+	if want > 2 {
+		var ns int64
+		if _, err := fmt.Sscan(fields[2], &ns); err != nil || ns <= 0 {
+			return "ERROR '" + fields[2] + "' is no time of this boot in ns"
+		}
+		until = time.Duration(ns)
+	}
+	var err error
+	switch command {
+	case "LEASE":
+		err = d.hold(leaseNote{device: fields[0], holder: fields[1], until: until, identity: identity{uuid: fields[3]}})
+	case "EXTEND":
+		err = d.extend(fields[0], fields[1], until)
+	case "RELEASE":
+		if err = d.release(fields[0], fields[1]); err == nil {
+			return "RELEASED"
+		}
+	}
+	switch {
+	case errors.Is(err, ErrLeaseEnded):
+		return "ENDED " + strings.TrimPrefix(err.Error(), ErrLeaseEnded.Error()+": ")
+	case err != nil:
+		return "ERROR " + err.Error()
+	}
+	return "HELD"
+}
+
+// alarm rings at a time of CLOCK_BOOTTIME, which runs on while the machine
+// sleeps: no timer of the runtime's does.
+type alarm struct {
+	fd   int
+	file *os.File
+}
+
+func newAlarm() (*alarm, error) {
+	fd, err := unix.TimerfdCreate(unix.CLOCK_BOOTTIME, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("a timer: %w", err)
+	}
+	return &alarm{fd, os.NewFile(uintptr(fd), "timer")}, nil
+}
+
+// set replaces the time; one that has passed rings at once. Not after close.
+func (a *alarm) set(at time.Duration) error {
+	next := unix.ItimerSpec{Value: unix.NsecToTimespec(max(at.Nanoseconds(), 1))} // 0 would stop it
+	return unix.TimerfdSettime(a.fd, unix.TFD_TIMER_ABSTIME, &next, nil)
+}
+
+// wait returns false once the alarm is closed.
+func (a *alarm) wait() bool {
+	var n [8]byte
+	_, err := a.file.Read(n[:])
+	return err == nil
+}
+
+func (a *alarm) close() { a.file.Close() }
+
+func newHolder() string { return strings.ToLower(rand.Text()) }

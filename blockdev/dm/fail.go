@@ -1,0 +1,88 @@
+package dm
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// failTries bounds how often Fail tries again what somebody else undid.
+const failTries = 20
+
+const errorTarget = "error"
+
+// Failing says of a table whether everything done to its device fails.
+func Failing(table []Target) bool { return len(table) == 1 && table[0].Type == errorTarget }
+
+// Fail puts a table in the place of the device's with which everything fails,
+// reads and flushes of what was written included, what a suspend holds back, too.
+// It waits for what is in flight, for as long as that takes, and what comes
+// meanwhile is held, then fails. Only the end of the process makes the kernel
+// let that through. A device that fails already is left so, but resumed.
+func (c *Control) Fail(name string) error {
+	// The table first: nothing is held back while the kernel finds memory for
+	// it, and whoever resumes from now on takes it into use.
+	var errs []error
+	for range failTries {
+		done, err := c.fails(name)
+		if done || err != nil {
+			return err
+		}
+		err = quietly(func() error { return c.failOnce(name) })
+		if errors.Is(err, ErrNotExist) {
+			return err
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return fmt.Errorf("device-mapper: %s does not fail after %d tries: %w", name, failTries, errors.Join(errs...))
+}
+
+// fails says that the device fails, and holds nothing back.
+func (c *Control) fails(name string) (bool, error) {
+	info, err := c.do(unix.DM_DEV_STATUS, "info", name, "", 0, nil)
+	if err != nil || info.Suspended || !info.HasActive {
+		return false, err
+	}
+	table, err := c.Table(name)
+	return Failing(table), err
+}
+
+func (c *Control) failOnce(name string) error {
+	table, err := c.Table(name)
+	if err != nil {
+		return err
+	}
+	if !Failing(table) {
+		length := uint64(0)
+		for _, t := range table {
+			length += t.Length
+		}
+		if length == 0 {
+			return &Error{What: "fail " + name, Err: errors.New("it has no table yet")}
+		}
+		if err := c.Load(name, []Target{{Length: length, Type: errorTarget}}); err != nil {
+			return err
+		}
+	}
+	return c.Resume(name)
+}
+
+// quietly runs f on a thread that no signal interrupts: a suspend that one ends
+// lets everything through that it held back.
+func quietly(f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, old unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &old); err != nil {
+		return fmt.Errorf("device-mapper: block signals: %w", err)
+	}
+	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }() // it worked a moment ago
+	return f()
+}

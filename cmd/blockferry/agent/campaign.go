@@ -1,0 +1,364 @@
+package agent
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"time"
+
+	"blockferry/blockdev/deadman"
+	"blockferry/blockdev/dm"
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/lease"
+	"blockferry/protocol"
+)
+
+// This file is about what a node does with a lease: who may take it by itself, when a copy
+// takes over, when a volume is given up.
+
+// copies is the record of a volume that is up here: the copies at other nodes that lack
+// no more than may be lost. nil: as it was.
+func (s *switching) copies() *lease.Record {
+	m := s.managed
+	m.mu.Lock()
+	r := m.running
+	m.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	return recordOf(s.lease.node, s.config, r.primary.Status().Replicas)
+}
+
+func recordOf(node string, v *config.Volume, reports []protocol.ReplicaReport) *lease.Record {
+	record := &lease.Record{Node: node, Copies: map[string]lease.Copy{}}
+	for _, c := range v.Replicas {
+		for i := range reports {
+			r := &reports[i]
+			if c.Peer != "" && r.Name == c.Name && r.Connection == "Connected" && r.Epoch > 0 && !r.LagIsMinimum && r.LagSeconds <= v.MaxLoss.Seconds() {
+				record.Copies[c.Peer] = lease.Copy{Generation: r.Generation, Epoch: r.Epoch}
+			}
+		}
+	}
+	return record
+}
+
+// mayFollow says why a node's copy may not go on by itself where the last holder
+// stopped; "": it may.
+func mayFollow(r *lease.Record, node string, primary bool, has protocol.Lineage) string {
+	switch {
+	case r == nil && primary:
+		return "" // nobody had it yet; what its disk says counts
+	case r == nil:
+		return "no node had the lease yet; at the one that is to begin: "
+	case r.Node == node:
+		return ""
+	}
+	c, listed := r.Copies[node]
+	if !listed {
+		return fmt.Sprintf("node '%s', which had it last, did not have this copy as close enough: it was away, or 'max-loss' behind; better take over where that is not so, or have that node back; else: ", r.Node)
+	}
+	var at protocol.Position
+	raw, err := hex.DecodeString(c.Generation)
+	if err != nil || len(raw) != len(at.Generation) {
+		return fmt.Sprintf("the record names generation '%s', which is none; after a look: ", c.Generation)
+	}
+	copy(at.Generation[:], raw)
+	at.Epoch = c.Epoch
+	if has.Until(at) == nil {
+		return fmt.Sprintf("node '%s', which had it last, knew of %v here, and this copy is at %v: it went back; after a look: ", r.Node, at, has.Tip())
+	}
+	return ""
+}
+
+// watchLease takes the lease when it can be had, gives the volume up when it can't be
+// kept, and has the copy here take over when it should, until ctx ends.
+func (s *switching) watchLease(ctx context.Context) {
+	k := s.lease
+	var changed <-chan struct{}
+	var of volume.UUID
+	for ctx.Err() == nil {
+		s.findID()
+		r, uuid, role := s.look()
+		if changed == nil && !uuid.IsZero() {
+			changed, of = k.store.Watch(ctx, uuid.String()), uuid
+		}
+		if r != roleUnknown && uuid == of && !uuid.IsZero() && s.op.TryLock() { // else a change of role is under way
+			s.lookAtLease(ctx, r, uuid)
+			s.op.Unlock()
+		}
+		var ending <-chan struct{}
+		wait := k.ttl / 5
+		if n := k.held(); n != nil {
+			if _, ended, _ := n.state(); ended {
+				wait = renewAgain / 2
+			} else {
+				ending = n.ending
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-role:
+		case <-ending:
+		case <-time.After(wait):
+		}
+	}
+	if s.managed.at() == stageDown {
+		k.release()
+	}
+	// The volume stays up: the next agent has as long as can be.
+	if n := k.held(); n != nil {
+		n.stop()
+		if _, ended, _ := n.state(); !ended {
+			_ = n.renew(context.WithoutCancel(ctx), n.record())
+		}
+	}
+}
+
+// findID reads the volume's id where the agent began before the disk had a label: with a
+// lease it is needed before it is up.
+func (s *switching) findID() {
+	if r, uuid, _ := s.look(); r != rolePrimary || !uuid.IsZero() || !s.op.TryLock() {
+		return
+	}
+	defer s.op.Unlock()
+	if r, uuid, err := s.read(); err == nil && r == rolePrimary && !uuid.IsZero() {
+		s.know(uuid)
+	}
+}
+
+// lookAtLease does what is to be done now; op is held.
+func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
+	k := s.lease
+	if n := k.held(); n != nil {
+		if _, ended, why := n.state(); ended {
+			s.giveUp(n, why)
+		} else if at := s.managed.at(); (at == stageRefused || at == stageAbsent || at == stageBlank) && !s.managed.leftUp() {
+			// Nobody can be writing, and another node may be able to.
+			k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", s.managed.why())
+			k.release()
+			k.pause = time.Now().Add(2 * k.ttl)
+		}
+		return
+	}
+	if r == rolePrimary {
+		if err := s.managed.clearFenced(); err != nil {
+			k.say("", "it ended here, and everything on the volume fails: %v", err)
+			s.waiting("close what uses it, such as with umount; then it can come up again, here or as another node's copy")
+			return
+		}
+	}
+	asking, cancel := context.WithTimeout(ctx, askEtcd)
+	defer cancel()
+	standing, err := k.store.Look(asking, uuid.String())
+	h := standing.Holder
+	if err != nil || h != nil {
+		k.vacant = time.Time{}
+	}
+	if h != nil && h.Node != k.node {
+		k.declined = false
+	}
+	switch {
+	case err != nil:
+		k.say("", "etcd does not say who has it: %v", err)
+	case k.ours(h):
+		s.resumeLease(asking, r, uuid, *h)
+	case h != nil && h.Node == k.node:
+		k.say(h.Node, "this node had it before the machine was started anew, or another machine of its name has it; it is taken when it has ended")
+	case h != nil && r == rolePrimary:
+		k.say(h.Node, "node '%s' has it", h.Node)
+		s.follow(ctx, h.Node)
+	case h != nil:
+		k.say(h.Node, "node '%s' has it", h.Node)
+	default:
+		s.campaign(ctx, r, uuid, standing.Record)
+	}
+	s.waiting("")
+}
+
+// waiting says of a primary without its lease what it waits for.
+func (s *switching) waiting(advice string) {
+	if err := s.lease.mayWrite(); err != nil && s.at() == rolePrimary {
+		switch m := s.managed; m.at() {
+		case stageStarting, stageWaiting:
+			m.set(stageWaiting, err.Error(), advice)
+		}
+	}
+}
+
+// clearFenced takes a volume down whose lease ended, so that everything on it fails.
+// Those who use it keep it up.
+func (m *managed) clearFenced() error {
+	m.op.Lock()
+	defer m.op.Unlock()
+	exists, err := m.stackExists()
+	if err != nil || !exists {
+		return nil // which is said elsewhere
+	}
+	if table, err := m.agent.dm.Table(m.config.Name); err != nil || !dm.Failing(table) {
+		return nil
+	}
+	return volume.Down(m.agent.dm, m.config.Name)
+}
+
+// resumeLease goes on where an earlier process of this node stopped.
+func (s *switching) resumeLease(ctx context.Context, r role, uuid volume.UUID, h lease.Claim) {
+	k := s.lease
+	if r != rolePrimary {
+		// It was to take over, and did not: nobody writes.
+		k.say(k.node, "it was taken to take over, which did not come to its end; it ends by itself")
+		return
+	}
+	l, err := k.store.Resume(ctx, uuid.String(), h)
+	if err != nil {
+		k.say(k.node, "it was had by an earlier process here, and can't be taken over: %v", err)
+		return
+	}
+	k.log.Info("the lease is taken over from an earlier process", "lease", h.Lease)
+	k.have(l)
+	s.managed.wake()
+}
+
+// campaign is for a lease that nobody has.
+func (s *switching) campaign(ctx context.Context, r role, uuid volume.UUID, record *lease.Record) {
+	k := s.lease
+	if k.vacant.IsZero() {
+		k.vacant = time.Now()
+	}
+	if k.declined {
+		k.say("", "nobody has it; the operator had this node stand down")
+		return
+	}
+	has, err := s.holds(r)
+	if err != nil {
+		k.say("", "nobody has it, and this copy can't take over: %v", err)
+		return
+	}
+	if why := mayFollow(record, k.node, r == rolePrimary, has); why != "" {
+		k.say("", "nobody has it; this copy does not take over by itself: %sblockferry primary --force %s", why, s.config.Name)
+		return
+	}
+	if time.Now().Before(k.pause) || s.managed.at() == stageDown && r == rolePrimary {
+		k.say("", "nobody has it; it is left to others: %s", s.managed.why())
+		return
+	}
+	if r == rolePrimary {
+		if err := k.need(ctx, uuid, true, has, false); err != nil {
+			k.say("", "%v", err)
+			return
+		}
+		s.managed.wake()
+		return
+	}
+	// The one that has more comes first, for a while.
+	switch ahead := s.ahead(ctx, uuid, has); {
+	case ahead != "" && record.Node == k.node:
+		k.say("", "nobody has it; this node wrote the volume last, but %s has more: the copy here went back. After a look: blockferry primary --force %s", ahead, s.config.Name)
+		return
+	case ahead != "" && time.Since(k.vacant) < k.ttl/2:
+		k.say("", "nobody has it; %s has more, and is waited for", ahead)
+		return
+	}
+	k.say("", "nobody has it; this copy takes over")
+	message, err := s.primary(ctx, true)
+	if err != nil {
+		k.log.Warn("it does not take over by itself", "error", err)
+		k.say("", "it does not take over by itself: %v", err)
+		k.pause = time.Now().Add(k.ttl / 2)
+		return
+	}
+	k.log.Info("took over by itself", "detail", message)
+}
+
+// holds is what the disk here holds, as primary or as a copy that could take over.
+func (s *switching) holds(r role) (protocol.Lineage, error) {
+	if r == rolePrimary {
+		return s.onDisk()
+	}
+	st, err := s.promotable()
+	if err == nil && (st.State != protocol.DiskConsistent || st.NeedsFull) {
+		err = fmt.Errorf("it is %s %s", st.State, st.Reason)
+	}
+	return st.Lineage, err
+}
+
+// ahead names a node that says that it has more, or other, than a copy here; "": none does.
+func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Lineage) string {
+	ctx, cancel := context.WithTimeout(ctx, askNode/3)
+	defer cancel()
+	said, _ := s.ask(ctx, uuid)
+	for node, h := range said {
+		if kind := protocol.Compare(has, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
+			return "node '" + node + "'"
+		}
+	}
+	return ""
+}
+
+// follow has a disk that was primary follow the node that has the lease.
+func (s *switching) follow(ctx context.Context, node string) {
+	message, err := s.secondary(ctx, true)
+	s.lease.declined = false // it is not the operator's word
+	if err != nil {
+		s.lease.say(node, "node '%s' has it, and this one does not follow it yet: %v", node, err)
+		return
+	}
+	s.log.Warn("stood down: another node has the lease", "node", node, "detail", message)
+}
+
+// giveUp takes a volume down whose lease ends: in order, if nobody uses it; else it
+// fails at its deadline, and is down when those who use it have closed it.
+func (s *switching) giveUp(n *tenure, why string) {
+	m := s.managed
+	m.op.Lock()
+	defer m.op.Unlock()
+	m.mu.Lock()
+	stack, _ := m.stack.(*volume.Volume)
+	r := m.running
+	m.mu.Unlock()
+	left := n.left()
+	if stack != nil && left > 0 {
+		if stack.Opened() != nil {
+			return // it is the dead-man's
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), left)
+		defer cancel()
+		stack.RollNext()
+		_, _, _ = r.primary.SyncNow(ctx) // as far as it comes
+		clean, gone, err := m.sealAndStop(ctx, stack, r)
+		m.forget()
+		s.log.Warn("the volume was given up", "reason", why, "clean", clean, "error", err)
+		if gone {
+			s.lease.release()
+		}
+		s.lost(why)
+		return
+	}
+	if left > 0 && stack == nil {
+		if exists, err := m.stackExists(); err == nil && !exists {
+			s.lease.release()
+			s.lost(why)
+			return
+		}
+	}
+	if left > 0 {
+		return
+	}
+	// The dead-man has done so, unless it was killed.
+	if err := deadman.FailEnded(m.agent.options.DeadMan, m.config.Name); err != nil {
+		s.log.Error("a volume whose lease has ended may still be written", "error", err)
+		return
+	}
+	if err := m.letGo(); err != nil {
+		s.log.Warn("the volume was not let go cleanly", "error", err)
+	}
+	s.lease.drop()
+	s.lost(why)
+}
+
+// lost says that a volume has no lease any more.
+func (s *switching) lost(why string) {
+	s.managed.set(stageWaiting, "its lease ended: "+why, "close what uses it; another node may write the volume")
+	s.lease.say("", "it ended here: %s", why)
+}

@@ -1,0 +1,194 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/exit"
+	"blockferry/cmd/blockferry/lease"
+	"blockferry/protocol"
+)
+
+// fakeLeases is an etcd that says what it is told to.
+type fakeLeases struct {
+	standing lease.Standing
+	err      error
+	taken    int
+	resumed  int
+	now      func() time.Duration
+}
+
+func (f *fakeLeases) Look(context.Context, string) (lease.Standing, error) { return f.standing, f.err }
+
+func (f *fakeLeases) Take(_ context.Context, _ string, c lease.Claim) (heldLease, error) {
+	if f.standing.Holder != nil {
+		return nil, fmt.Errorf("%w by node '%s'", lease.ErrHeld, f.standing.Holder.Node)
+	}
+	f.taken++
+	f.standing.Holder = &c
+	return &scriptedLease{now: f.now, sent: f.now()}, nil
+}
+
+func (f *fakeLeases) Resume(context.Context, string, lease.Claim) (heldLease, error) {
+	f.resumed++
+	return &scriptedLease{now: f.now, sent: f.now()}, nil
+}
+
+func (f *fakeLeases) Watch(context.Context, string) <-chan struct{} { return nil }
+
+// withLease is a volume of both roles at node-a, with a lease.
+func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
+	t.Helper()
+	s := aSwitching(t, disk)
+	begun := time.Now()
+	f := &fakeLeases{now: func() time.Duration { return time.Since(begun) }}
+	s.lease = &keeper{terms: walkTerms(f.now), store: f, node: "node-a", config: s.config, log: quiet(), record: s.copies}
+	t.Cleanup(s.lease.drop)
+	return s, f
+}
+
+func copyAt(epoch uint64) lease.Copy {
+	return lease.Copy{Generation: fmt.Sprintf("%x", protocol.Generation{1}), Epoch: epoch}
+}
+
+// By itself only the copy goes on that is the last holder's, or that it knew to be close enough and
+// that still holds what it held then.
+func TestWhoMayFollow(t *testing.T) {
+	has := history(1, 10)
+	for name, c := range map[string]struct {
+		record  *lease.Record
+		primary bool
+		refused string // "": not
+	}{
+		"nobody had it, a primary":       {nil, true, ""},
+		"nobody had it, a secondary":     {nil, false, "no node had the lease yet"},
+		"it had it last":                 {&lease.Record{Node: "node-a"}, false, ""},
+		"it is on record":                {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(9)}}, false, ""},
+		"on record with all it has":      {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(10)}}, true, ""},
+		"it had more once":               {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(11)}}, false, "it went back"},
+		"of another line":                {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": {Generation: fmt.Sprintf("%x", protocol.Generation{2}), Epoch: 9}}}, false, "it went back"},
+		"another's copy is on record":    {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-c": copyAt(9)}}, false, "'max-loss' behind"},
+		"an old primary, not on record":  {&lease.Record{Node: "node-b"}, true, "node 'node-b', which had it last"},
+		"a record that makes no sense":   {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": {Generation: "zz", Epoch: 9}}}, false, "which is none"},
+		"a record with a zero position ": {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": {}}}, false, "which is none"},
+	} {
+		if got := mayFollow(c.record, "node-a", c.primary, has); (got == "") != (c.refused == "") || !strings.Contains(got, c.refused) {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+}
+
+// On record are the copies at other nodes that are connected and close enough.
+func TestRecordOfCopies(t *testing.T) {
+	v := &config.Volume{MaxLoss: 5 * time.Second, Replicas: []*config.Replica{{Name: "near", Device: "/dev/x"}, {Name: "far", Peer: "node-b", Address: "x:1"}}}
+	good := protocol.ReplicaReport{Name: "far", Connection: "Connected", Epoch: 7, Generation: "01", LagSeconds: 5}
+	for name, c := range map[string]struct {
+		change func(*protocol.ReplicaReport)
+		in     bool
+	}{
+		"close":            {func(*protocol.ReplicaReport) {}, true},
+		"further behind":   {func(r *protocol.ReplicaReport) { r.LagSeconds = 5.1 }, false},
+		"not known better": {func(r *protocol.ReplicaReport) { r.LagIsMinimum = true }, false},
+		"away":             {func(r *protocol.ReplicaReport) { r.Connection = "Connecting" }, false},
+		"never synced":     {func(r *protocol.ReplicaReport) { r.Epoch = 0 }, false},
+		"of this node":     {func(r *protocol.ReplicaReport) { r.Name = "near" }, false},
+	} {
+		r := good
+		c.change(&r)
+		got := recordOf("node-a", v, []protocol.ReplicaReport{r})
+		if at, in := got.Copies["node-b"]; got.Node != "node-a" || in != c.in || in && at != (lease.Copy{Generation: "01", Epoch: 7}) || len(got.Copies) > 1 {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// A lease that a node has is overridden by nobody; without etcd nobody becomes primary; what the
+// record says counts for a disk that was primary, unless forced.
+func TestLeaseIsNeeded(t *testing.T) {
+	has, ctx := history(1, 10), t.Context()
+	for _, force := range []bool{false, true} {
+		s, f := withLease(t, nil)
+		f.standing.Holder = &lease.Claim{Node: "node-b"}
+		if err := s.lease.need(ctx, volume.UUID{7}, false, has, force); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "held by node 'node-b'") || !strings.Contains(err.Error(), "blockferry secondary data") {
+			t.Errorf("force %v: held by another: %v", force, err)
+		}
+		f.err = errors.New("no route")
+		if err := s.lease.need(ctx, volume.UUID{7}, false, has, force); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "no route") || !strings.Contains(err.Error(), "take 'promote: auto' out") {
+			t.Errorf("force %v: etcd is away: %v", force, err)
+		}
+		f.err, f.standing = nil, lease.Standing{Record: &lease.Record{Node: "node-b"}}
+		err := s.lease.need(ctx, volume.UUID{7}, true, has, force)
+		if force != (err == nil) || !force && !strings.Contains(err.Error(), "primary --force data") {
+			t.Errorf("force %v: another had it last: %v", force, err)
+		}
+		if (f.taken == 1) != force || (s.lease.held() != nil) != force {
+			t.Errorf("force %v: taken %d times", force, f.taken)
+		}
+		if err := s.lease.need(ctx, volume.UUID{7}, true, has, force); force && (err != nil || f.taken != 1) {
+			t.Errorf("needed again: %v, taken %d times", err, f.taken)
+		}
+	}
+	s, f := withLease(t, nil)
+	s.lease.boot = "this"
+	f.standing.Holder = &lease.Claim{Node: "node-a", Boot: "another", Lease: 5}
+	if err := s.lease.need(ctx, volume.UUID{7}, true, has, true); err == nil || f.resumed != 0 {
+		t.Errorf("of a clone of this machine: %v, resumed %d times", err, f.resumed)
+	}
+	f.standing.Holder = &lease.Claim{Node: "node-a", Boot: "this", Lease: 5}
+	if err := s.lease.need(ctx, volume.UUID{7}, true, has, false); err != nil || f.resumed != 1 || s.lease.held() == nil {
+		t.Errorf("of an earlier process: %v", err)
+	}
+}
+
+// What has a lease does not come up without it, and says why.
+func TestWaitsForItsLease(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s, f := withLease(t, raw)
+	s.config.Attach = true // needs no mapper
+	uuid := volume.UUID{7}
+	s.know(uuid)
+	look := func() (string, *keeper) {
+		t.Helper()
+		s.lookAtLease(t.Context(), rolePrimary, uuid)
+		return s.managed.why(), s.lease
+	}
+	f.err = errors.New("no route")
+	if why, k := look(); k.held() != nil || k.mayWrite() == nil || !strings.Contains(why, "no route") || s.managed.at() != stageWaiting {
+		t.Errorf("etcd is away: %s", why)
+	}
+	f.err, f.standing.Record = nil, &lease.Record{Node: "node-b"}
+	if why, k := look(); k.held() != nil || !strings.Contains(why, "primary --force data") {
+		t.Errorf("another went on: %s", why)
+	}
+	f.standing.Record = nil
+	s.lease.declined = true
+	if why, k := look(); k.held() != nil || !strings.Contains(why, "stand down") {
+		t.Errorf("the operator had it stand down: %s", why)
+	}
+	s.lease.declined = false
+	if _, k := look(); k.held() == nil || k.mayWrite() != nil || f.taken != 1 {
+		t.Errorf("nobody has it: taken %d times", f.taken)
+	}
+	// It can't be brought up here, so another may have it.
+	s.managed.set(stageRefused, "a broken disk", "")
+	if _, k := look(); k.held() != nil {
+		t.Error("it is kept by a node that can't bring the volume up")
+	}
+	f.standing.Holder = nil
+	if why, k := look(); k.held() != nil || !strings.Contains(k.status().Reason, "left to others") {
+		t.Errorf("taken again at once: %s", why)
+	}
+}
