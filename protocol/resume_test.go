@@ -259,11 +259,17 @@ func TestResumedEpochsAreOneCut(t *testing.T) {
 
 // What was read of a view that was void is not gone on with.
 func TestVoidViewIsNotResumed(t *testing.T) {
-	src, n, r := syncedRig(t, BlockSize, 2000)
+	src := newMemSource(testVolumeSize, BlockSize)
+	wroteSome(src, 0, 2000)
+	n := newNode(t, "peer", testVolumeSize, 32<<20)
+	n.recv.cfg.WindowBytes = MaxFramesBytes
+	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
+		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, 128<<10 // it is not read far ahead of the break
+	})
+	r.syncSlowly()
 	n.mu.Lock()
 	n.limit = func() int64 { return 3 << 20 }
 	n.mu.Unlock()
-	n.recv.cfg.WindowBytes = MaxFramesBytes
 	n.cutWires()
 	src.mu.Lock()
 	voided := 0
@@ -283,7 +289,7 @@ func TestVoidViewIsNotResumed(t *testing.T) {
 	if e := n.check(src); e < epoch {
 		t.Errorf("it holds epoch %d, want %d", e, epoch)
 	}
-	for _, e := range r.epochs("ebs") {
+	for _, e := range r.epochs("peer") {
 		if e.Resumed > 0 {
 			t.Errorf("it went on: %+v", e)
 		}
