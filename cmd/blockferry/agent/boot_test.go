@@ -139,6 +139,24 @@ func TestBothBootAtOnce(t *testing.T) {
 	}
 }
 
+// An old primary that boots while another node takes over from it, such as one that node has
+// just fenced, waits for how that ends. Its disk has one epoch more than the copy there.
+func TestBootBesideOneThatTakesOver(t *testing.T) {
+	nodes, run := twoNodes(t, diskAt(t, history(1, 11)), nil)
+	old, other := nodes[0], nodes[1]
+	other.role, other.copy.replica = roleSecondary, replicaOf(t, [16]byte{7}, "here", history(1, 10))
+	other.promote(history(1, 10))
+	run(0)
+	run(1)
+	if err := old.comesUp(); err == nil || !strings.Contains(err.Error(), "would be a second primary") {
+		t.Errorf("beside one that takes over: %v", err)
+	}
+	other.promote(nil)
+	if err := old.comesUp(); err != nil {
+		t.Errorf("that one did not take over: %v", err)
+	}
+}
+
 // Whoever asks before others can ask it waits for that.
 func TestNobodyAsksUnheard(t *testing.T) {
 	nodes, run := twoNodes(t, diskAt(t, history(1, 10, 2, 12)), diskAt(t, history(1, 10, 3, 14)))

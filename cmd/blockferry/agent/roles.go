@@ -322,10 +322,12 @@ func (s takeOverState) Save(state []byte) error {
 func (s *switching) standing(node string) (*proto.Standing, bool) {
 	r, uuid, _ := s.look()
 	s.mu.Lock()
-	taking, rising := s.taking, s.rising
+	taking, rising := s.taking, s.rising || len(s.taking) > 0
 	s.mu.Unlock()
 	if r == roleSecondary && len(taking) > 0 {
-		return &proto.Standing{Primary: true, Lineage: taking.Proto(), Whole: true}, true
+		// Nothing tells yet that another primary is left behind, such as one that boots
+		// after it was fenced: it has to wait.
+		return &proto.Standing{Primary: true, Serving: true, Lineage: taking.Proto(), Whole: true}, true
 	}
 	if r == roleSecondary {
 		st, open, _, _ := s.copy.replica.status()
