@@ -145,6 +145,7 @@ func TestBootBesideOneThatTakesOver(t *testing.T) {
 	nodes, run := twoNodes(t, diskAt(t, history(1, 11)), nil)
 	old, other := nodes[0], nodes[1]
 	other.role, other.copy.replica = roleSecondary, replicaOf(t, [16]byte{7}, "here", history(1, 10))
+	other.copy.replica.parked = true // it stays as it is
 	other.promote(history(1, 10))
 	run(0)
 	run(1)
