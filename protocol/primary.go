@@ -361,12 +361,13 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 		epoch = p.lastCut.epoch
 	}
 	p.syncTo = max(p.syncTo, epoch)
+	if anyConnected && seal != nil {
+		var end func()
+		p.together, end = halfOf(ctx)
+		defer end()
+	}
 	p.mu.Unlock()
 	if anyConnected {
-		var end func()
-		p.mu.Lock()
-		p.together, end = halfOf(ctx)
-		p.mu.Unlock()
 		p.wake()
 		// Replicas that are away get it later; they are no reason to fail.
 		_ = p.waitFor(ctx, func() bool {
@@ -383,7 +384,6 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 			}
 			return true
 		})
-		end()
 	}
 	p.cancel()
 	p.wg.Wait()

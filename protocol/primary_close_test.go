@@ -109,8 +109,87 @@ func TestLastCutWaitsForAll(t *testing.T) {
 		p.workers = []*replicaWorker{ready, busy}
 		c.change(src, busy, ended)
 		tick := time.Now()
-		if got, _, _ := p.gather(&tick); len(got) != c.want {
+		got, _, wait := p.gather(&tick)
+		if len(got) != c.want {
 			t.Errorf("%s: %d joined the cut, want %d", name, len(got), c.want)
 		}
+		if wait > time.Second { // nobody says when its time is over
+			t.Errorf("%s: it is looked at again after %v", name, wait)
+		}
+	}
+}
+
+// toldClock says when somebody begins to wait while told says so.
+type toldClock struct {
+	realClock
+	told  func() bool
+	waits chan struct{} // room for one
+}
+
+func (c toldClock) After(d time.Duration) <-chan time.Time {
+	if c.told() {
+		select {
+		case c.waits <- struct{}{}:
+		default:
+		}
+	}
+	return time.After(d)
+}
+
+// With cuts an hour apart, the last one comes as soon as who was waited for goes away; a
+// primary that ends without one waits for nobody.
+func TestLastCutWaitsForNobodyWhoLeft(t *testing.T) {
+	for name, seal := range map[string]func() error{"it goes down": func() error { return nil }, "its agent ends": nil} {
+		src := newMemSource(testVolumeSize, BlockSize)
+		written, err := src.WrittenBytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		clock := &toldClock{waits: make(chan struct{}, 1)}
+		g := Generation{1}
+		p := &Primary{cfg: PrimaryConfig{Source: src, State: &memState{}, Clock: clock, Interval: time.Hour}.withDefaults(), kick: make(chan struct{}, 1), changed: make(chan struct{}),
+			state: SourceState{Lineage: Lineage{{Generation: g, Epoch: 9}}, Generation: g, OpenEpoch: 10}, lastCut: &cutRecord{epoch: 9, written: written}}
+		clock.told = func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.together != nil
+		}
+		p.ctx, p.cancel = context.WithCancel(t.Context())
+		ready, busy := newReplicaWorker(p, ReplicaConfig{Name: "ready"}), newReplicaWorker(p, ReplicaConfig{Name: "busy"})
+		ready.connected, busy.connected, ready.holds, busy.holds, ready.wish = true, true, 8, 8, wishView
+		p.workers = []*replicaWorker{ready, busy}
+		p.wg.Go(func() { p.cutter(p.ctx) })
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			if clean, err := p.Stop(ctx, seal); err != nil || clean != (seal != nil) {
+				t.Errorf("%s: clean %v, %v", name, clean, err)
+			}
+		}()
+		waits := clock.waits
+		if seal != nil {
+			<-waits // for who is busy
+			busy.update(func() { busy.connected = false })
+			waits = nil
+		}
+		select {
+		case <-waits:
+			t.Errorf("%s: it waits for who is busy", name)
+			cancel()
+		case h := <-ready.cuts:
+			ready.update(func() { ready.holds = h.rec.epoch })
+			h.done()
+		case <-ended:
+			t.Errorf("%s: the last cut did not come", name)
+		}
+		if seal == nil {
+			cancel() // who is busy does not get it
+		}
+		<-ended
+		if seal != nil && ctx.Err() != nil {
+			t.Errorf("%s: it took all its time", name)
+		}
+		cancel()
 	}
 }

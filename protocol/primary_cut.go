@@ -184,6 +184,9 @@ func (p *Primary) cutter(ctx context.Context) {
 	}
 }
 
+// lookAgain is how often is looked whether the last cut still waits for somebody.
+const lookAgain = 100 * time.Millisecond
+
 // gather says for whom a cut is due now, and what they want of it; or how long to
 // wait. tick is when the interval began.
 func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWish, wait time.Duration) {
@@ -196,7 +199,8 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 		p.lastCut.covers = now
 	}
 	if unchanged && p.together != nil && p.together.Err() == nil && slices.ContainsFunc(p.workers, func(w *replicaWorker) bool { return w.connected && w.wish == wishNone }) {
-		return nil, wish, p.cfg.Interval // who is busy wakes us when it is done
+		// Who is busy wakes us when it is done, but not when it goes away, or time is over.
+		return nil, wish, min(p.cfg.Interval, lookAgain)
 	}
 	due := now.Sub(*tick) >= p.cfg.Interval
 	if due {
