@@ -79,13 +79,9 @@ func twoNodes(t *testing.T, disks ...string) (nodes [2]*switching, run func(i in
 	}
 }
 
-// comesUp is what a volume that is not up asks before it is; it stays risen if it may be.
+// comesUp is what a volume that is not up does before it is; it stays risen if it may be.
 func (s *switching) comesUp() error {
-	s.rise(true)
-	l, err := s.onDisk()
-	if err == nil {
-		err = s.superseded(s.uuid, l)
-	}
+	_, err := s.managed.beginOffline()
 	if err != nil {
 		s.rise(false)
 	}
@@ -155,6 +151,22 @@ func TestBootBesideOneThatTakesOver(t *testing.T) {
 	other.promote(nil)
 	if err := old.comesUp(); err != nil {
 		t.Errorf("that one did not take over: %v", err)
+	}
+}
+
+// A node whose disk had no label when its agent began, such as one that is restored, is
+// heard as soon as it comes up; and one that the operator decided for is heard, too.
+func TestHeardWhileItComesUp(t *testing.T) {
+	for name, decided := range map[string]bool{"it asks": false, "it was decided for": true} {
+		nodes, run := twoNodes(t, diskAt(t, history(1, 10, 2, 12)), diskAt(t, history(1, 10, 3, 14)))
+		nodes[0].uuid = volume.UUID{}
+		nodes[0].decide(decided)
+		run(0)
+		up := nodes[0].comesUp() // the other one does not listen yet
+		run(1)
+		if err := nodes[1].comesUp(); up != nil || err == nil {
+			t.Errorf("%s: %v; the other one: %v", name, up, err)
+		}
 	}
 }
 

@@ -134,6 +134,10 @@ const keepEvery = 10 * time.Second
 func (s *switching) note(node string, h heard) {
 	st, _, _, _ := s.copy.replica.status()
 	s.mu.Lock()
+	if s.role != roleSecondary { // there is no copy to hold it against
+		s.mu.Unlock()
+		return
+	}
 	last := s.heard[node]
 	h = h.after(last, st.Committed.Epoch)
 	s.heard[node] = h
@@ -307,12 +311,27 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 	var last heard
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for node := range silent {
-		if h := s.heard[node]; h.primary && (!last.primary || h.at.After(last.at)) {
+	for _, node := range s.config.Peers {
+		if _, is := silent[node]; !is {
+			continue
+		}
+		if h := s.heard[node]; h.primary && (!last.primary || h.outdoes(last)) {
 			last = h
 		}
 	}
 	return knowledge{last.known(holds), last.primary}, strings.Join(words, ", "), silent
+}
+
+// outdoes says which of two primaries counts of which none answers: what was heard before
+// the agent's start has a time of a clock that may have jumped since.
+func (h heard) outdoes(other heard) bool {
+	switch {
+	case h.before != other.before:
+		return other.before
+	case !h.before:
+		return h.at.After(other.at)
+	}
+	return len(h.lineage) > 0 && len(other.lineage) > 0 && protocol.Compare(h.lineage, other.lineage).Kind == protocol.Ahead
 }
 
 // inWords says where another node that is secondary stands, and whether it is the better
@@ -326,9 +345,16 @@ func (h heard) inWords(mine protocol.Lineage, node string) string {
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that
-// another node's copy has left behind. A nil s asks nobody.
+// another node's copy has left behind. From before they are asked, whether or not they
+// are, other nodes hear that it comes up, until rise(false): of two that come up at once
+// at least one hears of the other. A nil s asks nobody.
 func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
-	if s == nil || len(disk) == 0 {
+	if s == nil {
+		return nil
+	}
+	s.know(uuid) // or nobody could ask
+	s.rise(true)
+	if len(disk) == 0 {
 		return nil
 	}
 	s.mu.Lock()

@@ -149,6 +149,14 @@ func (s *switching) keepHeard() {
 	}
 }
 
+// unhear forgets what other nodes said: it was held against a copy that is gone.
+func (s *switching) unhear() {
+	s.mu.Lock()
+	clear(s.heard)
+	s.mu.Unlock()
+	s.keepHeard()
+}
+
 // recallHeard is keepHeard's other end; what was heard since is not replaced.
 func (s *switching) recallHeard(uuid volume.UUID) error {
 	var k keptHeard

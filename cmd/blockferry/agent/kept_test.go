@@ -91,6 +91,42 @@ func TestHeardOutlivesTheAgent(t *testing.T) {
 	}
 }
 
+// Of two silent primaries the one heard in this life counts, whatever the clock said before;
+// of two from before, the one that went on from the other.
+func TestWhichSilentPrimaryCounts(t *testing.T) {
+	early, late := time.Unix(0, 0), time.Now().Add(time.Hour)
+	for name, c := range map[string]struct{ wins, loses heard }{
+		"heard in this life":  {heard{at: early}, heard{at: late, before: true}},
+		"heard later":         {heard{at: late}, heard{at: early}},
+		"both before, one is": {heard{at: early, before: true, lineage: history(1, 10, 2, 12)}, heard{at: late, before: true, lineage: history(1, 10)}},
+	} {
+		if !c.wins.outdoes(c.loses) || c.loses.outdoes(c.wins) {
+			t.Errorf("%s: it does not count", name)
+		}
+	}
+}
+
+// What was heard as a copy is nothing to the copy of a later life: a node that took over
+// forgets it, and hears nothing until it has stood down.
+func TestPrimaryForgetsWhatItHeard(t *testing.T) {
+	dir := t.TempDir()
+	s := aListener(t, dir, volume.UUID{7})
+	s.config.Attach = true // there is nothing to bring up
+	path := filepath.Join(dir, "heard", "node-a", "data")
+	said := heard{primary: true, lineage: history(1, 11), at: time.Now()}
+	s.note("node-b", said)
+	if _, err := os.Stat(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.startTaken(volume.UUID{7}); err == nil {
+		t.Fatal("it came up from no disk")
+	}
+	s.note("node-b", said) // still under way
+	if _, err := os.Stat(path); !os.IsNotExist(err) || len(s.heard) > 0 {
+		t.Errorf("what it heard before: %v, %v", s.heard, err)
+	}
+}
+
 // The cuts that the copy lacks are remembered from the oldest on, and not without a limit.
 func TestCutsHeard(t *testing.T) {
 	var last heard

@@ -168,6 +168,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		if s.roleOnDisk() == rolePrimary { // what failed came after the label
 			taken = true
 			s.set(rolePrimary, st.VolumeUUID)
+			s.unhear()
 			return "", fmt.Errorf("it is primary, and is brought up by itself: %w", err)
 		}
 		s.copy.replica.unpark() // where the disk is settled
@@ -205,6 +206,7 @@ func (s *switching) startTaken(uuid volume.UUID) (string, error) {
 	defer m.op.Unlock()
 	m.set(stageStarting, "it took over", "")
 	s.set(rolePrimary, uuid)
+	s.unhear()
 	return m.upHeld()
 }
 
@@ -309,6 +311,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	m.set(stageDown, "it stands down", "")
 	h, err := s.standDown(force)
 	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
+		s.unhear()
 		s.decide(false)
 		s.set(roleSecondary, volume.UUID{})
 		s.lease.decline()
@@ -321,10 +324,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 		}
 		return at, "", exit.Mark(exit.Refused, err)
 	}
-	s.mu.Lock()
-	clear(s.heard)
-	s.mu.Unlock()
-	s.keepHeard()
+	s.unhear()
 	s.decide(false)
 	s.set(roleSecondary, volume.UUID{})
 	s.lease.decline()

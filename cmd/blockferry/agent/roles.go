@@ -96,8 +96,8 @@ func (s *switching) promote(at protocol.Lineage) {
 	s.taking = at.Clone()
 }
 
-// rise has other nodes hear of a volume that comes up from before they are asked until it
-// is up: of two that come up at once at least one hears of the other. A nil s does nothing.
+// rise has other nodes hear of a volume that comes up, or not any more. A nil s does
+// nothing.
 func (s *switching) rise(rising bool) {
 	if s == nil {
 		return

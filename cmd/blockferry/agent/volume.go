@@ -221,7 +221,6 @@ func (m *managed) bringUp(after *restored) error {
 		// An agent that died while it built the stack, or took it down, left
 		// inner devices that hold the disk. Nobody can be writing: there is no
 		// top. What was written is in the label and the marks.
-		m.roles.rise(true)
 		defer m.roles.rise(false)
 		if err := volume.Down(m.agent.dm, v.Name); err != nil {
 			return m.refuse(err)
