@@ -92,7 +92,7 @@ func TestDrainDoesNotWaitInVain(t *testing.T) {
 	drain := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
-		_, _, err := r.p.Drain(ctx)
+		_, _, err := r.p.Drain(ctx, false)
 		return err
 	}
 	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "old (the replica may not be written: both went on separately") {
@@ -112,6 +112,32 @@ func TestDrainDoesNotWaitInVain(t *testing.T) {
 	wroteSome(r.src, 70, 3)
 	if err := drain(); !errors.Is(err, ErrWaitIsVain) || !strings.Contains(err.Error(), "paused") {
 		t.Fatal(err)
+	}
+}
+
+// One replica that does not come up to date keeps the others from the last cut only where
+// all are asked for.
+func TestDrainGoesOnForTheOthers(t *testing.T) {
+	p := &Primary{cfg: PrimaryConfig{Clock: realClock{}}, kick: make(chan struct{}, 1), changed: make(chan struct{}), state: SourceState{OpenEpoch: 9}}
+	p.ctx, p.cancel = context.WithCancel(t.Context())
+	defer p.cancel()
+	vain, slow := newReplicaWorker(p, ReplicaConfig{Name: "vain"}), newReplicaWorker(p, ReplicaConfig{Name: "slow"})
+	vain.paused, p.workers = true, []*replicaWorker{vain, slow}
+	for _, c := range []struct {
+		others bool
+		slow   uint64
+		want   error
+	}{{false, 8, ErrWaitIsVain}, {true, 8, context.DeadlineExceeded}, {true, 9, ErrWaitIsVain}} {
+		slow.holds = c.slow
+		patience := 30 * time.Second
+		if c.want == context.DeadlineExceeded {
+			patience = 50 * time.Millisecond
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		if _, _, err := p.Drain(ctx, c.others); !errors.Is(err, c.want) {
+			t.Errorf("%+v: %v", c, err)
+		}
+		cancel()
 	}
 }
 

@@ -277,7 +277,7 @@ func (p *Primary) waitFor(ctx context.Context, ready func() bool) error {
 // the number of that cut, and the names of the replicas that hold it. When ctx ends
 // earlier the error names those that do not.
 func (p *Primary) SyncNow(ctx context.Context) (epoch uint64, committed []string, err error) {
-	return p.syncNow(ctx, func(*replicaWorker) bool { return false })
+	return p.syncNow(ctx, false, func(*replicaWorker) bool { return false })
 }
 
 // worker finds a replica by name; its error names what there is.

@@ -11,8 +11,9 @@ var ErrWaitIsVain = errors.New("waiting does not help")
 
 // Drain is SyncNow that ends at once, with ErrWaitIsVain, when a replica that lacks the
 // cut is paused, or refused for what only the operator changes; those are tried once
-// more before, as that may have changed since.
-func (p *Primary) Drain(ctx context.Context) (epoch uint64, committed []string, err error) {
+// more before, as that may have changed since. With others it ends only when no other
+// replica lacks the cut.
+func (p *Primary) Drain(ctx context.Context, others bool) (epoch uint64, committed []string, err error) {
 	before := map[*replicaWorker]uint64{}
 	p.mu.Lock()
 	for _, w := range p.workers {
@@ -21,12 +22,12 @@ func (p *Primary) Drain(ctx context.Context) (epoch uint64, committed []string, 
 	}
 	p.notify()
 	p.mu.Unlock()
-	return p.syncNow(ctx, func(w *replicaWorker) bool { return w.paused || w.lasting > before[w] })
+	return p.syncNow(ctx, others, func(w *replicaWorker) bool { return w.paused || w.lasting > before[w] })
 }
 
 // syncNow gives up when a replica lacks the cut that vain, called under mu, says of that
-// it does not get it.
-func (p *Primary) syncNow(ctx context.Context, vain func(*replicaWorker) bool) (epoch uint64, committed []string, err error) {
+// it does not get it; with others when all that lack it do not.
+func (p *Primary) syncNow(ctx context.Context, others bool, vain func(*replicaWorker) bool) (epoch uint64, committed []string, err error) {
 	p.mu.Lock()
 	if p.stopping {
 		p.mu.Unlock()
@@ -40,14 +41,18 @@ func (p *Primary) syncNow(ctx context.Context, vain func(*replicaWorker) bool) (
 	gaveUp := false
 	err = p.waitFor(ctx, func() bool {
 		committed, missing = nil, nil
+		hopeless := 0
 		for _, w := range p.workers {
 			if w.holds >= epoch {
 				committed = append(committed, w.cfg.Name)
 				continue
 			}
 			missing = append(missing, fmt.Sprintf("%s (%s)", w.cfg.Name, w.whyBehind()))
-			gaveUp = gaveUp || vain(w)
+			if vain(w) {
+				hopeless++
+			}
 		}
+		gaveUp = hopeless > 0 && (!others || hopeless == len(missing))
 		return gaveUp || len(missing) == 0
 	})
 	if err == nil && gaveUp {

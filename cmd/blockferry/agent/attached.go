@@ -152,7 +152,7 @@ func (m *managed) detach(ctx context.Context, force bool) (string, error) {
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	_, _, err := r.primary.Drain(limited)
+	_, _, err := r.primary.Drain(limited, force)
 	if err != nil && !force {
 		return "", exit.Errorf(exit.Refused, "%w; to end replication all the same: blockferry down --force %s (what is missing stays marked)", err, m.config.Name)
 	}

@@ -70,7 +70,7 @@ func (p peerService) Watch(r *proto.WatchRequest, stream proto.Replication_Watch
 // heard is what another node said of the volume last.
 type heard struct {
 	primary bool
-	serving bool // as primary, the volume is up, or comes up at this moment
+	serving bool // as primary, the volume is up, or comes up at this moment, or may be up
 	lineage protocol.Lineage
 	behind  *uint64
 	at      time.Time
@@ -390,7 +390,7 @@ func (h heard) supersedes(disk protocol.Lineage, node string) string {
 		}
 		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: %s", disk, node, h.lineage, how)
 	case h.primary && h.serving:
-		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, or comes up at this moment", disk, node, h.lineage)
+		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, comes up at this moment, or can't tell whether it is up", disk, node, h.lineage)
 	}
 	return ""
 }

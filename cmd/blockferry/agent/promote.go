@@ -372,7 +372,7 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, _, err := r.primary.Drain(limited); err != nil && !force {
+	if _, _, err := r.primary.Drain(limited, force); err != nil && !force {
 		return nil, exit.Errorf(exit.Refused, "%w%s%s", err, all, m.config.Name)
 	}
 	clean, gone, err := m.sealAndStop(limited, stack, r)

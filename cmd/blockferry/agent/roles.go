@@ -357,7 +357,8 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	return out, true
 }
 
-// leftUp says whether the stack is there, though it is not managed, or may be.
+// leftUp says whether the stack is there, though it is not managed, or may be: the
+// device-mapper can't be asked.
 func (m *managed) leftUp() bool {
 	if m.agent.dm == nil {
 		return false

@@ -129,7 +129,7 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, _, err := r.primary.Drain(limited); err != nil && !force {
+	if _, _, err := r.primary.Drain(limited, force); err != nil && !force {
 		return "", exit.Errorf(exit.Refused, "%w; to take it down all the same: blockferry down --force %s (what is missing stays marked)", err, m.config.Name)
 	}
 	clean, gone, err := m.sealAndStop(limited, stack, r)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,6 +37,8 @@ func (r *reader) volumes(n ast.Node) {
 	r.mapping(n, "'volumes'", func(pair *ast.MappingValueNode, name string) bool {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "volume name '%s': %s", name, err)
+		} else if slices.Contains(stateFolders, name) {
+			r.fail(pair.Key, "volume name '%s': a folder of %s has that name; use another", name, DefaultStateDir)
 		}
 		v := &Volume{Name: name, SplitBrain: "none", MaxLoss: DefaultMaxLoss, Interval: time.Second, StallLimit: DefaultStallLimit, StallBudget: DefaultStallBudget, EraBlockBytes: MinEraBlockBytes}
 		r.volume(pair, v)
@@ -192,6 +195,9 @@ func (r *reader) disk(key string, into *string, what string) field {
 
 // InnerSuffixes are the ends of the names of a volume's inner devices.
 func InnerSuffixes() []string { return append([]string(nil), innerSuffixes...) }
+
+// stateFolders are beside the state files of attached volumes, in DefaultStateDir.
+var stateFolders = []string{"given-up", "heard", "rescue"}
 
 // checkName keeps a name usable as a device-mapper name and as a word in
 // status lines.
