@@ -57,12 +57,12 @@ func TestHeardOutlivesTheAgent(t *testing.T) {
 	if got := loss(t, s); !strings.HasSuffix(got, want) {
 		t.Error(got)
 	}
-	s.keepHeard() // as at its end
+	over, stop := context.WithCancel(t.Context())
+	stop()
+	s.run(over) // to its end
 
 	again := aListener(t, dir, volume.UUID{7})
-	if err := again.recallHeard(volume.UUID{7}); err != nil {
-		t.Fatal(err)
-	}
+	again.run(over)
 	if got := loss(t, again); !strings.Contains(got, want+", which was ") || !strings.Contains(got, "s ago, and the agent here was started since") {
 		t.Errorf("after a restart: %s", got)
 	}
@@ -159,7 +159,7 @@ func TestWordOutlivesTheAgent(t *testing.T) {
 	}
 	start := func() (*localReplica, *protocol.Replica) {
 		t.Helper()
-		l := newLocalReplica(&Agent{log: quiet(), hub: newHub(), options: Options{StateDir: dir}}, &config.Volume{Name: "data"}, &config.Replica{Name: "here", Device: "/dev/here"})
+		l := newLocalReplica(&Agent{log: quiet(), hub: newHub(), options: Options{StateDir: dir, Config: &config.Config{}}}, &config.Volume{Name: "data"}, &config.Replica{Name: "here", Device: "/dev/here"})
 		r, err := protocol.OpenReplica(context.Background(), disk, protocol.OpenOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -195,8 +195,35 @@ func TestWordOutlivesTheAgent(t *testing.T) {
 		t.Errorf("it was used, and counts again: %+v", st)
 	}
 
+	// It is recalled before the disk is served.
+	at := history(1, 5).Tip()
+	if err := l.keepWord(r.Status().ReplicaUUID, &at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	l.config.Device, l.receiver = filepath.Join(dir, "disk"), protocol.NewReceiver(protocol.ReceiverConfig{})
+	if err := os.WriteFile(l.config.Device, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.set(nil, "", "")
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.run(ctx)
+	}()
+	l.settled(ctx)
+	if st, open, reason, _ := l.status(); !open || st.GivenUp != at {
+		t.Errorf("served: %v %s, given up: %v", open, reason, st.GivenUp)
+	}
+	stop()
+	<-ended
+
 	// A word for another position is for nothing.
-	at := history(1, 4).Tip()
+	at = history(1, 4).Tip()
 	if err := l.keepWord(r.Status().ReplicaUUID, &at); err != nil {
 		t.Fatal(err)
 	}
