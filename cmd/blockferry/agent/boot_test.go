@@ -98,9 +98,8 @@ func TestBothBootAtOnce(t *testing.T) {
 		"one goes on from there": {history(1, 11), history(1, 11, 3, 14)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a, b := diskAt(t, c.a), diskAt(t, c.b)
 			for round := range 6 {
-				nodes, run := twoNodes(t, a, b)
+				nodes, run := twoNodes(t, diskAt(t, c.a), diskAt(t, c.b)) // who comes up writes to its label
 				var up [2]error
 				var booting sync.WaitGroup
 				for i, s := range nodes {
@@ -138,7 +137,7 @@ func TestBothBootAtOnce(t *testing.T) {
 // An old primary that boots while another node takes over from it, such as one that node has
 // just fenced, waits for how that ends. Its disk has one epoch more than the copy there.
 func TestBootBesideOneThatTakesOver(t *testing.T) {
-	nodes, run := twoNodes(t, diskAt(t, history(1, 11)), nil)
+	nodes, run := twoNodes(t, diskAt(t, history(1, 11)), "")
 	old, other := nodes[0], nodes[1]
 	other.role, other.copy.replica = roleSecondary, replicaOf(t, [16]byte{7}, "here", history(1, 10))
 	other.copy.replica.parked = true // it stays as it is
