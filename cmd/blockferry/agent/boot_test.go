@@ -98,12 +98,12 @@ func TestBothBootAtOnce(t *testing.T) {
 		"one goes on from there": {history(1, 11), history(1, 11, 3, 14)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for round := range 6 {
+			for round := range 3 {
 				nodes, run := twoNodes(t, diskAt(t, c.a), diskAt(t, c.b)) // who comes up writes to its label
 				var up [2]error
 				var booting sync.WaitGroup
 				for i, s := range nodes {
-					wait := time.Duration(rand.IntN(3)*round) * time.Millisecond
+					wait := time.Duration(rand.IntN(5)*round) * time.Millisecond
 					booting.Go(func() {
 						time.Sleep(wait) // one machine is quicker
 						run(i)
