@@ -25,9 +25,15 @@ const (
 type failer interface {
 	ready() error
 	// identify says which device bears the name, the zero identity for none,
-	// and whether everything on it fails already.
-	identify(name string) (is identity, fails bool, err error)
+	// and how it is.
+	identify(name string) (is identity, how condition, err error)
 	fail(name string) error
+}
+
+// condition is a device's.
+type condition struct {
+	fails     bool // everything on it fails
+	suspended bool // nothing is in flight; what comes is held
 }
 
 // striker makes devices fail whose deadline has passed.
@@ -40,49 +46,57 @@ type striker struct {
 // strike makes a note's device fail; struck is false if another device bears the
 // name, or none.
 func (s *striker) strike(n *leaseNote) (struck bool, err error) {
-	if err := s.devices.ready(); err != nil {
-		return false, err
-	}
-	is, _, err := s.devices.identify(n.device)
-	if err != nil || is != n.identity {
+	if _, ours, err := s.look(n); err != nil || !ours {
 		return false, err
 	}
 	return true, s.devices.fail(n.device)
 }
 
-// overdue strikes a device before it is resumed, if its deadline has passed:
-// what a suspend holds back would be written. An error: it must not be resumed.
-func (s *striker) overdue(device string) (struck bool, err error) {
+// look says how a note's device is; ours is false if another bears the name, or
+// none.
+func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
+	if err := s.devices.ready(); err != nil {
+		return condition{}, false, err
+	}
+	is, how, err := s.devices.identify(n.device)
+	return how, err == nil && is == n.identity, err
+}
+
+// overdue says that a device's deadline has passed: it must not be resumed, as
+// what a suspend holds back would be written, nor after an error. A suspended one
+// it strikes; that is done at once. A running one it leaves to the service's
+// watch: that waits for what is in flight, and whoever waits there must neither
+// have anything else to do nor be killed, which would let through what is held.
+func (s *striker) overdue(device string) (ended bool, err error) {
 	n, err := leaseOf(s.folder, device)
 	if err != nil || n == nil || s.now() < n.until {
 		return false, err
 	}
-	struck, err = s.strike(n)
+	how, ours, err := s.look(n)
+	if err == nil && ours && how.suspended {
+		err = s.devices.fail(device)
+	}
 	if err != nil {
 		err = fmt.Errorf("the lease of %s has ended, and it can't be made to fail: %w", device, err)
 	}
-	return struck, err
+	return ours, err
 }
 
 // errNear says that writers may not be stopped for so long.
 var errNear = errors.New("the lease")
 
 // mayStop refuses a stop that the deadline may fall into: a suspend that the agent
-// breaks off after it would let through what it held back.
+// breaks off after it would let through what it held back. It strikes nothing.
 func (s *striker) mayStop(device string, limit time.Duration) error {
-	struck, err := s.overdue(device)
-	if struck {
-		err = errors.Join(fmt.Errorf("%w of %s has ended: everything on it fails", errNear, device), err)
-	}
-	if err != nil {
-		return err
-	}
 	n, err := leaseOf(s.folder, device)
 	if err != nil || n == nil || s.now()+limit < n.until {
 		return err
 	}
-	if is, _, err := s.devices.identify(device); err != nil || is != n.identity {
+	if _, ours, err := s.look(n); err != nil || !ours {
 		return err
+	}
+	if s.now() >= n.until {
+		return fmt.Errorf("%w of %s has ended: everything on it fails, as soon as nothing is in flight", errNear, device)
 	}
 	return fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
 }
@@ -174,7 +188,7 @@ func (d *deadlines) hold(n leaseNote) error {
 	if err := d.devices.ready(); err != nil {
 		return err
 	}
-	is, fails, err := d.devices.identify(n.device)
+	is, how, err := d.devices.identify(n.device)
 	switch {
 	case err != nil:
 		return err
@@ -182,7 +196,7 @@ func (d *deadlines) hold(n leaseNote) error {
 		return fmt.Errorf("there is no device-mapper device '%s' whose lease could be held", n.device)
 	case is.uuid != n.uuid:
 		return fmt.Errorf("the device of that name has the uuid '%s', want '%s'", is.uuid, n.uuid)
-	case fails:
+	case how.fails:
 		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, n.device)
 	}
 	n.identity = is

@@ -163,13 +163,13 @@ func (r *dmResumer) resume(name string) (held bool, err error) {
 	return true, r.control.Resume(name)
 }
 
-func (r *dmResumer) identify(name string) (is identity, fails bool, err error) {
+func (r *dmResumer) identify(name string) (is identity, how condition, err error) {
 	info, err := r.control.Info(name)
 	if err != nil || !info.Exists {
-		return identity{}, false, err
+		return identity{}, condition{}, err
 	}
 	table, err := r.control.Table(name)
-	return identity{info.UUID, info.Dev(), sequenceOf(info.Dev())}, dm.Failing(table), err
+	return identity{info.UUID, info.Dev(), sequenceOf(info.Dev())}, condition{dm.Failing(table), info.Suspended}, err
 }
 
 func (r *dmResumer) fail(name string) error { return r.control.Fail(name) }
@@ -353,11 +353,11 @@ func (d *deadman) resumeAll() (gone string, err error) {
 	for i, name := range d.devices {
 		top := i == len(d.devices)-1 // the inner ones the agent resumes itself as part of a cut
 		if top {
-			struck, err := d.fence.overdue(name)
-			if struck || err != nil {
+			ended, err := d.fence.overdue(name)
+			if ended || err != nil {
 				errs = append(errs, err)
 				d.late = "the lease of " + name + " has ended: everything on it fails"
-				continue
+				continue // one that runs may be suspended yet, and is looked at again
 			}
 		}
 		held, err := d.resumer.resume(name)

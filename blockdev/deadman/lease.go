@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -123,11 +124,57 @@ func askOnce(socket, line string, end time.Time) (string, error) {
 // FailEnded has everything on a device fail if the lease that is noted for it
 // has ended, should the service not have done so: whoever resumes a device that
 // a dead process left suspended calls it first. After an error the device must
-// not be resumed.
+// not be resumed. It returns after 2 seconds at most, with an error if what is in
+// flight on the device has not ended by then: that is waited for behind it, and
+// the device fails after that. Called again meanwhile it is an error, too. Until
+// then nothing, a kill included, ends this process: if the service waits for the
+// device, too, the kernel has it wait without an end; if not, its end would let
+// through what the kernel holds.
 func FailEnded(o GuardOptions, device string) error {
-	var mapper dmResumer
-	defer mapper.close()
-	_, err := (&striker{o.notes(), &mapper, bootTime}).overdue(device)
+	mapper := &dmResumer{}
+	s := &striker{o.notes(), mapper, bootTime}
+	return s.failEnded(device, leasePatience, mapper.close)
+}
+
+// endings are FailEnded's strikes under way: one a note.
+var endings sync.Map
+
+func (s *striker) failEnded(device string, patience time.Duration, close func()) error {
+	note := leasePath(s.folder, device)
+	if _, busy := endings.LoadOrStore(note, true); busy {
+		close()
+		return fmt.Errorf("the lease of %s has ended, and what is in flight on it has not yet: it is not made to fail before that", device)
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer close()
+		defer endings.Delete(note)
+		done <- s.strikeEnded(device, patience/2)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(patience):
+		return fmt.Errorf("the lease of %s has ended, and what is in flight on it has not after %s: it is made to fail once that has", device, patience)
+	}
+}
+
+// strikeEnded strikes what the service has not after a time.
+func (s *striker) strikeEnded(device string, service time.Duration) error {
+	ended, err := s.overdue(device)
+	if err != nil || !ended {
+		return err
+	}
+	n, err := leaseOf(s.folder, device)
+	if err != nil || n == nil { // the service has done it
+		return err
+	}
+	for end := time.Now().Add(service); time.Now().Before(end); time.Sleep(leaseAgain) {
+		if how, ours, err := s.look(n); err != nil || !ours || how.fails {
+			return err
+		}
+	}
+	_, err = s.strike(n)
 	return err
 }
 

@@ -347,10 +347,10 @@ func TestArmRefusesNearADeadline(t *testing.T) {
 	a.say("RESUME", "LATE") // nobody had suspended
 	a.slept.Store(int64(time.Minute))
 	a.say("ARM 100 vol", "REFUSED the lease of vol has ended")
-	if !a.devices.fails("vol") {
-		t.Error("its lease has ended, and nobody acts")
+	if a.devices.fails("vol") {
+		t.Error("an arm makes it fail: it might wait for that")
 	}
-	a.devices.set(func() { a.devices.sequence["vol"]++; a.devices.failing["vol"] = false })
+	a.devices.set(func() { a.devices.sequence["vol"]++ })
 	a.say("ARM 40000 vol", "ARMED") // it is of another device
 	a.say("RESUME", "LATE")
 	if a.devices.fails("vol") {
@@ -414,6 +414,54 @@ func TestLeaseEndsWithoutADeadMan(t *testing.T) {
 	write(BootTime() + far)
 	if rescued, err := stop(); !rescued || !errors.Is(err, ErrLate) || errors.Is(err, ErrStopped) || a.devices.fails("vol") {
 		t.Errorf("before its deadline: rescued %v, fails %v, %v", rescued, a.devices.fails("vol"), err)
+	}
+}
+
+// noteOf writes a note of the fake device 'vol'.
+func noteOf(t *testing.T, a *agent, until time.Duration) {
+	t.Helper()
+	is, _, _ := a.devices.identify("vol")
+	n := leaseNote{device: "vol", identity: is, holder: "h", until: until}
+	if err := n.write(a.notes); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The lease has ended, and what is in flight on the device does not end: nobody
+// but the service waits for that.
+func TestNobodyElseWaitsForWhatIsInFlight(t *testing.T) {
+	a := newAgent(t)
+	hang := make(chan struct{})
+	a.devices.set(func() { a.devices.hang["vol"] = hang })
+	noteOf(t, a, BootTime()+far)
+	a.say("ARM 50000 vol", "ARMED")
+	a.slept.Store(int64(2 * far))
+	a.say("RESUME", "LATE the lease of vol has ended")
+	a.say("ARM 100 vol", "REFUSED the lease of vol has ended")
+	orphansOf(t, a).resumeOne("vol")
+
+	g := newTestGuard(t, GuardOptions{Notes: a.notes, Command: shell("read l; echo ARMED; read l; exit")})
+	g.fence = a.fence
+	mustArm(t, g, time.Second)
+	rescued := false
+	if err := g.Resume(func() error { rescued = true; return nil }); !errors.Is(err, ErrLate) || rescued {
+		t.Errorf("the agent's resume: %v, rescued %v", err, rescued)
+	}
+
+	// An agent that comes makes it fail, and does not wait for that.
+	closed := make(chan struct{})
+	begun := time.Now()
+	err := a.fence.failEnded("vol", 100*time.Millisecond, func() { close(closed) })
+	if err == nil || !strings.Contains(err.Error(), "in flight") || a.devices.fails("vol") || time.Since(begun) > 10*time.Second {
+		t.Errorf("an agent that comes: %v after %s", err, time.Since(begun))
+	}
+	if err := a.fence.failEnded("vol", time.Hour, func() {}); err == nil || !strings.Contains(err.Error(), "in flight") {
+		t.Errorf("and again: %v", err)
+	}
+	close(hang)
+	<-closed
+	if err := a.fence.failEnded("vol", time.Hour, func() {}); err != nil || !a.devices.fails("vol") {
+		t.Errorf("in the end: %v, fails %v", err, a.devices.fails("vol"))
 	}
 }
 
