@@ -59,7 +59,7 @@ func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
 		return condition{}, false, err
 	}
 	is, how, err := s.devices.identify(n.device)
-	return how, err == nil && is == n.identity, err
+	return how, err == nil && n.identity.matches(is), err
 }
 
 // overdue says that a device's deadline has passed: it must not be resumed, as
@@ -201,7 +201,7 @@ func (d *deadlines) hold(n leaseNote) error {
 	}
 	n.identity = is
 	old := d.held[n.device]
-	if old != nil && old.identity == is && old.until <= d.now() {
+	if old != nil && old.identity.matches(is) && old.until <= d.now() {
 		_ = old.alarm.set(0) // should it not have fired yet
 		return fmt.Errorf("%w: an earlier deadline of %s has passed", ErrLeaseEnded, n.device)
 	}

@@ -168,8 +168,15 @@ func (r *dmResumer) identify(name string) (is identity, how condition, err error
 	if err != nil || !info.Exists {
 		return identity{}, condition{}, err
 	}
+	is = identity{uuid: info.UUID, number: info.Dev()}
+	if !info.HasActive { // some kernels number it with its first table
+		return is, condition{}, nil
+	}
+	if is.sequence, err = sequenceOf(is.number); err != nil {
+		return identity{}, condition{}, fmt.Errorf("which device %s is can't be told: %w", name, err)
+	}
 	table, err := r.control.Table(name)
-	return identity{info.UUID, info.Dev(), sequenceOf(info.Dev())}, condition{dm.Failing(table), info.Suspended}, err
+	return is, condition{dm.Failing(table), info.Suspended}, err
 }
 
 func (r *dmResumer) fail(name string) error { return r.control.Fail(name) }

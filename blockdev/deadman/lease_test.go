@@ -164,7 +164,7 @@ func TestLeaseIsOfOneDevice(t *testing.T) {
 // What is struck in vain is gone meanwhile, and the next device has a lease, too.
 func TestLeaseOfTheNextDevice(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
-	s.devices.set(func() { s.devices.notNow = 1 << 30 })
+	s.devices.set(func() { s.devices.sequence["vol"], s.devices.notNow = 1, 1<<30 })
 	s.hold("vol", BootTime()+50*time.Millisecond)
 	await(t, "it fails all the same", func() bool { return strings.Contains(s.log.text(), "can't be made to fail") })
 	s.devices.set(func() { s.devices.sequence["vol"]++; s.devices.notNow = 0 })
@@ -337,6 +337,7 @@ func TestLeaseEndsInAStop(t *testing.T) {
 // Nobody is to be stopped when the deadline comes.
 func TestArmRefusesNearADeadline(t *testing.T) {
 	a := newAgent(t)
+	a.devices.set(func() { a.devices.sequence["vol"] = 1 })
 	is, _, _ := a.devices.identify("vol")
 	n := leaseNote{device: "vol", identity: is, holder: "h", until: BootTime() + 30*time.Second}
 	if err := n.write(a.notes); err != nil {
@@ -462,6 +463,48 @@ func TestNobodyElseWaitsForWhatIsInFlight(t *testing.T) {
 	<-closed
 	if err := a.fence.failEnded("vol", time.Hour, func() {}); err != nil || !a.devices.fails("vol") {
 		t.Errorf("in the end: %v, fails %v", err, a.devices.fails("vol"))
+	}
+}
+
+// What can't be told is not taken for another device.
+func TestLeaseOfADeviceNotKnown(t *testing.T) {
+	dir := t.TempDir()
+	part := filepath.Join(dir, "part")
+	if err := os.Mkdir(part, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	check := func(what string, want uint64, fails bool) {
+		t.Helper()
+		if n, err := sequenceAt(part); n != want || (err != nil) != fails {
+			t.Errorf("%s: %d, %v", what, n, err)
+		}
+	}
+	check("a kernel without", 0, false)
+	path := filepath.Join(dir, "diskseq")
+	if err := os.WriteFile(path, []byte("7\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("its disk's", 7, false)
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("nothing", 0, true)
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	check("one that can't be read", 0, true)
+	if _, err := sequenceOf("0:0"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of no device: %v", err)
+	}
+
+	// A lease held before the device had a table, so no number, is its own after.
+	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	s.devices.set(func() { s.devices.sequence["vol"] = 0 })
+	s.hold("vol", BootTime()+300*time.Millisecond)
+	s.devices.set(func() { s.devices.sequence["vol"] = 9 })
+	s.awaitStrike("vol")
+	if (identity{uuid: "a", number: "253:0"}).matches(identity{uuid: "b", number: "253:0"}) {
+		t.Error("another uuid is the same device")
 	}
 }
 

@@ -30,7 +30,13 @@ const (
 type identity struct {
 	uuid     string
 	number   string // "major:minor"
-	sequence uint64 // of the disk among all of this boot; 0: the kernel has none
+	sequence uint64 // of the disk among all of this boot; 0: it had none yet, or the kernel has none
+}
+
+// matches says that the device noted may be the one that is: a number that was
+// not known then is any.
+func (i identity) matches(is identity) bool {
+	return i.uuid == is.uuid && i.number == is.number && (i.sequence == 0 || i.sequence == is.sequence)
 }
 
 type leaseNote struct {
