@@ -52,6 +52,27 @@ func (s *striker) strike(n *leaseNote) (struck bool, err error) {
 	return true, s.devices.fail(n.device)
 }
 
+// torn strikes a suspended device that has a note which is none: to resume it
+// might break one promise, to leave it suspended another.
+func (s *striker) torn(device string, err error) error {
+	if err := s.devices.ready(); err != nil {
+		return err
+	}
+	_, how, failed := s.devices.identify(device)
+	switch {
+	case failed != nil:
+		return errors.Join(err, failed)
+	case how.suspended:
+		if failed := s.devices.fail(device); failed != nil {
+			return errors.Join(err, failed)
+		}
+		return nil
+	case how.fails:
+		return nil
+	}
+	return err
+}
+
 // look says how a note's device is; ours is false if another bears the name, or
 // none.
 func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
@@ -69,6 +90,9 @@ func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
 // have anything else to do nor be killed, which would let through what is held.
 func (s *striker) overdue(device string) (ended bool, err error) {
 	n, err := leaseOf(s.folder, device)
+	if errors.Is(err, errTorn) {
+		return true, s.torn(device, err)
+	}
 	if err != nil || n == nil || s.now() < n.until {
 		return false, err
 	}

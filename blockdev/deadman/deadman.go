@@ -363,7 +363,7 @@ func (d *deadman) resumeAll() (gone string, err error) {
 			ended, err := d.fence.overdue(name)
 			if ended || err != nil {
 				errs = append(errs, err)
-				d.late = "the lease of " + name + " has ended: everything on it fails"
+				d.late = "the lease of " + name + " has ended, or can't be read: everything on it fails"
 				continue // one that runs may be suspended yet, and is looked at again
 			}
 		}

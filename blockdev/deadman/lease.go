@@ -166,6 +166,9 @@ func (s *striker) strikeEnded(device string, service time.Duration) error {
 		return err
 	}
 	n, err := leaseOf(s.folder, device)
+	if errors.Is(err, errTorn) { // and everything on it fails
+		return nil
+	}
 	if err != nil || n == nil { // the service has done it
 		return err
 	}

@@ -508,6 +508,39 @@ func TestLeaseOfADeviceNotKnown(t *testing.T) {
 	}
 }
 
+// A note that can't be told to be another boot's is not one.
+func TestLeaseOfABootNotKnown(t *testing.T) {
+	unread := errors.New("no more files")
+	if err := ofBoot("a", "", unread); !errors.Is(err, unread) || errors.Is(err, errOtherBoot) {
+		t.Errorf("the boot can't be read: %v", err)
+	}
+	if err := ofBoot("a", "b", nil); !errors.Is(err, errOtherBoot) {
+		t.Errorf("another boot's: %v", err)
+	}
+	if err := ofBoot("a", "a", nil); err != nil {
+		t.Errorf("this boot's: %v", err)
+	}
+}
+
+// A device whose note can't be read is not resumed, nor left suspended.
+func TestLeaseWhoseNoteIsTorn(t *testing.T) {
+	a := newAgent(t)
+	for _, text := range []string{"", "blockferry lease 1"} {
+		if err := os.WriteFile(leasePath(a.notes, "vol"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		a.devices.set(func() { a.devices.failing["vol"], a.devices.notNow = false, 1 })
+		a.devices.suspend("vol")
+		o := orphansOf(t, a)
+		if held := o.resume(); len(held) != 1 {
+			t.Errorf("'%s': given up after one try", text)
+		}
+		if held := o.resume(); len(held) != 0 || !a.devices.running() || !a.devices.fails("vol") || len(a.devices.resumedSoFar()) > 0 {
+			t.Errorf("'%s': held %v, running %v, fails %v, resumed %v", text, held, a.devices.running(), a.devices.fails("vol"), a.devices.resumedSoFar())
+		}
+	}
+}
+
 func TestLeaseRefuses(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
 	_, err := HoldLease(GuardOptions{Socket: s.socket}, "vol", "uuid-vol", BootTime())
