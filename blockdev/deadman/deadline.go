@@ -111,18 +111,27 @@ var errNear = errors.New("the lease")
 
 // mayStop refuses a stop that the deadline may fall into: a suspend that the agent
 // breaks off after it would let through what it held back. It strikes nothing.
-func (s *striker) mayStop(device string, limit time.Duration) error {
+// Before safe the lease can't have ended, whatever becomes of its note: a lease
+// that is taken meanwhile lasts longer than the limit, too.
+func (s *striker) mayStop(device string, limit time.Duration) (safe time.Duration, err error) {
+	safe = s.now() + limit
 	n, err := leaseOf(s.folder, device)
-	if err != nil || n == nil || s.now()+limit < n.until {
-		return err
+	if errors.Is(err, errTorn) {
+		return 0, fmt.Errorf("%w of %s has a note that can't be read: %w; take it down, then up", errNear, device, err)
+	}
+	if err != nil || n == nil {
+		return safe, err
 	}
 	if _, ours, err := s.look(n); err != nil || !ours {
-		return err
+		return safe, err
+	}
+	if safe < n.until {
+		return n.until, nil
 	}
 	if s.now() >= n.until {
-		return fmt.Errorf("%w of %s has ended: everything on it fails, as soon as nothing is in flight", errNear, device)
+		return 0, fmt.Errorf("%w of %s has ended: everything on it fails, as soon as nothing is in flight", errNear, device)
 	}
-	return fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
+	return 0, fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
 }
 
 // deadlines are those that a dead-man's service holds.

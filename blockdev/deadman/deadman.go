@@ -199,6 +199,7 @@ type deadman struct {
 	note     *note         // of mounts
 	armed    bool          // from ARM to the answer to RESUME
 	deadline time.Duration // on now's clock
+	safe     time.Duration // before that the lease of devices can't have ended
 	late     string        // why it is late; "" while in time
 }
 
@@ -325,7 +326,7 @@ func (d *deadman) arm(fields []string) error {
 	if err := d.resumer.ready(); err != nil {
 		return err
 	}
-	if err := d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
+	if d.safe, err = d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
 		return err
 	}
 	if d.holds.file == nil {
@@ -358,8 +359,8 @@ func (d *deadman) begin(limit time.Duration, devices []string, mounts []mount) {
 func (d *deadman) resumeAll() (gone string, err error) {
 	var errs []error
 	for i, name := range d.devices {
-		top := i == len(d.devices)-1 // the inner ones the agent resumes itself as part of a cut
-		if top {
+		top := i == len(d.devices)-1  // the inner ones the agent resumes itself as part of a cut
+		if top && d.now() >= d.safe { // no file is read before, lest it need memory
 			ended, err := d.fence.overdue(name)
 			if ended || err != nil {
 				errs = append(errs, err)

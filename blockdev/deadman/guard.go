@@ -84,6 +84,7 @@ type Guard struct {
 
 	// These belong to who holds window.
 	armed    time.Duration // when that was, since boot
+	limit    time.Duration // of the suspend
 	deadline time.Time     // of the suspend
 	notYet   time.Time     // the service is left alone until then
 	lost     error         // FREEZE was not answered
@@ -240,7 +241,7 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte, top string)
 		if err = g.ensure(); err != nil {
 			break
 		}
-		g.armed = bootTime()
+		g.armed, g.limit = bootTime(), limit
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
@@ -332,7 +333,7 @@ func (g *Guard) Resume(rescue func() error) error {
 // the device was not suspended: a resume might wait for what is in flight, in the
 // place of the dead-man that does so. With an error it must not be resumed.
 func (g *Guard) ended() (runs bool, err error) {
-	if g.top == "" {
+	if g.top == "" || g.fence.now() < g.armed+g.limit { // until then the dead-man made sure, and no file is read
 		return false, nil
 	}
 	over, err := g.fence.overdue(g.top)

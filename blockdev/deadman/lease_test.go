@@ -393,6 +393,7 @@ func TestLeaseEndsWithoutADeadMan(t *testing.T) {
 	stop := func() (rescued bool, err error) {
 		mustArm(t, g, time.Second)
 		a.devices.suspend("vol")
+		g.fence.now = func() time.Duration { return g.armed + g.limit }
 		err = g.Resume(func() error { rescued = true; _, err := a.devices.resume("vol"); return err })
 		return rescued, err
 	}
@@ -442,7 +443,7 @@ func TestNobodyElseWaitsForWhatIsInFlight(t *testing.T) {
 	orphansOf(t, a).resumeOne("vol")
 
 	g := newTestGuard(t, GuardOptions{Notes: a.notes, Command: shell("read l; echo ARMED; read l; exit")})
-	g.fence = a.fence
+	g.fence = a.fence // it slept
 	mustArm(t, g, time.Second)
 	rescued := false
 	if err := g.Resume(func() error { rescued = true; return nil }); !errors.Is(err, ErrLate) || rescued {
@@ -538,6 +539,48 @@ func TestLeaseWhoseNoteIsTorn(t *testing.T) {
 		if held := o.resume(); len(held) != 0 || !a.devices.running() || !a.devices.fails("vol") || len(a.devices.resumedSoFar()) > 0 {
 			t.Errorf("'%s': held %v, running %v, fails %v, resumed %v", text, held, a.devices.running(), a.devices.fails("vol"), a.devices.resumedSoFar())
 		}
+	}
+}
+
+// While the lease can't have ended no file is read in a stop of writers.
+func TestNoNoteIsReadInAStop(t *testing.T) {
+	torn := func(a *agent) {
+		if err := os.WriteFile(leasePath(a.notes, "vol"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := newAgent(t)
+	for _, held := range []bool{true, false} {
+		if held {
+			noteOf(t, a, BootTime()+far)
+		} else if err := os.Remove(leasePath(a.notes, "vol")); err != nil {
+			t.Fatal(err)
+		}
+		a.say("ARM 50000 vol", "ARMED")
+		a.devices.suspend("vol")
+		torn(a)
+		a.say("RESUME", "IN-TIME")
+		if held { // nor once the limit has passed
+			noteOf(t, a, BootTime()+far)
+			a.say("ARM 10 vol", "ARMED")
+			torn(a)
+			a.devices.suspend("vol")
+			a.awaitRunning(30 * time.Second)
+			a.say("RESUME", "LATE the stall limit passed")
+		}
+	}
+	if a.devices.fails("vol") {
+		t.Error("it fails")
+	}
+	a.say("ARM 50000 vol", "REFUSED the lease of vol has a note that can't be read")
+
+	g := newTestGuard(t, GuardOptions{Notes: a.notes, Command: shell("read l; echo ARMED; read l; exit")})
+	g.fence = a.fence
+	mustArm(t, g, MaxLimit)
+	a.devices.suspend("vol")
+	rescued := false
+	if err := g.Resume(func() error { rescued = true; _, err := a.devices.resume("vol"); return err }); !rescued || errors.Is(err, ErrStopped) || a.devices.fails("vol") {
+		t.Errorf("rescued %v, fails %v: %v", rescued, a.devices.fails("vol"), err)
 	}
 }
 
