@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -139,28 +141,45 @@ type deadlines struct {
 	striker
 	log *slog.Logger
 
-	mu     sync.Mutex
-	held   map[string]*deadline
+	mu     sync.Mutex           // of what follows; held for no call
+	of     map[string]*deadline // by device
 	closed bool
 	done   chan struct{} // closed with it
 	under  sync.WaitGroup
 }
 
-// deadline is one of them; deadlines.mu guards it.
+// deadline is a device's, from the first lease of it on. Its lock is taken before
+// deadlines.mu, and is held while the device is looked at and the note written: one
+// device that hangs keeps no other's.
 type deadline struct {
+	mu sync.Mutex
 	leaseNote
-	alarm *alarm
+	alarm *alarm // nil: no lease is held
 }
 
 func newDeadlines(s striker, log *slog.Logger) *deadlines {
-	return &deadlines{striker: s, log: log, held: map[string]*deadline{}, done: make(chan struct{})}
+	return &deadlines{striker: s, log: log, of: map[string]*deadline{}, done: make(chan struct{})}
+}
+
+// lock returns a device's deadline, locked.
+func (d *deadlines) lock(device string) (*deadline, error) {
+	d.mu.Lock()
+	l, closed := d.of[device], d.closed
+	if l == nil && !closed {
+		l = &deadline{}
+		d.of[device] = l
+	}
+	d.mu.Unlock()
+	if closed {
+		return nil, errStopping
+	}
+	l.mu.Lock()
+	return l, nil
 }
 
 // adopt holds what the notes say: those of the service before this one. What has
 // passed meanwhile is struck at once.
 func (d *deadlines) adopt() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	paths, _ := filepath.Glob(filepath.Join(d.folder, leasePrefix+"*")) // the pattern is well-formed
 	for _, path := range paths {
 		n, err := readLease(path)
@@ -169,7 +188,7 @@ func (d *deadlines) adopt() {
 			continue
 		}
 		if err == nil {
-			err = d.begin(n)
+			err = d.adoptOne(n)
 		}
 		if err != nil {
 			d.log.Error("a lease that the dead-man before this one held is not held any more: nothing ends writes when it ends", "note", path, "error", err,
@@ -180,12 +199,21 @@ func (d *deadlines) adopt() {
 	}
 }
 
+func (d *deadlines) adoptOne(n *leaseNote) error {
+	l, err := d.lock(n.device)
+	if err != nil {
+		return err
+	}
+	defer l.mu.Unlock()
+	return d.begin(l, n)
+}
+
 // begin holds a deadline whose note is written, in the place of any other of
-// that device. mu is held.
-func (d *deadlines) begin(n *leaseNote) error {
-	if old := d.held[n.device]; old != nil {
-		old.leaseNote = *n
-		return old.alarm.set(n.until)
+// that device. It is locked.
+func (d *deadlines) begin(l *deadline, n *leaseNote) error {
+	if l.alarm != nil {
+		l.leaseNote = *n
+		return l.alarm.set(n.until)
 	}
 	a, err := newAlarm()
 	if err != nil {
@@ -195,27 +223,32 @@ func (d *deadlines) begin(n *leaseNote) error {
 		a.close()
 		return err
 	}
-	l := &deadline{*n, a}
-	d.held[n.device] = l
-	d.under.Go(func() { d.watch(l) })
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		a.close()
+		return errStopping
+	}
+	l.leaseNote, l.alarm = *n, a
+	d.under.Go(func() { d.watch(l, a) })
 	return nil
 }
 
-// end forgets a deadline, its note too. mu is held.
+// end forgets a deadline, its note too. It is locked.
 func (d *deadlines) end(l *deadline) {
-	delete(d.held, l.device)
 	l.alarm.close()
+	l.alarm = nil
 	os.Remove(leasePath(d.folder, l.device))
 }
 
 // hold is LEASE.
 func (d *deadlines) hold(n leaseNote) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	switch {
-	case d.closed:
-		return errStopping
-	case n.until <= d.now():
+	l, err := d.lock(n.device)
+	if err != nil {
+		return err
+	}
+	defer l.mu.Unlock()
+	if n.until <= d.now() {
 		return fmt.Errorf("%w: its deadline had passed before it was held", ErrLeaseEnded)
 	}
 	if err := d.devices.ready(); err != nil {
@@ -233,35 +266,43 @@ func (d *deadlines) hold(n leaseNote) error {
 		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, n.device)
 	}
 	n.identity = is
-	old := d.held[n.device]
-	if old != nil && old.identity.matches(is) && old.until <= d.now() {
-		_ = old.alarm.set(0) // should it not have fired yet
+	if l.alarm != nil && l.identity.matches(is) && l.until <= d.now() {
+		_ = l.alarm.set(0) // should it not have fired yet
 		return fmt.Errorf("%w: an earlier deadline of %s has passed", ErrLeaseEnded, n.device)
 	}
 	if err := n.write(d.folder); err != nil {
 		return err
 	}
-	return d.begin(&n)
+	return d.begin(l, &n)
 }
 
 var errStopping = errors.New("the dead-man is stopping")
 
 // extend is EXTEND.
 func (d *deadlines) extend(device, holder string, until time.Duration) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return errStopping
+	l, err := d.lock(device)
+	if err != nil {
+		return err
 	}
-	l := d.held[device]
+	defer l.mu.Unlock()
 	switch {
-	case l == nil:
+	case l.alarm == nil:
 		return fmt.Errorf("%w: none is held for %s: its deadline passed, or it was released", ErrLeaseEnded, device)
 	case l.holder != holder:
 		return fmt.Errorf("%w: another process holds that of %s now", ErrLeaseEnded, device)
 	case l.until <= d.now():
 		_ = l.alarm.set(0) // should it not have fired yet
 		return fmt.Errorf("%w: the deadline of %s has passed", ErrLeaseEnded, device)
+	}
+	// Taken down and up again it is another: this lease ends no writes to that.
+	how, ours, err := d.look(&l.leaseNote)
+	switch {
+	case err != nil:
+		return err
+	case !ours:
+		return fmt.Errorf("%w: another device bears the name %s now, or none", ErrLeaseEnded, device)
+	case how.fails:
+		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, device)
 	case until <= l.until:
 		return nil
 	}
@@ -270,32 +311,32 @@ func (d *deadlines) extend(device, holder string, until time.Duration) error {
 	if err := n.write(d.folder); err != nil {
 		return err
 	}
-	return d.begin(&n)
+	return d.begin(l, &n)
 }
 
 // release is RELEASE. What has passed is struck all the same.
 func (d *deadlines) release(device, holder string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return errStopping
+	l, err := d.lock(device)
+	if err != nil {
+		return err
 	}
-	if l := d.held[device]; l != nil && l.holder == holder && d.now() < l.until {
+	defer l.mu.Unlock()
+	if l.alarm != nil && l.holder == holder && d.now() < l.until {
 		d.end(l)
 	}
 	return nil
 }
 
 // watch strikes at the deadline. What it can't strike it tries again.
-func (d *deadlines) watch(l *deadline) {
+func (d *deadlines) watch(l *deadline, a *alarm) {
 	told := time.Duration(0)
-	for l.alarm.wait() {
-		d.mu.Lock()
-		n, due := l.leaseNote, d.now() >= l.until
-		if !due && !d.closed && d.held[l.device] == l {
-			_ = l.alarm.set(l.until) // it rang for a deadline that was moved since
+	for a.wait() {
+		l.mu.Lock()
+		n, due := l.leaseNote, l.alarm == a && d.now() >= l.until
+		if !due && l.alarm == a {
+			_ = a.set(l.until) // it rang for a deadline that was moved since
 		}
-		d.mu.Unlock()
+		l.mu.Unlock()
 		if !due {
 			continue
 		}
@@ -312,12 +353,14 @@ func (d *deadlines) watch(l *deadline) {
 			} else {
 				log.Info("the lease of a volume has ended that is gone")
 			}
-			d.mu.Lock()
+			l.mu.Lock()
 			over := l.leaseNote == n // and no later device of that name has one
-			if over {
+			if over && l.alarm == a {
 				d.end(l)
+			} else if over { // the service ends
+				os.Remove(leasePath(d.folder, l.device))
 			}
-			d.mu.Unlock()
+			l.mu.Unlock()
 			if over {
 				return
 			}
@@ -331,11 +374,11 @@ func (d *deadlines) watch(l *deadline) {
 		case <-d.done:
 			return
 		case <-time.After(deadmanRecheck):
-			d.mu.Lock()
-			if !d.closed {
-				_ = l.alarm.set(0)
+			l.mu.Lock()
+			if l.alarm == a {
+				_ = a.set(0)
 			}
-			d.mu.Unlock()
+			l.mu.Unlock()
 		}
 	}
 }
@@ -346,11 +389,19 @@ func (d *deadlines) close() {
 	if !d.closed {
 		d.closed = true
 		close(d.done)
-		for _, l := range d.held {
-			l.alarm.close()
-		}
 	}
+	all := slices.Collect(maps.Values(d.of)) // none comes any more
 	d.mu.Unlock()
+	for _, l := range all {
+		l.mu.Lock()
+		if l.alarm != nil {
+			d.log.Error("the dead-man stops while it holds a volume's lease: until the next one is there nothing ends writes when it ends",
+				"volume", l.device, "seconds", (l.until - d.now()).Seconds())
+			l.alarm.close()
+			l.alarm = nil
+		}
+		l.mu.Unlock()
+	}
 	d.under.Wait()
 }
 

@@ -28,6 +28,7 @@ type fakeDevices struct {
 	sequence map[string]uint64
 	notNow   int                      // so many fails don't work
 	hang     map[string]chan struct{} // fail waits for its end, unless the device is suspended
+	looks    map[string]chan struct{} // identify waits until it was received from twice
 	struck   chan string              // each that fails, if there is room
 }
 
@@ -80,10 +81,17 @@ func (f *fakeDevices) ready() error {
 
 // newDevices are devices none of which is suspended.
 func newDevices() *fakeDevices {
-	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, struck: make(chan string, 100)}
+	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, looks: map[string]chan struct{}{}, struck: make(chan string, 100)}
 }
 
 func (f *fakeDevices) identify(name string) (identity, condition, error) {
+	f.mu.Lock()
+	looks := f.looks[name]
+	f.mu.Unlock()
+	if looks != nil {
+		looks <- struct{}{}
+		looks <- struct{}{}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return identity{"uuid-" + name, "253:0", f.sequence[name]}, condition{f.failing[name], f.suspended[name]}, nil

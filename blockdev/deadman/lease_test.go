@@ -584,6 +584,40 @@ func TestNoNoteIsReadInAStop(t *testing.T) {
 	}
 }
 
+// A lease of a device that was taken down, and up again, is none of the new one's.
+func TestLeaseIsNotExtendedToAnother(t *testing.T) {
+	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	s.devices.set(func() { s.devices.sequence["vol"] = 1 })
+	l := s.hold("vol", BootTime()+far)
+	if err := l.Extend(BootTime() + 2*far); err != nil {
+		t.Fatal(err)
+	}
+	s.devices.set(func() { s.devices.sequence["vol"] = 2 })
+	mustEnd(t, "extend to another device", l.Extend(BootTime()+3*far))
+	s.devices.set(func() { s.devices.sequence["vol"], s.devices.failing["vol"] = 1, true })
+	mustEnd(t, "extend while everything fails", l.Extend(BootTime()+3*far))
+}
+
+// A device that can't even be looked at keeps no other's lease from ending.
+func TestLeaseBesideADeviceThatHangs(t *testing.T) {
+	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	l := s.hold("hangs", BootTime()+far)
+	looks := make(chan struct{})
+	s.devices.set(func() { s.devices.looks["hangs"] = looks })
+	extended := make(chan error, 1)
+	go func() { extended <- l.Extend(BootTime() + 2*far) }()
+	<-looks
+	s.hold("other", BootTime()+100*time.Millisecond)
+	s.awaitStrike("other")
+	s.devices.set(func() { delete(s.devices.looks, "hangs") })
+	<-looks
+	<-extended // in time or not
+	s.stop()
+	if !s.hasStopped(30*time.Second) || !strings.Contains(s.log.text(), "stops while it holds") {
+		t.Errorf("its log: %s", s.log.text())
+	}
+}
+
 func TestLeaseRefuses(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
 	_, err := HoldLease(GuardOptions{Socket: s.socket}, "vol", "uuid-vol", BootTime())
