@@ -78,11 +78,17 @@ func (s *striker) torn(device string, err error) error {
 // look says how a note's device is; ours is false if another bears the name, or
 // none.
 func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
+	how, ours, _, err = s.lookAt(n)
+	return how, ours, err
+}
+
+// lookAt is look, and says which device it is.
+func (s *striker) lookAt(n *leaseNote) (how condition, ours bool, is identity, err error) {
 	if err := s.devices.ready(); err != nil {
-		return condition{}, false, err
+		return condition{}, false, identity{}, err
 	}
-	is, how, err := s.devices.identify(n.device)
-	return how, err == nil && n.identity.matches(is), err
+	is, how, err = s.devices.identify(n.device)
+	return how, err == nil && n.identity.matches(is), is, err
 }
 
 // overdue says that a device's deadline has passed: it must not be resumed, as
@@ -295,7 +301,8 @@ func (d *deadlines) extend(device, holder string, until time.Duration) error {
 		return fmt.Errorf("%w: the deadline of %s has passed", ErrLeaseEnded, device)
 	}
 	// Taken down and up again it is another: this lease ends no writes to that.
-	how, ours, err := d.look(&l.leaseNote)
+	n := l.leaseNote
+	how, ours, is, err := d.lookAt(&n)
 	switch {
 	case err != nil:
 		return err
@@ -306,8 +313,7 @@ func (d *deadlines) extend(device, holder string, until time.Duration) error {
 	case until <= l.until:
 		return nil
 	}
-	n := l.leaseNote
-	n.until = until
+	n.until, n.identity = until, is // it may have a number by now
 	if err := n.write(d.folder); err != nil {
 		return err
 	}

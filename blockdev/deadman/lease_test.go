@@ -587,8 +587,8 @@ func TestNoNoteIsReadInAStop(t *testing.T) {
 // A lease of a device that was taken down, and up again, is none of the new one's.
 func TestLeaseIsNotExtendedToAnother(t *testing.T) {
 	s := startService(t, filepath.Join(t.TempDir(), "s"))
+	l := s.hold("vol", BootTime()+far) // which has no number yet
 	s.devices.set(func() { s.devices.sequence["vol"] = 1 })
-	l := s.hold("vol", BootTime()+far)
 	if err := l.Extend(BootTime() + 2*far); err != nil {
 		t.Fatal(err)
 	}
