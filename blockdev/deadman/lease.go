@@ -29,7 +29,9 @@ var ErrNoService = errors.New("the dead-man's service does not answer")
 // Lease is the deadline that the dead-man's service holds for a volume's
 // outermost device. At the deadline everything on the device fails, whether
 // this process lives or not; what was not acknowledged by then may or may not
-// be on the disk. Its methods may be called from several goroutines.
+// be on the disk. A write that is in flight then is acknowledged whenever the disk
+// returns it, however late: a disk that hangs has to be fenced from outside. An
+// attached device has none. Its methods may be called from several goroutines.
 type Lease struct {
 	socket, device, holder string
 }
@@ -50,7 +52,8 @@ func HoldLease(o GuardOptions, device, uuid string, until time.Duration) (*Lease
 }
 
 // Extend moves the deadline to until, a time of BootTime's; one that is no later
-// changes nothing. ErrLeaseEnded: too late. After any other error, ErrNoService
+// changes nothing. ErrLeaseEnded: too late, or another device bears the name since.
+// After any other error, ErrNoService
 // among them, the deadline is the earlier one or this one, and it may be that
 // nobody holds it: call it again soon, and before the earlier deadline see to it
 // that nothing is written. It takes 2 seconds at most.
