@@ -385,7 +385,7 @@ func TestGuardFreezes(t *testing.T) {
 func TestGuardGivesAFreezeUp(t *testing.T) {
 	dir := t.TempDir()
 	answer, answered := filepath.Join(dir, "answer"), filepath.Join(dir, "answered")
-	g := newTestGuard(t, GuardOptions{Command: shell("read l; echo ARMED; read l; while [ ! -e " + answer + " ]; do sleep 0.02; done; echo FROZEN; : > " + answered + "; read l; echo IN-TIME; sleep 60")})
+	g := newTestGuard(t, GuardOptions{Command: shell("read l; echo ARMED; read l; while [ ! -e " + answer + " ]; do sleep 0.02; done; echo FROZEN; : > " + answered + "; read l; echo IN-TIME; read l")})
 	f, err := os.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
