@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -25,9 +27,15 @@ const (
 type failer interface {
 	ready() error
 	// identify says which device bears the name, the zero identity for none,
-	// and whether everything on it fails already.
-	identify(name string) (is identity, fails bool, err error)
+	// and how it is.
+	identify(name string) (is identity, how condition, err error)
 	fail(name string) error
+}
+
+// condition is a device's.
+type condition struct {
+	fails     bool // everything on it fails
+	suspended bool // nothing is in flight; what comes is held
 }
 
 // striker makes devices fail whose deadline has passed.
@@ -40,51 +48,98 @@ type striker struct {
 // strike makes a note's device fail; struck is false if another device bears the
 // name, or none.
 func (s *striker) strike(n *leaseNote) (struck bool, err error) {
-	if err := s.devices.ready(); err != nil {
-		return false, err
-	}
-	is, _, err := s.devices.identify(n.device)
-	if err != nil || is != n.identity {
+	if _, ours, err := s.look(n); err != nil || !ours {
 		return false, err
 	}
 	return true, s.devices.fail(n.device)
 }
 
-// overdue strikes a device before it is resumed, if its deadline has passed:
-// what a suspend holds back would be written. An error: it must not be resumed.
-func (s *striker) overdue(device string) (struck bool, err error) {
+// torn strikes a suspended device that has a note which is none: to resume it
+// might break one promise, to leave it suspended another.
+func (s *striker) torn(device string, err error) error {
+	if err := s.devices.ready(); err != nil {
+		return err
+	}
+	_, how, failed := s.devices.identify(device)
+	switch {
+	case failed != nil:
+		return errors.Join(err, failed)
+	case how.suspended:
+		if failed := s.devices.fail(device); failed != nil {
+			return errors.Join(err, failed)
+		}
+		return nil
+	case how.fails:
+		return nil
+	}
+	return err
+}
+
+// look says how a note's device is; ours is false if another bears the name, or
+// none.
+func (s *striker) look(n *leaseNote) (how condition, ours bool, err error) {
+	how, ours, _, err = s.lookAt(n)
+	return how, ours, err
+}
+
+// lookAt is look, and says which device it is.
+func (s *striker) lookAt(n *leaseNote) (how condition, ours bool, is identity, err error) {
+	if err := s.devices.ready(); err != nil {
+		return condition{}, false, identity{}, err
+	}
+	is, how, err = s.devices.identify(n.device)
+	return how, err == nil && n.identity.matches(is), is, err
+}
+
+// overdue says that a device's deadline has passed: it must not be resumed, as
+// what a suspend holds back would be written, nor after an error. A suspended one
+// it strikes; that is done at once. A running one it leaves to the service's
+// watch: that waits for what is in flight, and whoever waits there must neither
+// have anything else to do nor be killed, which would let through what is held.
+func (s *striker) overdue(device string) (ended bool, err error) {
 	n, err := leaseOf(s.folder, device)
+	if errors.Is(err, errTorn) {
+		return true, s.torn(device, err)
+	}
 	if err != nil || n == nil || s.now() < n.until {
 		return false, err
 	}
-	struck, err = s.strike(n)
+	how, ours, err := s.look(n)
+	if err == nil && ours && how.suspended {
+		err = s.devices.fail(device)
+	}
 	if err != nil {
 		err = fmt.Errorf("the lease of %s has ended, and it can't be made to fail: %w", device, err)
 	}
-	return struck, err
+	return ours, err
 }
 
 // errNear says that writers may not be stopped for so long.
 var errNear = errors.New("the lease")
 
 // mayStop refuses a stop that the deadline may fall into: a suspend that the agent
-// breaks off after it would let through what it held back.
-func (s *striker) mayStop(device string, limit time.Duration) error {
-	struck, err := s.overdue(device)
-	if struck {
-		err = errors.Join(fmt.Errorf("%w of %s has ended: everything on it fails", errNear, device), err)
-	}
-	if err != nil {
-		return err
-	}
+// breaks off after it would let through what it held back. It strikes nothing.
+// Before safe the lease can't have ended, whatever becomes of its note: a lease
+// that is taken meanwhile lasts longer than the limit, too.
+func (s *striker) mayStop(device string, limit time.Duration) (safe time.Duration, err error) {
+	safe = s.now() + limit
 	n, err := leaseOf(s.folder, device)
-	if err != nil || n == nil || s.now()+limit < n.until {
-		return err
+	if errors.Is(err, errTorn) {
+		return 0, fmt.Errorf("%w of %s has a note that can't be read: %w; take it down, then up", errNear, device, err)
 	}
-	if is, _, err := s.devices.identify(device); err != nil || is != n.identity {
-		return err
+	if err != nil || n == nil {
+		return safe, err
 	}
-	return fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
+	if _, ours, err := s.look(n); err != nil || !ours {
+		return safe, err
+	}
+	if safe < n.until {
+		return n.until, nil
+	}
+	if s.now() >= n.until {
+		return 0, fmt.Errorf("%w of %s has ended: everything on it fails, as soon as nothing is in flight", errNear, device)
+	}
+	return 0, fmt.Errorf("%w of %s ends in %s, sooner than the stall limit of %s: it has to be renewed first, and to last longer than that", errNear, device, (n.until - s.now()).Round(time.Millisecond), limit)
 }
 
 // deadlines are those that a dead-man's service holds.
@@ -92,28 +147,45 @@ type deadlines struct {
 	striker
 	log *slog.Logger
 
-	mu     sync.Mutex
-	held   map[string]*deadline
+	mu     sync.Mutex           // of what follows; held for no call
+	of     map[string]*deadline // by device
 	closed bool
 	done   chan struct{} // closed with it
 	under  sync.WaitGroup
 }
 
-// deadline is one of them; deadlines.mu guards it.
+// deadline is a device's, from the first lease of it on. Its lock is taken before
+// deadlines.mu, and is held while the device is looked at and the note written: one
+// device that hangs keeps no other's.
 type deadline struct {
+	mu sync.Mutex
 	leaseNote
-	alarm *alarm
+	alarm *alarm // nil: no lease is held
 }
 
 func newDeadlines(s striker, log *slog.Logger) *deadlines {
-	return &deadlines{striker: s, log: log, held: map[string]*deadline{}, done: make(chan struct{})}
+	return &deadlines{striker: s, log: log, of: map[string]*deadline{}, done: make(chan struct{})}
+}
+
+// lock returns a device's deadline, locked.
+func (d *deadlines) lock(device string) (*deadline, error) {
+	d.mu.Lock()
+	l, closed := d.of[device], d.closed
+	if l == nil && !closed {
+		l = &deadline{}
+		d.of[device] = l
+	}
+	d.mu.Unlock()
+	if closed {
+		return nil, errStopping
+	}
+	l.mu.Lock()
+	return l, nil
 }
 
 // adopt holds what the notes say: those of the service before this one. What has
 // passed meanwhile is struck at once.
 func (d *deadlines) adopt() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	paths, _ := filepath.Glob(filepath.Join(d.folder, leasePrefix+"*")) // the pattern is well-formed
 	for _, path := range paths {
 		n, err := readLease(path)
@@ -122,7 +194,7 @@ func (d *deadlines) adopt() {
 			continue
 		}
 		if err == nil {
-			err = d.begin(n)
+			err = d.adoptOne(n)
 		}
 		if err != nil {
 			d.log.Error("a lease that the dead-man before this one held is not held any more: nothing ends writes when it ends", "note", path, "error", err,
@@ -133,12 +205,21 @@ func (d *deadlines) adopt() {
 	}
 }
 
+func (d *deadlines) adoptOne(n *leaseNote) error {
+	l, err := d.lock(n.device)
+	if err != nil {
+		return err
+	}
+	defer l.mu.Unlock()
+	return d.begin(l, n)
+}
+
 // begin holds a deadline whose note is written, in the place of any other of
-// that device. mu is held.
-func (d *deadlines) begin(n *leaseNote) error {
-	if old := d.held[n.device]; old != nil {
-		old.leaseNote = *n
-		return old.alarm.set(n.until)
+// that device. It is locked.
+func (d *deadlines) begin(l *deadline, n *leaseNote) error {
+	if l.alarm != nil {
+		l.leaseNote = *n
+		return l.alarm.set(n.until)
 	}
 	a, err := newAlarm()
 	if err != nil {
@@ -148,33 +229,38 @@ func (d *deadlines) begin(n *leaseNote) error {
 		a.close()
 		return err
 	}
-	l := &deadline{*n, a}
-	d.held[n.device] = l
-	d.under.Go(func() { d.watch(l) })
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		a.close()
+		return errStopping
+	}
+	l.leaseNote, l.alarm = *n, a
+	d.under.Go(func() { d.watch(l, a) })
 	return nil
 }
 
-// end forgets a deadline, its note too. mu is held.
+// end forgets a deadline, its note too. It is locked.
 func (d *deadlines) end(l *deadline) {
-	delete(d.held, l.device)
 	l.alarm.close()
+	l.alarm = nil
 	os.Remove(leasePath(d.folder, l.device))
 }
 
 // hold is LEASE.
 func (d *deadlines) hold(n leaseNote) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	switch {
-	case d.closed:
-		return errStopping
-	case n.until <= d.now():
+	l, err := d.lock(n.device)
+	if err != nil {
+		return err
+	}
+	defer l.mu.Unlock()
+	if n.until <= d.now() {
 		return fmt.Errorf("%w: its deadline had passed before it was held", ErrLeaseEnded)
 	}
 	if err := d.devices.ready(); err != nil {
 		return err
 	}
-	is, fails, err := d.devices.identify(n.device)
+	is, how, err := d.devices.identify(n.device)
 	switch {
 	case err != nil:
 		return err
@@ -182,73 +268,81 @@ func (d *deadlines) hold(n leaseNote) error {
 		return fmt.Errorf("there is no device-mapper device '%s' whose lease could be held", n.device)
 	case is.uuid != n.uuid:
 		return fmt.Errorf("the device of that name has the uuid '%s', want '%s'", is.uuid, n.uuid)
-	case fails:
+	case how.fails:
 		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, n.device)
 	}
 	n.identity = is
-	old := d.held[n.device]
-	if old != nil && old.identity == is && old.until <= d.now() {
-		_ = old.alarm.set(0) // should it not have fired yet
+	if l.alarm != nil && l.identity.matches(is) && l.until <= d.now() {
+		_ = l.alarm.set(0) // should it not have fired yet
 		return fmt.Errorf("%w: an earlier deadline of %s has passed", ErrLeaseEnded, n.device)
 	}
 	if err := n.write(d.folder); err != nil {
 		return err
 	}
-	return d.begin(&n)
+	return d.begin(l, &n)
 }
 
 var errStopping = errors.New("the dead-man is stopping")
 
 // extend is EXTEND.
 func (d *deadlines) extend(device, holder string, until time.Duration) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return errStopping
+	l, err := d.lock(device)
+	if err != nil {
+		return err
 	}
-	l := d.held[device]
+	defer l.mu.Unlock()
 	switch {
-	case l == nil:
+	case l.alarm == nil:
 		return fmt.Errorf("%w: none is held for %s: its deadline passed, or it was released", ErrLeaseEnded, device)
 	case l.holder != holder:
 		return fmt.Errorf("%w: another process holds that of %s now", ErrLeaseEnded, device)
 	case l.until <= d.now():
 		_ = l.alarm.set(0) // should it not have fired yet
 		return fmt.Errorf("%w: the deadline of %s has passed", ErrLeaseEnded, device)
+	}
+	// Taken down and up again it is another: this lease ends no writes to that.
+	n := l.leaseNote
+	how, ours, is, err := d.lookAt(&n)
+	switch {
+	case err != nil:
+		return err
+	case !ours:
+		return fmt.Errorf("%w: another device bears the name %s now, or none", ErrLeaseEnded, device)
+	case how.fails:
+		return fmt.Errorf("%w: everything on %s fails; take it down, then up", ErrLeaseEnded, device)
 	case until <= l.until:
 		return nil
 	}
-	n := l.leaseNote
-	n.until = until
+	n.until, n.identity = until, is // it may have a number by now
 	if err := n.write(d.folder); err != nil {
 		return err
 	}
-	return d.begin(&n)
+	return d.begin(l, &n)
 }
 
 // release is RELEASE. What has passed is struck all the same.
 func (d *deadlines) release(device, holder string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return errStopping
+	l, err := d.lock(device)
+	if err != nil {
+		return err
 	}
-	if l := d.held[device]; l != nil && l.holder == holder && d.now() < l.until {
+	defer l.mu.Unlock()
+	if l.alarm != nil && l.holder == holder && d.now() < l.until {
 		d.end(l)
 	}
 	return nil
 }
 
 // watch strikes at the deadline. What it can't strike it tries again.
-func (d *deadlines) watch(l *deadline) {
+func (d *deadlines) watch(l *deadline, a *alarm) {
 	told := time.Duration(0)
-	for l.alarm.wait() {
-		d.mu.Lock()
-		n, due := l.leaseNote, d.now() >= l.until
-		if !due && !d.closed && d.held[l.device] == l {
-			_ = l.alarm.set(l.until) // it rang for a deadline that was moved since
+	for a.wait() {
+		l.mu.Lock()
+		n, due := l.leaseNote, l.alarm == a && d.now() >= l.until
+		if !due && l.alarm == a {
+			_ = a.set(l.until) // it rang for a deadline that was moved since
 		}
-		d.mu.Unlock()
+		l.mu.Unlock()
 		if !due {
 			continue
 		}
@@ -265,12 +359,14 @@ func (d *deadlines) watch(l *deadline) {
 			} else {
 				log.Info("the lease of a volume has ended that is gone")
 			}
-			d.mu.Lock()
+			l.mu.Lock()
 			over := l.leaseNote == n // and no later device of that name has one
-			if over {
+			if over && l.alarm == a {
 				d.end(l)
+			} else if over { // the service ends
+				os.Remove(leasePath(d.folder, l.device))
 			}
-			d.mu.Unlock()
+			l.mu.Unlock()
 			if over {
 				return
 			}
@@ -284,11 +380,11 @@ func (d *deadlines) watch(l *deadline) {
 		case <-d.done:
 			return
 		case <-time.After(deadmanRecheck):
-			d.mu.Lock()
-			if !d.closed {
-				_ = l.alarm.set(0)
+			l.mu.Lock()
+			if l.alarm == a {
+				_ = a.set(0)
 			}
-			d.mu.Unlock()
+			l.mu.Unlock()
 		}
 	}
 }
@@ -299,11 +395,19 @@ func (d *deadlines) close() {
 	if !d.closed {
 		d.closed = true
 		close(d.done)
-		for _, l := range d.held {
-			l.alarm.close()
-		}
 	}
+	all := slices.Collect(maps.Values(d.of)) // none comes any more
 	d.mu.Unlock()
+	for _, l := range all {
+		l.mu.Lock()
+		if l.alarm != nil {
+			d.log.Error("the dead-man stops while it holds a volume's lease: until the next one is there nothing ends writes when it ends",
+				"volume", l.device, "seconds", (l.until - d.now()).Seconds())
+			l.alarm.close()
+			l.alarm = nil
+		}
+		l.mu.Unlock()
+	}
 	d.under.Wait()
 }
 

@@ -163,13 +163,20 @@ func (r *dmResumer) resume(name string) (held bool, err error) {
 	return true, r.control.Resume(name)
 }
 
-func (r *dmResumer) identify(name string) (is identity, fails bool, err error) {
+func (r *dmResumer) identify(name string) (is identity, how condition, err error) {
 	info, err := r.control.Info(name)
 	if err != nil || !info.Exists {
-		return identity{}, false, err
+		return identity{}, condition{}, err
+	}
+	is = identity{uuid: info.UUID, number: info.Dev()}
+	if !info.HasActive { // some kernels number it with its first table
+		return is, condition{}, nil
+	}
+	if is.sequence, err = sequenceOf(is.number); err != nil {
+		return identity{}, condition{}, fmt.Errorf("which device %s is can't be told: %w", name, err)
 	}
 	table, err := r.control.Table(name)
-	return identity{info.UUID, info.Dev(), sequenceOf(info.Dev())}, dm.Failing(table), err
+	return is, condition{dm.Failing(table), info.Suspended}, err
 }
 
 func (r *dmResumer) fail(name string) error { return r.control.Fail(name) }
@@ -192,6 +199,7 @@ type deadman struct {
 	note     *note         // of mounts
 	armed    bool          // from ARM to the answer to RESUME
 	deadline time.Duration // on now's clock
+	safe     time.Duration // before that the lease of devices can't have ended
 	late     string        // why it is late; "" while in time
 }
 
@@ -318,7 +326,7 @@ func (d *deadman) arm(fields []string) error {
 	if err := d.resumer.ready(); err != nil {
 		return err
 	}
-	if err := d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
+	if d.safe, err = d.fence.mayStop(fields[len(fields)-1], limit); err != nil {
 		return err
 	}
 	if d.holds.file == nil {
@@ -351,13 +359,13 @@ func (d *deadman) begin(limit time.Duration, devices []string, mounts []mount) {
 func (d *deadman) resumeAll() (gone string, err error) {
 	var errs []error
 	for i, name := range d.devices {
-		top := i == len(d.devices)-1 // the inner ones the agent resumes itself as part of a cut
-		if top {
-			struck, err := d.fence.overdue(name)
-			if struck || err != nil {
+		top := i == len(d.devices)-1  // the inner ones the agent resumes itself as part of a cut
+		if top && d.now() >= d.safe { // no file is read before, lest it need memory
+			ended, err := d.fence.overdue(name)
+			if ended || err != nil {
 				errs = append(errs, err)
-				d.late = "the lease of " + name + " has ended: everything on it fails"
-				continue
+				d.late = "the lease of " + name + " has ended, or can't be read: everything on it fails"
+				continue // one that runs may be suspended yet, and is looked at again
 			}
 		}
 		held, err := d.resumer.resume(name)

@@ -27,7 +27,8 @@ type fakeDevices struct {
 	failing  map[string]bool // everything on it fails
 	sequence map[string]uint64
 	notNow   int                      // so many fails don't work
-	hang     map[string]chan struct{} // fail waits for its end
+	hang     map[string]chan struct{} // fail waits for its end, unless the device is suspended
+	looks    map[string]chan struct{} // identify waits until it was received from twice
 	struck   chan string              // each that fails, if there is room
 }
 
@@ -80,21 +81,28 @@ func (f *fakeDevices) ready() error {
 
 // newDevices are devices none of which is suspended.
 func newDevices() *fakeDevices {
-	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, struck: make(chan string, 100)}
+	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, looks: map[string]chan struct{}{}, struck: make(chan string, 100)}
 }
 
-func (f *fakeDevices) identify(name string) (identity, bool, error) {
+func (f *fakeDevices) identify(name string) (identity, condition, error) {
+	f.mu.Lock()
+	looks := f.looks[name]
+	f.mu.Unlock()
+	if looks != nil {
+		looks <- struct{}{}
+		looks <- struct{}{}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return identity{"uuid-" + name, "253:0", f.sequence[name]}, f.failing[name], nil
+	return identity{"uuid-" + name, "253:0", f.sequence[name]}, condition{f.failing[name], f.suspended[name]}, nil
 }
 
 // fail lets nothing through that was held back: it is none of resumed.
 func (f *fakeDevices) fail(name string) error {
 	f.mu.Lock()
-	hang := f.hang[name]
+	hang, held := f.hang[name], f.suspended[name]
 	f.mu.Unlock()
-	if hang != nil {
+	if hang != nil && !held {
 		<-hang
 	}
 	f.mu.Lock()

@@ -84,6 +84,7 @@ type Guard struct {
 
 	// These belong to who holds window.
 	armed    time.Duration // when that was, since boot
+	limit    time.Duration // of the suspend
 	deadline time.Time     // of the suspend
 	notYet   time.Time     // the service is left alone until then
 	lost     error         // FREEZE was not answered
@@ -240,7 +241,7 @@ func (g *Guard) arm(limit time.Duration, line string, rights []byte, top string)
 		if err = g.ensure(); err != nil {
 			break
 		}
-		g.armed = bootTime()
+		g.armed, g.limit = bootTime(), limit
 		// The dead-man's limit begins later than this one.
 		g.deadline = time.Now().Add(limit)
 		var answer []byte
@@ -311,8 +312,8 @@ func (g *Guard) Resume(rescue func() error) error {
 	if err == nil && string(answer) == "IN-TIME" {
 		return nil
 	}
-	rescued := g.mayRescue()
-	if rescued == nil {
+	runs, rescued := g.ended()
+	if !runs && rescued == nil {
 		rescued = rescue()
 	}
 	if rescued != nil {
@@ -327,14 +328,20 @@ func (g *Guard) Resume(rescue func() error) error {
 	return errors.Join(fmt.Errorf("%w: %w", ErrLate, err), rescued)
 }
 
-// mayRescue makes the outermost device fail if its lease has ended: what is held
-// back must not be written. With an error it must not be resumed.
-func (g *Guard) mayRescue() error {
-	if g.top == "" {
-		return nil
+// ended makes the outermost device fail if it is suspended and its lease has
+// ended: what is held back must not be written. runs says that it has ended and
+// the device was not suspended: a resume might wait for what is in flight, in the
+// place of the dead-man that does so. With an error it must not be resumed.
+func (g *Guard) ended() (runs bool, err error) {
+	if g.top == "" || g.fence.now() < g.armed+g.limit { // until then the dead-man made sure, and no file is read
+		return false, nil
 	}
-	_, err := g.fence.overdue(g.top)
-	return err
+	over, err := g.fence.overdue(g.top)
+	if err != nil || !over {
+		return false, err
+	}
+	_, how, err := g.fence.devices.identify(g.top)
+	return !how.fails, err
 }
 
 func (g *Guard) patience() time.Duration {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -28,7 +29,9 @@ var ErrNoService = errors.New("the dead-man's service does not answer")
 // Lease is the deadline that the dead-man's service holds for a volume's
 // outermost device. At the deadline everything on the device fails, whether
 // this process lives or not; what was not acknowledged by then may or may not
-// be on the disk. Its methods may be called from several goroutines.
+// be on the disk. A write that is in flight then is acknowledged whenever the disk
+// returns it, however late: a disk that hangs has to be fenced from outside. An
+// attached device has none. Its methods may be called from several goroutines.
 type Lease struct {
 	socket, device, holder string
 }
@@ -49,7 +52,8 @@ func HoldLease(o GuardOptions, device, uuid string, until time.Duration) (*Lease
 }
 
 // Extend moves the deadline to until, a time of BootTime's; one that is no later
-// changes nothing. ErrLeaseEnded: too late. After any other error, ErrNoService
+// changes nothing. ErrLeaseEnded: too late, or another device bears the name since.
+// After any other error, ErrNoService
 // among them, the deadline is the earlier one or this one, and it may be that
 // nobody holds it: call it again soon, and before the earlier deadline see to it
 // that nothing is written. It takes 2 seconds at most.
@@ -123,11 +127,60 @@ func askOnce(socket, line string, end time.Time) (string, error) {
 // FailEnded has everything on a device fail if the lease that is noted for it
 // has ended, should the service not have done so: whoever resumes a device that
 // a dead process left suspended calls it first. After an error the device must
-// not be resumed.
+// not be resumed. It returns after 2 seconds at most, with an error if what is in
+// flight on the device has not ended by then: that is waited for behind it, and
+// the device fails after that. Called again meanwhile it is an error, too. Until
+// then nothing, a kill included, ends this process: if the service waits for the
+// device, too, the kernel has it wait without an end; if not, its end would let
+// through what the kernel holds.
 func FailEnded(o GuardOptions, device string) error {
-	var mapper dmResumer
-	defer mapper.close()
-	_, err := (&striker{o.notes(), &mapper, bootTime}).overdue(device)
+	mapper := &dmResumer{}
+	s := &striker{o.notes(), mapper, bootTime}
+	return s.failEnded(device, leasePatience, mapper.close)
+}
+
+// endings are FailEnded's strikes under way: one a note.
+var endings sync.Map
+
+func (s *striker) failEnded(device string, patience time.Duration, close func()) error {
+	note := leasePath(s.folder, device)
+	if _, busy := endings.LoadOrStore(note, true); busy {
+		close()
+		return fmt.Errorf("the lease of %s has ended, and what is in flight on it has not yet: it is not made to fail before that", device)
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer close()
+		defer endings.Delete(note)
+		done <- s.strikeEnded(device, patience/2)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(patience):
+		return fmt.Errorf("the lease of %s has ended, and what is in flight on it has not after %s: it is made to fail once that has", device, patience)
+	}
+}
+
+// strikeEnded strikes what the service has not after a time.
+func (s *striker) strikeEnded(device string, service time.Duration) error {
+	ended, err := s.overdue(device)
+	if err != nil || !ended {
+		return err
+	}
+	n, err := leaseOf(s.folder, device)
+	if errors.Is(err, errTorn) { // and everything on it fails
+		return nil
+	}
+	if err != nil || n == nil { // the service has done it
+		return err
+	}
+	for end := time.Now().Add(service); time.Now().Before(end); time.Sleep(leaseAgain) {
+		if how, ours, err := s.look(n); err != nil || !ours || how.fails {
+			return err
+		}
+	}
+	_, err = s.strike(n)
 	return err
 }
 

@@ -3,6 +3,7 @@ package deadman
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,7 +31,13 @@ const (
 type identity struct {
 	uuid     string
 	number   string // "major:minor"
-	sequence uint64 // of the disk among all of this boot; 0: the kernel has none
+	sequence uint64 // of the disk among all of this boot; 0: it had none yet, or the kernel has none
+}
+
+// matches says that the device noted may be the one that is: a number that was
+// not known then is any.
+func (i identity) matches(is identity) bool {
+	return i.uuid == is.uuid && i.number == is.number && (i.sequence == 0 || i.sequence == is.sequence)
 }
 
 type leaseNote struct {
@@ -73,6 +80,9 @@ func (n *leaseNote) write(folder string) (err error) {
 // errOtherBoot says that a note is of another boot: its device is gone.
 var errOtherBoot = errors.New("a note of another boot")
 
+// errTorn says that a file is no note, as far as can be read.
+var errTorn = errors.New("it holds no note of a lease")
+
 // readLease reads the note at a path; os.ErrNotExist: there is none.
 func readLease(path string) (*leaseNote, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -82,19 +92,31 @@ func readLease(path string) (*leaseNote, error) {
 	defer f.Close()
 	var text [1024]byte
 	size, err := f.Read(text[:])
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) { // an empty one is torn
 		return nil, fmt.Errorf("the note of a lease %s: %w", path, err)
 	}
 	n, version, boot, until := &leaseNote{}, 0, "", int64(0)
 	_, err = fmt.Sscanf(string(text[:size]), "blockferry lease %d %s %d %s %s %d %q %q\n", &version, &boot, &until, &n.holder, &n.number, &n.sequence, &n.device, &n.uuid)
 	if version != leaseVersion || err != nil || leasePath(filepath.Dir(path), n.device) != path {
-		return nil, fmt.Errorf("%s holds no note of a lease, version %d: '%s'", path, leaseVersion, strings.TrimSpace(string(text[:size])))
+		return nil, fmt.Errorf("%s: %w of version %d: '%s'", path, errTorn, leaseVersion, strings.TrimSpace(string(text[:size])))
 	}
 	n.until = time.Duration(until)
-	if now, err := bootID(); err != nil || now != boot {
-		return nil, errors.Join(errOtherBoot, err)
+	now, err := bootID()
+	if err := ofBoot(boot, now, err); err != nil {
+		return nil, err
 	}
 	return n, nil
+}
+
+// ofBoot is errOtherBoot if it is sure that a note's boot is not this one.
+func ofBoot(noted, now string, err error) error {
+	if err != nil {
+		return fmt.Errorf("whether a note of a lease is of this boot can't be told: %w", err)
+	}
+	if noted != now {
+		return errOtherBoot
+	}
+	return nil
 }
 
 // leaseOf is the note of a device, nil if there is none that counts.

@@ -383,7 +383,9 @@ func TestGuardFreezes(t *testing.T) {
 
 // A dead-man that hangs in the middle of a freeze is given up at the limit.
 func TestGuardGivesAFreezeUp(t *testing.T) {
-	g := newTestGuard(t, GuardOptions{Command: shell("read l; echo ARMED; read l; sleep 0.6; echo FROZEN; read l; echo IN-TIME; sleep 60")})
+	dir := t.TempDir()
+	answer, answered := filepath.Join(dir, "answer"), filepath.Join(dir, "answered")
+	g := newTestGuard(t, GuardOptions{Command: shell("read l; echo ARMED; read l; while [ ! -e " + answer + " ]; do sleep 0.02; done; echo FROZEN; : > " + answered + "; read l; echo IN-TIME; read l")})
 	f, err := os.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -395,7 +397,10 @@ func TestGuardGivesAFreezeUp(t *testing.T) {
 	if err := g.Freeze(); !errors.Is(err, ErrLate) {
 		t.Errorf("no answer: %v", err)
 	}
-	time.Sleep(500 * time.Millisecond) // now it is there: RESUME's it is not
+	if err := os.WriteFile(answer, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "it does not answer", func() bool { _, err := os.Stat(answered); return err == nil }) // and RESUME's it is not
 	rescued := false
 	if err := g.Resume(func() error { rescued = true; return nil }); !errors.Is(err, ErrLate) || !rescued {
 		t.Errorf("rescued %v: %v", rescued, err)

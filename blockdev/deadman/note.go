@@ -128,25 +128,41 @@ func entryOf(f *os.File) (noteEntry, error) {
 	}
 	e := noteEntry{state: noteArmed, written: -1, point: f.Name()[:min(len(f.Name()), maxPathBytes)]}
 	e.number = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
-	e.sequence = sequenceOf(e.number)
-	return e, nil
+	var err error
+	if e.sequence, err = sequenceOf(e.number); errors.Is(err, os.ErrNotExist) {
+		err = nil // a file system of no block device's
+	}
+	return e, err
 }
 
 func sysfs(number string) string { return "/sys/dev/block/" + number }
 
-// sequenceOf is the number of the disk among all of this boot, 0 if there is none.
-func sequenceOf(number string) (n uint64) {
+// sequenceOf is the number of the disk among all of this boot, 0 if the kernel
+// numbers none. os.ErrNotExist: there is no such device.
+func sequenceOf(number string) (uint64, error) {
 	dir, err := filepath.EvalSymlinks(sysfs(number))
 	if err != nil {
-		return 0
+		return 0, err
 	}
+	return sequenceAt(dir)
+}
+
+// sequenceAt is sequenceOf by the device's folder.
+func sequenceAt(dir string) (n uint64, err error) {
 	for _, d := range []string{dir, filepath.Dir(dir)} { // a partition's disk has it
-		if text, err := os.ReadFile(d + "/diskseq"); err == nil {
-			_, _ = fmt.Sscan(string(text), &n)
-			break
+		text, err := os.ReadFile(d + "/diskseq")
+		if errors.Is(err, os.ErrNotExist) {
+			continue
 		}
+		if err == nil {
+			_, err = fmt.Sscan(string(text), &n)
+		}
+		if err != nil {
+			return 0, fmt.Errorf("%s/diskseq: %w", d, err)
+		}
+		return n, nil
 	}
-	return n
+	return 0, nil
 }
 
 // writtenNow is how many sectors were written to the device, -1 if that is not
@@ -258,8 +274,11 @@ func readNote(f io.ReaderAt) (*note, error) {
 // proves says why a freeze that is found now may not be thawed by this note,
 // "" if it may. Its writer has ended.
 func (n *note) proves(e *noteEntry, now time.Duration) string {
+	sequence, err := sequenceOf(e.number)
 	switch {
-	case e.sequence != sequenceOf(e.number):
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return "whether another disk is in its place can't be told: " + err.Error()
+	case e.sequence != sequence:
 		return "another disk is in its place"
 	case e.state == noteFreezing && now-n.since > freezingAge:
 		return "too long ago: the freeze that is there may be another"

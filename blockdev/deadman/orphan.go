@@ -24,6 +24,7 @@ type orphans struct {
 	fence *striker
 	log   *slog.Logger
 	now   func() time.Duration
+	told  string // the last error that was logged
 }
 
 // resume looks at all devices once; held are those that are suspended and held.
@@ -37,40 +38,56 @@ func (o *orphans) resume() (held []string) {
 }
 
 // suspended says that a device is ours and suspended.
-func (o *orphans) suspended(name string) bool {
+func (o *orphans) suspended(name string) (bool, error) {
 	info, err := o.devices.Info(name)
 	if err != nil {
-		o.log.Warn("was it left suspended?", "device", name, "error", err)
+		o.failed("was it left suspended?", name, err)
 	}
-	return err == nil && o.ours(info.UUID) && info.Suspended && info.HasActive
+	return err == nil && o.ours(info.UUID) && info.Suspended && info.HasActive, err
 }
 
-// dealtWith resumes a device unless it is held; it is false if that one is suspended.
-func (o *orphans) dealtWith(name string) bool {
-	if !o.suspended(name) {
-		return true
+// failed logs an error, unless it is the one before.
+func (o *orphans) failed(what, name string, err error) {
+	if text := what + name + err.Error(); text != o.told {
+		o.told = text
+		o.log.Error(what+" It is tried again", "volume", name, "error", err)
+	}
+}
+
+// dealtWith resumes a device unless it is held; it is false if that one is
+// suspended, or can't be looked at, or not be resumed.
+func (o *orphans) dealtWith(name string) (done bool) {
+	if is, err := o.suspended(name); !is {
+		return err == nil
 	}
 	// Looked at anew while nobody can arm it.
 	look := func() {
-		if o.suspended(name) {
-			o.resumeOne(name)
-		}
+		is, err := o.suspended(name)
+		done = err == nil && (!is || o.resumeOne(name))
 	}
 	if o.holds.file == nil {
 		look()
-		return true
+		return done
 	}
-	return o.holds.alone(name, look)
+	return o.holds.alone(name, look) && done
 }
 
-func (o *orphans) resumeOne(name string) {
-	struck, err := o.fence.overdue(name)
-	if struck || err != nil {
-		o.log.Error("a volume was left suspended, and its lease has ended: it is made to fail", "volume", name, "error", err)
-		return
+func (o *orphans) resumeOne(name string) (done bool) {
+	ended, err := o.fence.overdue(name)
+	if err != nil {
+		o.failed("a volume was left suspended, and stays so: its lease has ended or can't be read, and it can't be made to fail.", name, err)
+		return false
 	}
-	err = o.devices.Resume(name)
-	o.log.Warn("a volume was left suspended; it is resumed", "volume", name, "error", err)
+	if ended {
+		o.log.Error("a volume was left suspended, and its lease has ended or can't be read: everything on it fails; take it down, then up", "volume", name)
+		return true
+	}
+	if err := o.devices.Resume(name); err != nil {
+		o.failed("a volume was left suspended and can't be resumed.", name, err)
+		return false
+	}
+	o.log.Warn("a volume was left suspended; it is resumed", "volume", name)
+	return true
 }
 
 // await looks again at devices that were held and suspended, until ctx ends or
@@ -85,13 +102,7 @@ func (o *orphans) await(ctx context.Context, held []string) {
 		}
 		late := o.now() > end
 		held = slices.DeleteFunc(held, func(name string) bool {
-			if o.dealtWith(name) {
-				return true
-			}
-			if late {
-				o.resumeOne(name)
-			}
-			return late
+			return o.dealtWith(name) || late && o.resumeOne(name)
 		})
 	}
 }

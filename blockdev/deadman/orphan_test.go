@@ -48,7 +48,7 @@ func orphansOf(t *testing.T, a *agent) *orphans {
 	}
 	t.Cleanup(h.close)
 	ours := func(uuid string) bool { return !strings.HasSuffix(uuid, "foreign") }
-	return &orphans{mapperOf{a.devices}, ours, h, a.fence, slog.New(slog.DiscardHandler), bootTime}
+	return &orphans{mapperOf{a.devices}, ours, h, a.fence, slog.New(slog.DiscardHandler), bootTime, ""}
 }
 
 // A service that starts in the middle of a window of another dead-man leaves it.

@@ -59,7 +59,7 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 		if err != nil {
 			log.Warn("whether a suspend is under way can't be told: one may be ended, and its cut void", "error", err)
 		}
-		o := &orphans{mapper.control, ours, h, &s.leases.striker, log, bootTime}
+		o := &orphans{mapper.control, ours, h, &s.leases.striker, log, bootTime, ""}
 		held := o.resume()
 		var looks sync.WaitGroup
 		defer looks.Wait() // before the mapper is closed

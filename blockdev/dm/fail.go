@@ -16,11 +16,14 @@ const errorTarget = "error"
 // Failing says of a table whether everything done to its device fails.
 func Failing(table []Target) bool { return len(table) == 1 && table[0].Type == errorTarget }
 
-// Fail puts a table in the place of the device's with which everything fails,
-// reads and flushes of what was written included, what a suspend holds back, too.
+// Fail puts a table in the place of the device's with which every read and write
+// fails, those that a suspend holds back, too. A flush does not: the kernel's
+// 'error' target answers it as done, and flushes nothing. What the device wrote
+// without a flush before may be lost by a power cut all the same.
 // It waits for what is in flight, for as long as that takes, and what comes
 // meanwhile is held, then fails. Only the end of the process makes the kernel
-// let that through. A device that fails already is left so, but resumed.
+// let that through. A device that fails already is left so, but resumed. A table
+// that waits for a resume is replaced, also if there is no other yet.
 func (c *Control) Fail(name string) error {
 	// The table first: nothing is held back while the kernel finds memory for
 	// it, and whoever resumes from now on takes it into use.
@@ -30,7 +33,7 @@ func (c *Control) Fail(name string) error {
 		if done || err != nil {
 			return err
 		}
-		err = quietly(func() error { return c.failOnce(name) })
+		err = quietly(func() error { return failOnce(c, name) })
 		if errors.Is(err, ErrNotExist) {
 			return err
 		}
@@ -44,31 +47,47 @@ func (c *Control) Fail(name string) error {
 // fails says that the device fails, and holds nothing back.
 func (c *Control) fails(name string) (bool, error) {
 	info, err := c.do(unix.DM_DEV_STATUS, "info", name, "", 0, nil)
-	if err != nil || info.Suspended || !info.HasActive {
+	if err != nil || info.Suspended || !info.HasActive || info.HasInactive {
 		return false, err
 	}
 	table, err := c.Table(name)
 	return Failing(table), err
 }
 
-func (c *Control) failOnce(name string) error {
+// tables are a device's.
+type tables interface {
+	Table(name string) ([]Target, error)
+	InactiveTable(name string) ([]Target, error)
+	Load(name string, targets []Target) error
+	Resume(name string) error
+}
+
+// failOnce loads its table even if that is in use: the resume would take any other
+// that waits.
+func failOnce(c tables, name string) error {
 	table, err := c.Table(name)
+	if err == nil && size(table) == 0 { // it is being built
+		table, err = c.InactiveTable(name)
+	}
 	if err != nil {
 		return err
 	}
-	if !Failing(table) {
-		length := uint64(0)
-		for _, t := range table {
-			length += t.Length
-		}
-		if length == 0 {
-			return &Error{What: "fail " + name, Err: errors.New("it has no table yet")}
-		}
-		if err := c.Load(name, []Target{{Length: length, Type: errorTarget}}); err != nil {
-			return err
-		}
+	length := size(table)
+	if length == 0 {
+		return &Error{What: "fail " + name, Err: errors.New("it has no table yet")}
+	}
+	if err := c.Load(name, []Target{{Length: length, Type: errorTarget}}); err != nil {
+		return err
 	}
 	return c.Resume(name)
+}
+
+// size of a device, in sectors.
+func size(table []Target) (sectors uint64) {
+	for _, t := range table {
+		sectors += t.Length
+	}
+	return sectors
 }
 
 // quietly runs f on a thread that no signal interrupts: a suspend that one ends

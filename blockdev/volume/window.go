@@ -32,7 +32,8 @@ type window struct {
 	volume  *Volume
 	guard   *deadman.Guard
 	limit   time.Duration
-	devices []string // inner to outer
+	begun   time.Duration // since boot, before it was armed
+	devices []string      // inner to outer
 
 	suspend  *dm.Request
 	inner    *dm.Request   // while the top is suspended; nil: nothing
@@ -79,6 +80,7 @@ func (v *Volume) newWindow(withView bool) (*window, error) {
 // run stops writers, does the inner calls and has the dead-man resume. nil
 // means that all of it happened while writers stood still.
 func (w *window) run() error {
+	w.begun = deadman.BootTime()
 	if err := w.guard.Arm(w.limit, w.devices...); err != nil {
 		return err
 	}
@@ -119,9 +121,15 @@ func (w *window) rescue() error {
 	return errors.Join(errs...)
 }
 
+// patience is for how long a suspend that begins now may wait: until half of the
+// limit has passed since the dead-man looked at the lease, also should this process
+// have been stopped since. One that is broken off after the lease's end lets
+// through what it held. 0 or less: not at all.
+func (w *window) patience() time.Duration { return w.limit/2 - (deadman.BootTime() - w.begun) }
+
 // inside is the window proper; its error is left in w.err.
 func (w *window) inside() {
-	stop := nudgeAfter(w.volume.ctl, w.limit/2)
+	stop := nudgeAfter(w.volume.ctl, w.patience())
 	for range suspendTries {
 		w.err = w.suspend.Do()
 		if w.err == nil || !errors.Is(w.err, unix.EINTR) || stop.fired() {
