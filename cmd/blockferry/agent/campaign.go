@@ -104,9 +104,9 @@ func (s *switching) watchLease(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
-	if s.managed.at() == stageDown {
-		k.release()
-	}
+	s.managed.op.Lock()
+	s.releaseUnder(func(at stage) bool { return at == stageDown })
+	s.managed.op.Unlock()
 	// The volume stays up: the next agent has as long as can be.
 	if n := k.held(); n != nil {
 		n.stop()
@@ -134,14 +134,12 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 	if n := k.held(); n != nil {
 		if _, ended, why := n.state(); ended {
 			s.giveUp(n, why)
-		} else if at := s.managed.at(); (at == stageRefused || at == stageAbsent || at == stageBlank) && !s.managed.leftUp() {
-			// Nobody can be writing, and another node may be able to.
-			k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", s.managed.why())
-			k.release()
-			k.pause = time.Now().Add(2 * k.ttl)
+		} else {
+			s.makeRoom()
 		}
 		return
 	}
+	k.busy = time.Time{}
 	if r == rolePrimary {
 		if err := s.managed.clearFenced(); err != nil {
 			k.say("", "it ended here, and everything on the volume fails: %v", err)
@@ -175,6 +173,39 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 		s.campaign(ctx, r, uuid, standing.Record)
 	}
 	s.waiting("")
+}
+
+// makeRoom gives the lease up of a volume that can't be brought up here: nobody can be
+// writing it, and another node may be able to bring it up.
+func (s *switching) makeRoom() {
+	k, m := s.lease, s.managed
+	if !m.op.TryLock() {
+		return // it may be coming up right now
+	}
+	defer m.op.Unlock()
+	if m.at() != stageBusy {
+		k.busy = time.Time{}
+	} else if k.busy.IsZero() {
+		k.busy = time.Now()
+	}
+	why := m.why()
+	if s.releaseUnder(func(at stage) bool {
+		return at == stageRefused || at == stageAbsent || at == stageBlank || at == stageBusy && time.Since(k.busy) >= k.ttl
+	}) {
+		k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", why)
+		k.pause = time.Now().Add(2 * k.ttl)
+		k.busy = time.Time{}
+	}
+}
+
+// releaseUnder gives the lease up if the volume is where it must be for that, and down;
+// managed.op is held, so that it does not come up meanwhile.
+func (s *switching) releaseUnder(at func(stage) bool) bool {
+	if s.lease.held() == nil || !at(s.managed.at()) || s.managed.leftUp() {
+		return false
+	}
+	s.lease.release()
+	return true
 }
 
 // waiting says of a primary without its lease what it waits for.

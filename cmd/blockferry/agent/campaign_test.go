@@ -182,13 +182,41 @@ func TestWaitsForItsLease(t *testing.T) {
 	if _, k := look(); k.held() == nil || k.mayWrite() != nil || f.taken != 1 {
 		t.Errorf("nobody has it: taken %d times", f.taken)
 	}
-	// It can't be brought up here, so another may have it.
+	// It can't be brought up here, so another may have it; but not while it comes up after all.
 	s.managed.set(stageRefused, "a broken disk", "")
+	s.managed.op.Lock()
+	_, k := look()
+	s.managed.op.Unlock()
+	if k.held() == nil {
+		t.Error("it is given up while the volume comes up")
+	}
 	if _, k := look(); k.held() != nil {
 		t.Error("it is kept by a node that can't bring the volume up")
 	}
 	f.standing.Holder = nil
 	if why, k := look(); k.held() != nil || !strings.Contains(k.status().Reason, "left to others") {
 		t.Errorf("taken again at once: %s", why)
+	}
+}
+
+// A disk that somebody else has for long is left to another node, which may bring the volume up.
+func TestLeaseOfBusyVolume(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	s.lease.have(&scriptedLease{now: f.now, sent: f.now()})
+	for _, at := range []stage{stageBusy, stageUp, stageBusy} { // each time counts anew
+		s.managed.set(at, "somebody has it", "")
+		s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+		if s.lease.held() == nil {
+			t.Fatal("it is given up at once")
+		}
+		if busy := !s.lease.busy.IsZero(); busy != (at == stageBusy) {
+			t.Fatalf("at %s it counts: %v", stageWords[at], busy)
+		}
+	}
+	s.lease.busy = time.Now().Add(-s.lease.ttl)
+	s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+	if s.lease.held() != nil {
+		t.Error("it is kept for ever")
 	}
 }

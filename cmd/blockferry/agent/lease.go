@@ -69,6 +69,7 @@ type keeper struct {
 	// These belong to who holds the volume's op.
 	vacant time.Time // since when nobody has it; zero: somebody has
 	pause  time.Time // it is not taken by itself before
+	busy   time.Time // since when somebody else has a disk of the volume; zero: nobody has
 	// declined: the operator had the volume stand down here; it is left to others until
 	// one has had it.
 	declined bool
