@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -329,6 +328,14 @@ func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Li
 
 // follow has a disk that was primary follow the node that has the lease.
 func (s *switching) follow(ctx context.Context, node string) {
+	// A stack from before the volume had a lease is nobody else's to fail.
+	s.managed.op.Lock()
+	err := s.failStack()
+	s.managed.op.Unlock()
+	if err != nil {
+		s.lease.say(node, "node '%s' has it, and the volume here may still be written: %v", node, err)
+		return
+	}
 	message, err := s.secondary(ctx, true)
 	s.lease.declined = false // it is not the operator's word
 	if err != nil {
@@ -376,11 +383,15 @@ func (s *switching) giveUp(n *tenure, why string) {
 	if left > 0 {
 		return
 	}
-	// The dead-man has done so, unless it was killed.
-	if err := deadman.FailEnded(m.agent.options.DeadMan, m.config.Name); err != nil {
-		s.log.Error("a volume whose lease has ended may still be written", "error", err)
+	// The dead-man has done so, unless it was killed, or never had the deadline.
+	if err := s.failStack(); err != nil {
+		if words := err.Error(); words != s.lease.unfenced {
+			s.lease.unfenced = words
+			s.log.Error("a volume whose lease has ended may still be written", "error", err)
+		}
 		return
 	}
+	s.lease.unfenced = ""
 	if err := m.letGo(); err != nil {
 		s.log.Warn("the volume was not let go cleanly", "error", err)
 	}

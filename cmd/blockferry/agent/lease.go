@@ -70,6 +70,8 @@ type keeper struct {
 	vacant time.Time // since when nobody has it; zero: somebody has
 	pause  time.Time // it is not taken by itself before
 	busy   time.Time // since when somebody else has a disk of the volume; zero: nobody has
+	// unfenced is why a volume does not fail whose lease has ended; "": it does.
+	unfenced string
 	// declined: the operator had the volume stand down here; it is left to others until
 	// one has had it.
 	declined bool
