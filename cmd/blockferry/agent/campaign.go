@@ -75,14 +75,18 @@ func mayFollow(r *lease.Record, node string, primary bool, has protocol.Lineage)
 func (s *switching) watchLease(ctx context.Context) {
 	k := s.lease
 	var changed <-chan struct{}
-	var of volume.UUID
+	var of volume.UUID // which changed is about
+	unwatch := func() {}
+	defer func() { unwatch() }()
 	for ctx.Err() == nil {
 		s.findID()
 		r, uuid, role := s.look()
-		if changed == nil && !uuid.IsZero() {
-			changed, of = k.store.Watch(ctx, uuid.String()), uuid
+		if uuid != of && !uuid.IsZero() {
+			unwatch()
+			watching, end := context.WithCancel(ctx)
+			changed, of, unwatch = k.store.Watch(watching, uuid.String()), uuid, end
 		}
-		if r != roleUnknown && uuid == of && !uuid.IsZero() && s.op.TryLock() { // else a change of role is under way
+		if r != roleUnknown && !uuid.IsZero() && s.op.TryLock() { // else a change of role is under way
 			s.lookAtLease(ctx, r, uuid)
 			s.op.Unlock()
 		}
@@ -109,8 +113,11 @@ func (s *switching) watchLease(ctx context.Context) {
 	// The volume stays up: the next agent has as long as can be.
 	if n := k.held(); n != nil {
 		n.stop()
-		if _, ended, _ := n.state(); !ended {
-			_ = n.renew(context.WithoutCancel(ctx), n.record())
+		// Not where nothing replicates: what is on record would count for longer.
+		if record := n.record(); record != nil {
+			if _, ended, _ := n.state(); !ended {
+				_ = n.renew(context.WithoutCancel(ctx), record)
+			}
 		}
 	}
 }
@@ -399,8 +406,10 @@ func (s *switching) giveUp(n *tenure, why string) {
 	s.lost(why)
 }
 
-// lost says that a volume has no lease any more.
+// lost says that a volume has no lease any more. One that the operator took down stays so.
 func (s *switching) lost(why string) {
-	s.managed.set(stageWaiting, "its lease ended: "+why, "close what uses it; another node may write the volume")
+	if s.managed.at() != stageDown {
+		s.managed.set(stageWaiting, "its lease ended: "+why, "close what uses it; another node may write the volume")
+	}
 	s.lease.say("", "it ended here: %s", why)
 }

@@ -22,6 +22,7 @@ type fakeLeases struct {
 	taken    int
 	resumed  int
 	now      func() time.Duration
+	watched  chan string // has what is watched, unless nil
 }
 
 func (f *fakeLeases) Look(context.Context, string) (lease.Standing, error) { return f.standing, f.err }
@@ -40,7 +41,12 @@ func (f *fakeLeases) Resume(context.Context, string, lease.Claim) (heldLease, er
 	return &scriptedLease{now: f.now, sent: f.now()}, nil
 }
 
-func (f *fakeLeases) Watch(context.Context, string) <-chan struct{} { return nil }
+func (f *fakeLeases) Watch(_ context.Context, volume string) <-chan struct{} {
+	if f.watched != nil {
+		f.watched <- volume
+	}
+	return nil
+}
 
 // withLease is a volume of both roles at node-a, with a lease.
 func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
@@ -219,4 +225,45 @@ func TestLeaseOfBusyVolume(t *testing.T) {
 	if s.lease.held() != nil {
 		t.Error("it is kept for ever")
 	}
+}
+
+// A volume that the operator took down stays down when its lease ends, and is not taken for
+// one that waits for it.
+func TestDownStaysDownWithoutLease(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	l := &scriptedLease{now: f.now, sent: f.now()}
+	s.lease.have(l)
+	s.managed.set(stageDown, "taken down", "")
+	s.lease.held().end(errors.New("etcd is away"))
+	s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+	if at := s.managed.at(); s.lease.held() != nil || at != stageDown {
+		t.Errorf("without its lease it is %s", stageWords[at])
+	}
+}
+
+// The volume's id may become another while the agent runs: the watch follows it.
+func TestWatchFollowsTheVolume(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	f.err, f.watched = errors.New("no route"), make(chan string)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.watchLease(ctx)
+	}()
+	for _, uuid := range []volume.UUID{{7}, {8}} {
+		s.know(uuid)
+		select {
+		case got := <-f.watched:
+			if got != uuid.String() {
+				t.Errorf("watched is %s, not %s", got, uuid)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("%s is not watched", uuid)
+		}
+	}
+	stop()
+	<-ended
 }

@@ -135,7 +135,7 @@ func (n *tenure) run(ctx context.Context) {
 func (n *tenure) renew(ctx context.Context, record *lease.Record) error {
 	n.renewing <- struct{}{}
 	defer func() { <-n.renewing }()
-	patience := min(n.ttl/6, n.left()-n.early())
+	patience := min(n.ttl/6, askEtcd, n.left()-n.early())
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err := n.lease.Renew(ctx, record)
