@@ -4,14 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/lease"
+	"blockferry/cmd/blockferry/transport"
 	"blockferry/protocol"
 )
 
@@ -54,7 +58,7 @@ func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
 	s := aSwitching(t, disk)
 	begun := time.Now()
 	f := &fakeLeases{now: func() time.Duration { return time.Since(begun) }}
-	s.lease = &keeper{terms: walkTerms(f.now), store: f, node: "node-a", config: s.config, log: quiet(), record: s.copies}
+	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, node: "node-a", config: s.config, log: quiet(), record: s.copies}
 	t.Cleanup(s.lease.drop)
 	return s, f
 }
@@ -149,6 +153,74 @@ func TestLeaseIsNeeded(t *testing.T) {
 	f.standing.Holder = &lease.Claim{Node: "node-a", Boot: "this", Lease: 5}
 	if err := s.lease.need(ctx, volume.UUID{7}, true, has, false); err != nil || f.resumed != 1 || s.lease.held() == nil {
 		t.Errorf("of an earlier process: %v", err)
+	}
+}
+
+// Hooks may take longer than the lease lives: then nothing is written.
+func TestTakeOverProvesTheLease(t *testing.T) {
+	disk, _, _ := eitherRole(t)
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, lost := range []error{nil, fmt.Errorf("%w by a test", lease.ErrLost)} {
+		s, f := withLease(t, raw)
+		s.role, s.uuid, s.config.Attach = roleSecondary, volume.UUID{7}, true // needs no mapper
+		s.agent.identity = transport.NewIdentity("node-a", "", quiet())
+		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
+		s.agent.peers = newPeers(s.agent)
+		s.copy.peers = s.agent.peers
+		replica := s.copy.replica
+		replica.receiver, replica.parked = s.agent.peers.receiver, false
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			replica.run(ctx)
+		}()
+		replica.settled(ctx)
+		l := &scriptedLease{now: f.now, sent: f.now()}
+		l.say(lost)
+		s.lease.have(l)
+		_, err := s.primary(ctx, true)
+		if lost != nil && (!errors.Is(err, lease.ErrLost) || s.at() != roleSecondary || s.roleOnDisk() != roleSecondary || s.lease.held() != nil) {
+			t.Errorf("its lease is lost: %v, the role is %v", err, s.at())
+		}
+		if lost == nil && s.roleOnDisk() != rolePrimary {
+			t.Errorf("its lease lives: %v", err)
+		}
+		stop()
+		<-ended
+	}
+}
+
+// A node without a dead-man's service can't bring the volume up, and leaves the lease to others.
+func TestLeaseNeedsDeadMan(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.agent.options.DeadMan.Socket = filepath.Join(t.TempDir(), "socket")
+	s.lease.fenced = s.agent.reachDeadMan
+	err := s.lease.need(t.Context(), volume.UUID{7}, true, history(1, 10), true)
+	if exit.Of(err) != exit.Refused || !errors.Is(err, deadman.ErrNoService) || f.taken != 0 || s.lease.held() != nil {
+		t.Errorf("without a service: %v, taken %d times", err, f.taken)
+	}
+	l, err := net.Listen("unix", s.agent.options.DeadMan.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := s.lease.need(t.Context(), volume.UUID{7}, true, history(1, 10), true); err != nil || f.taken != 1 {
+		t.Errorf("with one: %v, taken %d times", err, f.taken)
+	}
+}
+
+// A lease that can't be asked for has its volumes wait, and says why; the agent runs.
+func TestAgentWithoutAuthority(t *testing.T) {
+	ca := filepath.Join(t.TempDir(), "ca.crt")
+	s := aSwitching(t, nil)
+	s.agent.options.Config.Lease = &config.Lease{Endpoints: []string{"https://127.0.0.1:1"}, CA: ca, TTL: 10 * time.Second}
+	defer s.agent.openLeases()()
+	if _, err := s.agent.leases.Look(t.Context(), "data"); err == nil || !strings.Contains(err.Error(), ca) {
+		t.Errorf("without %s: %v", ca, err)
 	}
 }
 
