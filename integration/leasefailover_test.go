@@ -30,7 +30,7 @@ type leaseTwins struct {
 func newLeaseTwins(t *testing.T) *leaseTwins {
 	t.Helper()
 	w := madeTwins(t, ubd(0), ubd(1), fmt.Sprintf("lease: {endpoints: [\"http://10.9.0.1:2379\"], insecure: plaintext, ttl: %v}\n", failoverTTL),
-		"stall-limit: 3s\n    promote: auto\n    max-loss: 5s")
+		"stall-limit: 3s\n    promote: auto\n    max-loss: 20s")
 	l := &leaseTwins{twins: w, t: t, h: history{Seed: 53, Size: twinVolume, MaxBytes: 64 << 10, Span: 8 << 20, Pause: 10 * time.Millisecond}}
 	l.etcd = etcdtest.StartAt(t, w.a.inside, "10.9.0.1:2379")
 	for _, c := range []*cli{w.a, w.b} {
@@ -66,7 +66,7 @@ func newLeaseTwins(t *testing.T) *leaseTwins {
 
 // lostWriter writes at a node until that fails, as it does at the end of the node's lease; trouble is
 // what happens to the node meanwhile.
-func (l *leaseTwins) lostWriter(now *cli, device string, at uint64, trouble func()) (w *writer, claimed uint64) {
+func (l *leaseTwins) lostWriter(now, other *cli, device string, at uint64, trouble func()) (w *writer, claimed uint64) {
 	l.t.Helper()
 	w = startWriter(l.t, device, l.h, at+1)
 	w.awaitWrites(l.t, 20)
@@ -85,6 +85,9 @@ func (l *leaseTwins) lostWriter(now *cli, device string, at uint64, trouble func
 	case <-time.After(time.Minute):
 		l.t.Fatal("writes go on though nobody renews the lease")
 	}
+	if v, _, known := other.look(l.t); known && v.Up {
+		l.t.Error("it took over while the old primary wrote")
+	}
 	l.t.Logf("writes failed %v after that: %v", time.Since(struck).Round(time.Millisecond), w.err)
 	if !errors.Is(w.err, unix.EIO) {
 		l.t.Errorf("the writer ended with %v", w.err)
@@ -96,9 +99,6 @@ func (l *leaseTwins) lostWriter(now *cli, device string, at uint64, trouble func
 // last write was acknowledged at the old one.
 func (l *leaseTwins) takenOver(then *cli, w *writer, claimed uint64) (v status.Volume, at uint64) {
 	l.t.Helper()
-	if v, _, known := then.look(l.t); known && v.Up {
-		l.t.Error("it took over while the old primary wrote")
-	}
 	waited := time.Now()
 	v = then.await(l.t, "up by itself", time.Minute, func(v status.Volume) bool { return v.Up })
 	l.t.Logf("the other node was up %v after the last write of the old one failed", time.Since(waited).Round(time.Millisecond))
@@ -137,7 +137,7 @@ func TestLeaseFailover(t *testing.T) {
 		b.refused(t, 3, []string{"lease is held by node 'node-a'", "--force does not change that", "blockferry secondary", "within 10s"}, "primary", "--force")
 
 		// The agent is stopped, with all its threads.
-		w, claimed := l.lostWriter(a, v.Path, 0, func() { _ = a.agent.Process.Signal(syscall.SIGSTOP) })
+		w, claimed := l.lostWriter(a, b, v.Path, 0, func() { _ = a.agent.Process.Signal(syscall.SIGSTOP) })
 		a.kill(t) // it holds what a kernel of its own would keep
 		removeStack(t, "data")
 		v, at := l.takenOver(b, w, claimed)
@@ -146,7 +146,7 @@ func TestLeaseFailover(t *testing.T) {
 
 		// The node is cut off, from the other and from etcd. Its agent lives, and takes the
 		// volume down once the writer has closed it.
-		w, claimed = l.lostWriter(b, v.Path, at, func() { l.wire.ip("link set wire down") })
+		w, claimed = l.lostWriter(b, a, v.Path, at, func() { l.wire.ip("link set wire down") })
 		v, at = l.takenOver(a, w, max(claimed, at))
 		l.wire.ip("link set wire up")
 		l.follows(a, b)

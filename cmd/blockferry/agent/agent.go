@@ -105,11 +105,7 @@ func Run(ctx context.Context, o Options) error {
 			defer a.peers.receiver.Close()
 		}
 	}
-	closeLeases, err := a.openLeases()
-	if err != nil {
-		return err
-	}
-	defer closeLeases()
+	defer a.openLeases()()
 	for _, v := range o.Config.Volumes {
 		switch {
 		case v.Secondary():

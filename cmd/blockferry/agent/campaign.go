@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
@@ -76,14 +75,18 @@ func mayFollow(r *lease.Record, node string, primary bool, has protocol.Lineage)
 func (s *switching) watchLease(ctx context.Context) {
 	k := s.lease
 	var changed <-chan struct{}
-	var of volume.UUID
+	var of volume.UUID // which changed is about
+	unwatch := func() {}
+	defer func() { unwatch() }()
 	for ctx.Err() == nil {
 		s.findID()
 		r, uuid, role := s.look()
-		if changed == nil && !uuid.IsZero() {
-			changed, of = k.store.Watch(ctx, uuid.String()), uuid
+		if uuid != of && !uuid.IsZero() {
+			unwatch()
+			watching, end := context.WithCancel(ctx)
+			changed, of, unwatch = k.store.Watch(watching, uuid.String()), uuid, end
 		}
-		if r != roleUnknown && uuid == of && !uuid.IsZero() && s.op.TryLock() { // else a change of role is under way
+		if r != roleUnknown && !uuid.IsZero() && s.op.TryLock() { // else a change of role is under way
 			s.lookAtLease(ctx, r, uuid)
 			s.op.Unlock()
 		}
@@ -104,14 +107,17 @@ func (s *switching) watchLease(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
-	if s.managed.at() == stageDown {
-		k.release()
-	}
+	s.managed.op.Lock()
+	s.releaseUnder(func(at stage) bool { return at == stageDown })
+	s.managed.op.Unlock()
 	// The volume stays up: the next agent has as long as can be.
 	if n := k.held(); n != nil {
 		n.stop()
-		if _, ended, _ := n.state(); !ended {
-			_ = n.renew(context.WithoutCancel(ctx), n.record())
+		// Not where nothing replicates: what is on record would count for longer.
+		if record := n.record(); record != nil {
+			if _, ended, _ := n.state(); !ended {
+				_ = n.renew(context.WithoutCancel(ctx), record)
+			}
 		}
 	}
 }
@@ -134,14 +140,12 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 	if n := k.held(); n != nil {
 		if _, ended, why := n.state(); ended {
 			s.giveUp(n, why)
-		} else if at := s.managed.at(); (at == stageRefused || at == stageAbsent || at == stageBlank) && !s.managed.leftUp() {
-			// Nobody can be writing, and another node may be able to.
-			k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", s.managed.why())
-			k.release()
-			k.pause = time.Now().Add(2 * k.ttl)
+		} else {
+			s.makeRoom()
 		}
 		return
 	}
+	k.busy = time.Time{}
 	if r == rolePrimary {
 		if err := s.managed.clearFenced(); err != nil {
 			k.say("", "it ended here, and everything on the volume fails: %v", err)
@@ -175,6 +179,39 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 		s.campaign(ctx, r, uuid, standing.Record)
 	}
 	s.waiting("")
+}
+
+// makeRoom gives the lease up of a volume that can't be brought up here: nobody can be
+// writing it, and another node may be able to bring it up.
+func (s *switching) makeRoom() {
+	k, m := s.lease, s.managed
+	if !m.op.TryLock() {
+		return // it may be coming up right now
+	}
+	defer m.op.Unlock()
+	if m.at() != stageBusy {
+		k.busy = time.Time{}
+	} else if k.busy.IsZero() {
+		k.busy = time.Now()
+	}
+	why := m.why()
+	if s.releaseUnder(func(at stage) bool {
+		return at == stageRefused || at == stageAbsent || at == stageBlank || at == stageBusy && time.Since(k.busy) >= k.ttl
+	}) {
+		k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", why)
+		k.pause = time.Now().Add(2 * k.ttl)
+		k.busy = time.Time{}
+	}
+}
+
+// releaseUnder gives the lease up if the volume is where it must be for that, and down;
+// managed.op is held, so that it does not come up meanwhile.
+func (s *switching) releaseUnder(at func(stage) bool) bool {
+	if s.lease.held() == nil || !at(s.managed.at()) || s.managed.leftUp() {
+		return false
+	}
+	s.lease.release()
+	return true
 }
 
 // waiting says of a primary without its lease what it waits for.
@@ -298,6 +335,14 @@ func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Li
 
 // follow has a disk that was primary follow the node that has the lease.
 func (s *switching) follow(ctx context.Context, node string) {
+	// A stack from before the volume had a lease is nobody else's to fail.
+	s.managed.op.Lock()
+	err := s.failStack()
+	s.managed.op.Unlock()
+	if err != nil {
+		s.lease.say(node, "node '%s' has it, and the volume here may still be written: %v", node, err)
+		return
+	}
 	message, err := s.secondary(ctx, true)
 	s.lease.declined = false // it is not the operator's word
 	if err != nil {
@@ -345,11 +390,15 @@ func (s *switching) giveUp(n *tenure, why string) {
 	if left > 0 {
 		return
 	}
-	// The dead-man has done so, unless it was killed.
-	if err := deadman.FailEnded(m.agent.options.DeadMan, m.config.Name); err != nil {
-		s.log.Error("a volume whose lease has ended may still be written", "error", err)
+	// The dead-man has done so, unless it was killed, or never had the deadline.
+	if err := s.failStack(); err != nil {
+		if words := err.Error(); words != s.lease.unfenced {
+			s.lease.unfenced = words
+			s.log.Error("a volume whose lease has ended may still be written", "error", err)
+		}
 		return
 	}
+	s.lease.unfenced = ""
 	if err := m.letGo(); err != nil {
 		s.log.Warn("the volume was not let go cleanly", "error", err)
 	}
@@ -357,8 +406,10 @@ func (s *switching) giveUp(n *tenure, why string) {
 	s.lost(why)
 }
 
-// lost says that a volume has no lease any more.
+// lost says that a volume has no lease any more. One that the operator took down stays so.
 func (s *switching) lost(why string) {
-	s.managed.set(stageWaiting, "its lease ended: "+why, "close what uses it; another node may write the volume")
+	if s.managed.at() != stageDown {
+		s.managed.set(stageWaiting, "its lease ended: "+why, "close what uses it; another node may write the volume")
+	}
 	s.lease.say("", "it ended here: %s", why)
 }

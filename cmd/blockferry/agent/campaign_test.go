@@ -4,14 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/lease"
+	"blockferry/cmd/blockferry/transport"
 	"blockferry/protocol"
 )
 
@@ -22,6 +26,7 @@ type fakeLeases struct {
 	taken    int
 	resumed  int
 	now      func() time.Duration
+	watched  chan string // has what is watched, unless nil
 }
 
 func (f *fakeLeases) Look(context.Context, string) (lease.Standing, error) { return f.standing, f.err }
@@ -40,7 +45,12 @@ func (f *fakeLeases) Resume(context.Context, string, lease.Claim) (heldLease, er
 	return &scriptedLease{now: f.now, sent: f.now()}, nil
 }
 
-func (f *fakeLeases) Watch(context.Context, string) <-chan struct{} { return nil }
+func (f *fakeLeases) Watch(_ context.Context, volume string) <-chan struct{} {
+	if f.watched != nil {
+		f.watched <- volume
+	}
+	return nil
+}
 
 // withLease is a volume of both roles at node-a, with a lease.
 func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
@@ -48,7 +58,7 @@ func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
 	s := aSwitching(t, disk)
 	begun := time.Now()
 	f := &fakeLeases{now: func() time.Duration { return time.Since(begun) }}
-	s.lease = &keeper{terms: walkTerms(f.now), store: f, node: "node-a", config: s.config, log: quiet(), record: s.copies}
+	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, node: "node-a", config: s.config, log: quiet(), record: s.copies}
 	t.Cleanup(s.lease.drop)
 	return s, f
 }
@@ -146,6 +156,74 @@ func TestLeaseIsNeeded(t *testing.T) {
 	}
 }
 
+// Hooks may take longer than the lease lives: then nothing is written.
+func TestTakeOverProvesTheLease(t *testing.T) {
+	disk, _, _ := eitherRole(t)
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, lost := range []error{nil, fmt.Errorf("%w by a test", lease.ErrLost)} {
+		s, f := withLease(t, raw)
+		s.role, s.uuid, s.config.Attach = roleSecondary, volume.UUID{7}, true // needs no mapper
+		s.agent.identity = transport.NewIdentity("node-a", "", quiet())
+		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
+		s.agent.peers = newPeers(s.agent)
+		s.copy.peers = s.agent.peers
+		replica := s.copy.replica
+		replica.receiver, replica.parked = s.agent.peers.receiver, false
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			replica.run(ctx)
+		}()
+		replica.settled(ctx)
+		l := &scriptedLease{now: f.now, sent: f.now()}
+		l.say(lost)
+		s.lease.have(l)
+		_, err := s.primary(ctx, true)
+		if lost != nil && (!errors.Is(err, lease.ErrLost) || s.at() != roleSecondary || s.roleOnDisk() != roleSecondary || s.lease.held() != nil) {
+			t.Errorf("its lease is lost: %v, the role is %v", err, s.at())
+		}
+		if lost == nil && s.roleOnDisk() != rolePrimary {
+			t.Errorf("its lease lives: %v", err)
+		}
+		stop()
+		<-ended
+	}
+}
+
+// A node without a dead-man's service can't bring the volume up, and leaves the lease to others.
+func TestLeaseNeedsDeadMan(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.agent.options.DeadMan.Socket = filepath.Join(t.TempDir(), "socket")
+	s.lease.fenced = s.agent.reachDeadMan
+	err := s.lease.need(t.Context(), volume.UUID{7}, true, history(1, 10), true)
+	if exit.Of(err) != exit.Refused || !errors.Is(err, deadman.ErrNoService) || f.taken != 0 || s.lease.held() != nil {
+		t.Errorf("without a service: %v, taken %d times", err, f.taken)
+	}
+	l, err := net.Listen("unix", s.agent.options.DeadMan.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := s.lease.need(t.Context(), volume.UUID{7}, true, history(1, 10), true); err != nil || f.taken != 1 {
+		t.Errorf("with one: %v, taken %d times", err, f.taken)
+	}
+}
+
+// A lease that can't be asked for has its volumes wait, and says why; the agent runs.
+func TestAgentWithoutAuthority(t *testing.T) {
+	ca := filepath.Join(t.TempDir(), "ca.crt")
+	s := aSwitching(t, nil)
+	s.agent.options.Config.Lease = &config.Lease{Endpoints: []string{"https://127.0.0.1:1"}, CA: ca, TTL: 10 * time.Second}
+	defer s.agent.openLeases()()
+	if _, err := s.agent.leases.Look(t.Context(), "data"); err == nil || !strings.Contains(err.Error(), ca) {
+		t.Errorf("without %s: %v", ca, err)
+	}
+}
+
 // What has a lease does not come up without it, and says why.
 func TestWaitsForItsLease(t *testing.T) {
 	disk, at, _ := eitherRole(t)
@@ -182,8 +260,14 @@ func TestWaitsForItsLease(t *testing.T) {
 	if _, k := look(); k.held() == nil || k.mayWrite() != nil || f.taken != 1 {
 		t.Errorf("nobody has it: taken %d times", f.taken)
 	}
-	// It can't be brought up here, so another may have it.
+	// It can't be brought up here, so another may have it; but not while it comes up after all.
 	s.managed.set(stageRefused, "a broken disk", "")
+	s.managed.op.Lock()
+	_, k := look()
+	s.managed.op.Unlock()
+	if k.held() == nil {
+		t.Error("it is given up while the volume comes up")
+	}
 	if _, k := look(); k.held() != nil {
 		t.Error("it is kept by a node that can't bring the volume up")
 	}
@@ -191,4 +275,67 @@ func TestWaitsForItsLease(t *testing.T) {
 	if why, k := look(); k.held() != nil || !strings.Contains(k.status().Reason, "left to others") {
 		t.Errorf("taken again at once: %s", why)
 	}
+}
+
+// A disk that somebody else has for long is left to another node, which may bring the volume up.
+func TestLeaseOfBusyVolume(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	s.lease.have(&scriptedLease{now: f.now, sent: f.now()})
+	for _, at := range []stage{stageBusy, stageUp, stageBusy} { // each time counts anew
+		s.managed.set(at, "somebody has it", "")
+		s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+		if s.lease.held() == nil {
+			t.Fatal("it is given up at once")
+		}
+		if busy := !s.lease.busy.IsZero(); busy != (at == stageBusy) {
+			t.Fatalf("at %s it counts: %v", stageWords[at], busy)
+		}
+	}
+	s.lease.busy = time.Now().Add(-s.lease.ttl)
+	s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+	if s.lease.held() != nil {
+		t.Error("it is kept for ever")
+	}
+}
+
+// A volume that the operator took down stays down when its lease ends, and is not taken for
+// one that waits for it.
+func TestDownStaysDownWithoutLease(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	l := &scriptedLease{now: f.now, sent: f.now()}
+	s.lease.have(l)
+	s.managed.set(stageDown, "taken down", "")
+	s.lease.held().end(errors.New("etcd is away"))
+	s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7})
+	if at := s.managed.at(); s.lease.held() != nil || at != stageDown {
+		t.Errorf("without its lease it is %s", stageWords[at])
+	}
+}
+
+// The volume's id may become another while the agent runs: the watch follows it.
+func TestWatchFollowsTheVolume(t *testing.T) {
+	s, f := withLease(t, nil)
+	s.config.Attach = true // needs no mapper
+	f.err, f.watched = errors.New("no route"), make(chan string)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.watchLease(ctx)
+	}()
+	for _, uuid := range []volume.UUID{{7}, {8}} {
+		s.know(uuid)
+		select {
+		case got := <-f.watched:
+			if got != uuid.String() {
+				t.Errorf("watched is %s, not %s", got, uuid)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("%s is not watched", uuid)
+		}
+	}
+	stop()
+	<-ended
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
@@ -54,7 +55,10 @@ func (e etcdLeases) Resume(ctx context.Context, volume string, claim lease.Claim
 // refuse nothing, on nil: a volume without a lease.
 type keeper struct {
 	terms
-	store  leaseStore
+	store leaseStore
+	// fenced returns nil if there is a dead-man's service to hold a deadline: a node without
+	// one can't bring the volume up.
+	fenced func() error
 	node   string
 	boot   string // the kernel's id of this start of the machine
 	config *config.Volume
@@ -69,6 +73,9 @@ type keeper struct {
 	// These belong to who holds the volume's op.
 	vacant time.Time // since when nobody has it; zero: somebody has
 	pause  time.Time // it is not taken by itself before
+	busy   time.Time // since when somebody else has a disk of the volume; zero: nobody has
+	// unfenced is why a volume does not fail whose lease has ended; "": it does.
+	unfenced string
 	// declined: the operator had the volume stand down here; it is left to others until
 	// one has had it.
 	declined bool
@@ -81,7 +88,7 @@ func newKeeper(a *Agent, s *switching) *keeper {
 		s.log.Warn("a lease of an earlier agent is not taken over", "error", err)
 		rand.Read(boot[:]) // never fails
 	}
-	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
+	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, fenced: a.reachDeadMan, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
 		config: s.config, log: s.log, record: s.copies, words: "the agent is starting"}
 }
 
@@ -149,6 +156,9 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 	default:
 		if why := mayFollow(standing.Record, k.node, primary, has); why != "" && primary && !force {
 			return exit.Errorf(exit.Refused, "volume '%s': writes may be lost: %sblockferry primary --force %[1]s", k.config.Name, why)
+		}
+		if err := k.fenced(); err != nil {
+			return exit.Errorf(exit.Refused, "volume '%s': its lease is not taken: %w; a lease needs the dead-man's service: systemctl enable --now blockferry-deadman", k.config.Name, err)
 		}
 		l, err = k.store.Take(ctx, uuid.String(), lease.Claim{Node: k.node, Boot: k.boot, Generation: fmt.Sprintf("%x", has.Tip().Generation), Epoch: has.Tip().Epoch})
 	}
@@ -227,6 +237,17 @@ type noLeaseError struct{ why string }
 
 func (n *noLeaseError) Error() string { return n.why }
 
+// proved asks etcd whether the lease is had still. The record stays as it was.
+func (k *keeper) proved(ctx context.Context) error {
+	if k == nil {
+		return nil
+	}
+	if err := k.mayWrite(); err != nil {
+		return err
+	}
+	return k.held().renew(ctx, nil)
+}
+
 // ready is called before a volume is brought up, by when nothing else can refuse it: the
 // lease is proved, and the record names this node and, so far, no other's copy: from the
 // first write on none is known to have it.
@@ -295,16 +316,43 @@ func (m *managed) holdDeadline(until time.Duration) (deadline, error) {
 	return d, nil
 }
 
-// openLeases connects to etcd, if any volume has a lease.
-func (a *Agent) openLeases() (closeAll func(), err error) {
+// reachDeadMan connects to the dead-man's service, and asks nothing.
+func (a *Agent) reachDeadMan() error {
+	conn, err := net.DialTimeout("unix", a.options.DeadMan.Socket, askEtcd)
+	if err != nil {
+		return fmt.Errorf("%w: %w", deadman.ErrNoService, err)
+	}
+	return conn.Close()
+}
+
+// noLeases answers why there are none.
+type noLeases struct{ err error }
+
+func (n noLeases) Look(context.Context, string) (lease.Standing, error) {
+	return lease.Standing{}, n.err
+}
+
+func (n noLeases) Take(context.Context, string, lease.Claim) (heldLease, error) { return nil, n.err }
+
+func (n noLeases) Resume(context.Context, string, lease.Claim) (heldLease, error) {
+	return nil, n.err
+}
+
+func (n noLeases) Watch(context.Context, string) <-chan struct{} { return nil }
+
+// openLeases connects to etcd, if any volume has a lease. What makes that impossible keeps those
+// volumes waiting, and no other.
+func (a *Agent) openLeases() (closeAll func()) {
 	c := a.options.Config.Lease
 	if c == nil {
-		return func() {}, nil
+		return func() {}
 	}
 	client, err := lease.Open(lease.Options{Endpoints: c.Endpoints, CA: c.CA, Cert: c.Cert, Key: c.Key, Prefix: c.Prefix, TTL: c.TTL, Now: deadman.BootTime})
 	if err != nil {
-		return nil, exit.Mark(exit.Refused, fmt.Errorf("'lease': %w", err))
+		a.log.Error("volumes with a lease wait: etcd can't be asked", "error", err, "advice", "correct what 'lease' names in the configuration, then restart the agent")
+		a.leases = noLeases{fmt.Errorf("'lease': %w; correct that, then restart the agent", err)}
+		return func() {}
 	}
 	a.leases = etcdLeases{client}
-	return func() { _ = client.Close() }, nil
+	return func() { _ = client.Close() }
 }

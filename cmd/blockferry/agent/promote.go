@@ -163,6 +163,10 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		}
 	}
 	s.copy.replica.park("it takes over")
+	if err := s.lease.proved(ctx); err != nil { // what was before may have taken longer than it lives
+		s.copy.replica.unpark()
+		return "", exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over: its lease ends: %w; repeat it", s.config.Name, err)
+	}
 	did, err := s.takeOver(ctx, heard, force)
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
 		if s.roleOnDisk() == rolePrimary { // what failed came after the label

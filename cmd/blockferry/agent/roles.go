@@ -43,6 +43,8 @@ type switching struct {
 	// op is held while the role changes. It is taken before managed.op.
 	op sync.Mutex
 
+	fails fails // belongs to who holds managed.op
+
 	keeping sync.Mutex // held while what was heard is written down; taken before mu
 
 	mu      sync.Mutex

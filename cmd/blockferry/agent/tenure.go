@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"blockferry/blockdev/deadman"
+	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/lease"
 )
 
@@ -24,6 +25,7 @@ type heldLease interface {
 	Renew(ctx context.Context, record *lease.Record) error
 	Release(ctx context.Context) error
 	Sent() time.Duration
+	TTL() time.Duration
 }
 
 // deadline is the dead-man's half of a lease (deadman.Lease).
@@ -37,6 +39,14 @@ type terms struct {
 	ttl    time.Duration
 	margin time.Duration        // from the deadline until another may have the lease
 	now    func() time.Duration // goes on while the machine sleeps
+}
+
+// of are the terms of a lease that was granted for less, before 'ttl' was raised.
+func (t terms) of(granted time.Duration) terms {
+	if granted < t.ttl {
+		t.ttl, t.margin = granted, (&config.Lease{TTL: granted}).Margin()
+	}
+	return t
 }
 
 // early is how long before its deadline a volume is given up that could not be
@@ -72,6 +82,7 @@ type tenure struct {
 // newTenure renews a lease until it ends, or stop.
 func newTenure(t terms, log *slog.Logger, l heldLease, record func() *lease.Record) *tenure {
 	ctx, cancel := context.WithCancel(context.Background())
+	t = t.of(l.TTL())
 	n := &tenure{terms: t, log: log, lease: l, record: record, ending: make(chan struct{}), stopped: make(chan struct{}), cancel: cancel, renewing: make(chan struct{}, 1),
 		until: l.Sent() + t.ttl - t.margin}
 	go n.run(ctx)
@@ -124,7 +135,7 @@ func (n *tenure) run(ctx context.Context) {
 func (n *tenure) renew(ctx context.Context, record *lease.Record) error {
 	n.renewing <- struct{}{}
 	defer func() { <-n.renewing }()
-	patience := min(n.ttl/6, n.left()-n.early())
+	patience := min(n.ttl/6, askEtcd, n.left()-n.early())
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err := n.lease.Renew(ctx, record)

@@ -159,6 +159,8 @@ type walkLease struct {
 
 func (l *walkLease) Sent() time.Duration { return l.sent }
 
+func (l *walkLease) TTL() time.Duration { return l.n.w.ttl }
+
 func (l *walkLease) Renew(ctx context.Context, _ *lease.Record) error {
 	w := l.n.w
 	sent := l.n.now()
@@ -299,6 +301,7 @@ func TestTenureOneWriter(t *testing.T) {
 // scriptedLease answers as it is told.
 type scriptedLease struct {
 	now func() time.Duration
+	ttl time.Duration // 0: that of the walk
 
 	mu    sync.Mutex
 	sent  time.Duration
@@ -322,6 +325,13 @@ func (s *scriptedLease) Sent() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.sent
+}
+
+func (s *scriptedLease) TTL() time.Duration {
+	if s.ttl != 0 {
+		return s.ttl
+	}
+	return walkTerms(nil).ttl
 }
 
 func (s *scriptedLease) say(err error) {
@@ -430,6 +440,25 @@ func TestTenureEnds(t *testing.T) {
 			})
 		})
 	}
+}
+
+// One that was taken before 'ttl' was raised counts as it was granted.
+func TestTenureOfShorterLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		now := func() time.Duration { return time.Since(begun) }
+		l, d := &scriptedLease{now: now, ttl: 5 * time.Second}, &scriptedDeadMan{}
+		n := newTenure(walkTerms(now), quiet(), l, func() *lease.Record { return nil })
+		if err := n.guard(d.hold); err != nil || d.at() != 4*time.Second {
+			t.Fatalf("held until %v: %v", d.at(), err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if left, ended, why := n.state(); ended || why != "" || left <= 2*time.Second || left > 4*time.Second || d.at()-now() != left {
+			t.Errorf("after a minute: %v left, the dead-man's %v, ended %v, %s", left, d.at()-now(), ended, why)
+		}
+		n.stop()
+	})
 }
 
 // One that can be renewed in time again goes on.

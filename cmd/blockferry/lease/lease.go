@@ -94,7 +94,8 @@ type Options struct {
 	// this node is; "": nobody. They are read anew for each connection.
 	CA, Cert, Key string
 	Prefix        string // without a slash at its end
-	// TTL is how long a lease lives after etcd has heard of it, in whole seconds.
+	// TTL is how long a lease that is taken lives after etcd has heard of it, in whole
+	// seconds.
 	TTL time.Duration
 	// Now is the clock that Sent is of; it must go on while the machine sleeps.
 	Now func() time.Duration
@@ -195,12 +196,17 @@ type Lease struct {
 	client *Client
 	volume string
 	id     clientv3.LeaseID
+	ttl    time.Duration // 0: not known
 	sent   time.Duration
 }
 
 // Sent is when the last request that etcd took as a sign of life was begun, by
 // Options.Now: the lease lives at least TTL after that.
 func (l *Lease) Sent() time.Duration { return l.sent }
+
+// TTL is how long the lease lives after a sign of life: Options.TTL, or less if it was
+// taken with less and resumed. It does not change.
+func (l *Lease) TTL() time.Duration { return l.ttl }
 
 // Take takes a volume's lease that nobody has. The error is ErrHeld when somebody
 // does. After any other error it is not known whether it was taken; if it was it ends by itself,
@@ -211,7 +217,7 @@ func (c *Client) Take(ctx context.Context, volume string, claim Claim) (*Lease, 
 	if err != nil {
 		return nil, c.fail(err)
 	}
-	l := &Lease{c, volume, granted.ID, sent}
+	l := &Lease{c, volume, granted.ID, c.counted(granted.TTL), sent}
 	claim.Version, claim.Lease = version, int64(granted.ID)
 	value, err := json.Marshal(claim)
 	if err != nil {
@@ -234,8 +240,13 @@ func (c *Client) Take(ctx context.Context, volume string, claim Claim) (*Lease, 
 	return nil, fmt.Errorf("%w by node '%s'", ErrHeld, holder.Node)
 }
 
+// counted is how long a lease is taken to live that etcd granted for so many seconds.
+func (c *Client) counted(seconds int64) time.Duration {
+	return min(time.Duration(seconds)*time.Second, c.options.TTL)
+}
+
 // Resume takes over the lease of an earlier process of this start of this node, which
-// its claim names, and renews it. The error is ErrLost when it has ended.
+// its claim names, and renews it. It lives for as long as it was granted (TTL). The error is ErrLost when it has ended.
 func (c *Client) Resume(ctx context.Context, volume string, claim Claim) (*Lease, error) {
 	l := &Lease{client: c, volume: volume, id: clientv3.LeaseID(claim.Lease)}
 	return l, l.Renew(ctx, nil)
@@ -271,8 +282,13 @@ func (l *Lease) Renew(ctx context.Context, record *Record) error {
 		return fmt.Errorf("%w: etcd does not know it any more", ErrLost)
 	case err != nil:
 		return l.client.fail(err)
-	case time.Duration(alive.TTL)*time.Second < l.client.options.TTL:
-		return fmt.Errorf("%w: it was granted for %d s, 'ttl' is %v now", ErrLost, alive.TTL, l.client.options.TTL)
+	}
+	ttl := l.client.counted(alive.TTL)
+	if l.ttl != 0 && ttl < l.ttl {
+		return fmt.Errorf("%w: etcd has it live for %v, it was granted for %v", ErrLost, ttl, l.ttl)
+	}
+	if l.ttl == 0 {
+		l.ttl = ttl
 	}
 	l.sent = sent
 	return nil

@@ -13,7 +13,7 @@ import (
 
 const (
 	data    = "07000000-0000-0000-0000-000000000000"
-	testTTL = 5 * time.Second
+	testTTL = 15 * time.Second
 )
 
 var began = time.Now()
@@ -22,7 +22,12 @@ func sinceBegan() time.Duration { return time.Since(began) }
 
 func open(t *testing.T, e *etcdtest.Etcd) *Client {
 	t.Helper()
-	c, err := Open(Options{Endpoints: []string{e.Endpoint}, Prefix: "/test", TTL: testTTL, Now: sinceBegan})
+	return openWith(t, e, testTTL)
+}
+
+func openWith(t *testing.T, e *etcdtest.Etcd, ttl time.Duration) *Client {
+	t.Helper()
+	c, err := Open(Options{Endpoints: []string{e.Endpoint}, Prefix: "/test", TTL: ttl, Now: sinceBegan})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,14 +109,15 @@ func TestLease(t *testing.T) {
 		t.Errorf("taken over after it was given up: %v", err)
 	}
 	// One that is not renewed ends, and not before its time is over.
-	l = b.mustTake(t, "node-b")
+	const short = 5 * time.Second
+	l = openWith(t, e, short).mustTake(t, "node-b")
 	if err := l.Renew(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
 	for {
 		next, err := a.Take(ctx, data, Claim{Node: "node-a"})
 		if err == nil {
-			if lived := next.Sent() - l.Sent(); sinceBegan()-l.Sent() < testTTL {
+			if lived := next.Sent() - l.Sent(); sinceBegan()-l.Sent() < short {
 				t.Errorf("another has it %v after it was renewed", lived)
 			}
 			break
@@ -173,6 +179,25 @@ func TestLeaseEtcdAway(t *testing.T) {
 	sent = l.Sent()
 	if err := l.Renew(within(t, time.Minute), nil); !errors.Is(err, ErrLost) || l.Sent() != sent {
 		t.Errorf("its key was deleted: %v", err)
+	}
+}
+
+// A process with another 'ttl' takes a lease over as it was granted, and goes on renewing it; none counts
+// for longer than its own 'ttl'.
+func TestLeaseResumedWithAnotherTTL(t *testing.T) {
+	e := etcdtest.Start(t)
+	l := open(t, e).mustTake(t, "node-a")
+	if l.TTL() != testTTL {
+		t.Errorf("taken for %v", l.TTL())
+	}
+	for ttl, counts := range map[time.Duration]time.Duration{2 * testTTL: testTTL, testTTL - time.Second: testTTL - time.Second} {
+		again, err := openWith(t, e, ttl).Resume(within(t, time.Minute), data, Claim{Node: "node-a", Lease: int64(l.id)})
+		if err != nil || again.TTL() != counts {
+			t.Fatalf("resumed with %v: %v, for %v", ttl, err, again.TTL())
+		}
+		if err := again.Renew(within(t, time.Minute), nil); err != nil || again.TTL() != counts {
+			t.Errorf("resumed with %v, and renewed: %v, for %v", ttl, err, again.TTL())
+		}
 	}
 }
 
