@@ -199,7 +199,7 @@ func (s *switching) makeRoom() {
 		return at == stageRefused || at == stageAbsent || at == stageBlank || at == stageBusy && time.Since(k.busy) >= k.ttl
 	}) {
 		k.log.Warn("the lease is given up: the volume can't be brought up here", "reason", why)
-		k.pause = time.Now().Add(2 * k.ttl)
+		k.pause, k.left = time.Now().Add(2*k.ttl), why
 		k.busy = time.Time{}
 	}
 }
@@ -276,8 +276,12 @@ func (s *switching) campaign(ctx context.Context, r role, uuid volume.UUID, reco
 		k.say("", "nobody has it; this copy does not take over by itself: %sblockferry primary --force %s", why, s.config.Name)
 		return
 	}
-	if time.Now().Before(k.pause) || s.managed.at() == stageDown && r == rolePrimary {
-		k.say("", "nobody has it; it is left to others: %s", s.managed.why())
+	if down := s.managed.at() == stageDown && r == rolePrimary; down || time.Now().Before(k.pause) {
+		why := k.left
+		if down {
+			why = s.managed.why()
+		}
+		k.say("", "nobody has it; it is left to others: %s", why)
 		return
 	}
 	if r == rolePrimary {
@@ -302,7 +306,7 @@ func (s *switching) campaign(ctx context.Context, r role, uuid volume.UUID, reco
 	if err != nil {
 		k.log.Warn("it does not take over by itself", "error", err)
 		k.say("", "it does not take over by itself: %v", err)
-		k.pause = time.Now().Add(k.ttl / 2)
+		k.pause, k.left = time.Now().Add(k.ttl/2), err.Error()
 		return
 	}
 	k.log.Info("took over by itself", "detail", message)

@@ -32,13 +32,13 @@ type fails struct {
 func (f *fails) fail(m mapper, name string, uuid volume.UUID) error {
 	if f.under == nil {
 		info, err := m.Info(name)
-		if err != nil || !info.Exists {
+		if err != nil || !info.Exists || !info.HasActive { // nothing can be written before it has a table
 			return err
 		}
 		if !volume.IsVolume(info.UUID) || !strings.Contains(info.UUID, uuid.String()) {
 			return fmt.Errorf("%w: the device-mapper device %s has uuid '%s', that of volume %s is expected", volume.ErrOtherVolume, name, info.UUID, uuid)
 		}
-		if table, err := m.Table(name); err == nil && dm.Failing(table) && info.HasActive && !info.Suspended {
+		if table, err := m.Table(name); err == nil && dm.Failing(table) && !info.Suspended {
 			return nil
 		}
 		f.under = make(chan error, 1)

@@ -44,6 +44,10 @@ func TestFails(t *testing.T) {
 		if err := f.fail(o, "data", uuid); err != nil || o.table != "linear" {
 			t.Errorf("none: %v", err)
 		}
+		o = &oneDevice{info: dm.Info{Exists: true, UUID: up.UUID}, table: "linear"}
+		if err := f.fail(o, "data", uuid); err != nil || o.table != "linear" {
+			t.Errorf("one without a table: %v", err)
+		}
 		o = &oneDevice{info: up, table: "linear"}
 		if err := f.fail(o, "data", volume.UUID{8}); !errors.Is(err, volume.ErrOtherVolume) || o.table != "linear" {
 			t.Errorf("another's: %s, %v", o.table, err)

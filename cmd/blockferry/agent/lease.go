@@ -73,6 +73,7 @@ type keeper struct {
 	// These belong to who holds the volume's op.
 	vacant time.Time // since when nobody has it; zero: somebody has
 	pause  time.Time // it is not taken by itself before
+	left   string    // why not
 	busy   time.Time // since when somebody else has a disk of the volume; zero: nobody has
 	// unfenced is why a volume does not fail whose lease has ended; "": it does.
 	unfenced string
