@@ -264,7 +264,7 @@ func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, chan
 
 func (r *rig) sync() uint64 {
 	r.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	epoch, _, err := r.p.SyncNow(ctx)
 	if err != nil {

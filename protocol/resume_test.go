@@ -33,18 +33,6 @@ func (n *node) connect(primary Lineage) *Link {
 	}
 }
 
-// syncSlowly is sync for what takes a while on a busy machine.
-func (r *rig) syncSlowly() uint64 {
-	r.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-	defer cancel()
-	epoch, _, err := r.p.SyncNow(ctx)
-	if err != nil {
-		r.t.Fatalf("%v; voids %v, lost %v", err, r.voids, r.lost)
-	}
-	return epoch
-}
-
 // Over a link that breaks again and again, long before what is missing has
 // passed, a first sync and a large epoch end all the same, and little is sent twice.
 func TestResumeOverBreakingLink(t *testing.T) {
@@ -56,11 +44,11 @@ func TestResumeOverBreakingLink(t *testing.T) {
 	}{
 		{"first sync", nil, 4},
 		{"journal", func(src *memSource, r *rig) {
-			r.syncSlowly()
+			r.sync()
 			wroteSome(src, 0, size/BlockSize)
 		}, 4},
 		{"compare", func(src *memSource, r *rig) {
-			r.syncSlowly()
+			r.sync()
 			wroteSome(src, 0, size/BlockSize)
 			src.mu.Lock()
 			src.lostBefore = src.cut + 1
@@ -86,7 +74,7 @@ func TestResumeOverBreakingLink(t *testing.T) {
 				n.mu.Unlock()
 				n.cutWires()
 			}
-			epoch := r.syncSlowly()
+			epoch := r.sync()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
@@ -117,7 +105,7 @@ func TestResumeOutlastsRounds(t *testing.T) {
 		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, UnitSize
 		c.Interval = time.Hour
 	})
-	epoch := r.syncSlowly()
+	epoch := r.sync()
 	if e := n.check(src); e < epoch {
 		t.Errorf("it holds epoch %d, want %d", e, epoch)
 	}
@@ -242,7 +230,7 @@ func TestResumedEpochsAreOneCut(t *testing.T) {
 				n.check(src)
 			}
 			stop()
-			epoch := r.syncSlowly()
+			epoch := r.sync()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
@@ -266,7 +254,7 @@ func TestVoidViewIsNotResumed(t *testing.T) {
 	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 		c.Replicas[0].Link.Codec, c.Replicas[0].Link.BatchBytes = CodecNone, 128<<10 // it is not read far ahead of the break
 	})
-	r.syncSlowly()
+	r.sync()
 	n.mu.Lock()
 	n.limit = func() int64 { return 3 << 20 }
 	n.mu.Unlock()
@@ -285,7 +273,7 @@ func TestVoidViewIsNotResumed(t *testing.T) {
 	}
 	src.mu.Unlock()
 	wroteSome(src, 0, 2000)
-	epoch := r.syncSlowly()
+	epoch := r.sync()
 	if e := n.check(src); e < epoch {
 		t.Errorf("it holds epoch %d, want %d", e, epoch)
 	}
@@ -312,7 +300,7 @@ func TestKeptFramesMakeWay(t *testing.T) {
 		c.Replicas[0].CatchUpInPlace, c.Replicas[0].Link.Codec = true, CodecNone
 		c.Interval = time.Hour
 	})
-	r.syncSlowly()
+	r.sync()
 	n.mu.Lock()
 	n.limit = func() int64 { n.down = true; return 6 << 20 }
 	n.mu.Unlock()
@@ -430,7 +418,7 @@ func TestResumeNeedsBoth(t *testing.T) {
 			r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
 				c.Interval, c.Replicas[0].Client = time.Hour, proto.NewReplicationClient(test)
 			})
-			r.syncSlowly()
+			r.sync()
 			n.mu.Lock()
 			n.limit = func() int64 {
 				if n.cuts == 2 {
@@ -441,7 +429,7 @@ func TestResumeNeedsBoth(t *testing.T) {
 			n.mu.Unlock()
 			n.cutWires()
 			wroteSome(src, 0, 2000)
-			epoch := r.syncSlowly()
+			epoch := r.sync()
 			if e := n.check(src); e < epoch {
 				t.Errorf("it holds epoch %d, want %d", e, epoch)
 			}
@@ -628,6 +616,6 @@ func TestTrackingLostWhileAway(t *testing.T) {
 	n.mu.Lock()
 	n.limit, n.down = nil, false
 	n.mu.Unlock()
-	r.syncSlowly()
+	r.sync()
 	n.check(src)
 }
