@@ -147,8 +147,7 @@ func (w *replicaWorker) run(ctx context.Context) {
 			// Only the operator changes that; look again now and then.
 			delay = w.cfg.RetryMax
 		}
-		// Spread, so that nodes do not come back in step.
-		delay = time.Duration(float64(delay) * (0.75 + rand.Float64()/2))
+		delay = Spread(delay)
 		backoff = min(2*backoff, w.cfg.RetryMax)
 		timer := w.p.cfg.Clock.After(delay)
 		for again := false; !again; {
@@ -286,6 +285,12 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 			return progressed, w.learn(err)
 		}
 	}
+}
+
+// Spread is a delay, by up to a quarter longer or shorter at random: nodes that wait for
+// each other do not come in step.
+func Spread(delay time.Duration) time.Duration {
+	return time.Duration(float64(delay) * (0.75 + rand.Float64()/2))
 }
 
 // replanError: the epoch did not happen, and a new plan may do better.

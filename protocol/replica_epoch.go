@@ -37,13 +37,7 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	s.Lineage = s.Lineage.Clone()
-	r.mu.Lock()
-	err := r.usable()
-	if err == nil {
-		err = r.mayBegin(s)
-	}
-	r.mu.Unlock()
-	if err != nil {
+	if err := r.mayBegin(s); err != nil {
 		return err
 	}
 	r.dropOpen()
@@ -59,8 +53,13 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
 	return nil
 }
 
-// mayBegin checks an epoch's announcement; mu is held.
+// mayBegin checks an epoch's announcement.
 func (r *Replica) mayBegin(s EpochStart) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.usable(); err != nil {
+		return err
+	}
 	if s.Mode != ModeJournal && (s.Mode != ModeInPlace || !s.Discard.IsZero()) || s.Epoch == 0 {
 		return fmt.Errorf("%s: epoch %d in mode %d, giving up %v: want an epoch above 0 and mode journal, or in-place and nothing given up",
 			r.store.Name(), s.Epoch, s.Mode, s.Discard)

@@ -80,13 +80,7 @@ func (r *Replica) Kept() *KeptEpoch {
 func (r *Replica) Resume(s EpochStart) error {
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
-	r.mu.Lock()
-	err := r.usable()
-	if err == nil {
-		err = r.mayBegin(s)
-	}
-	r.mu.Unlock()
-	if err != nil {
+	if err := r.mayBegin(s); err != nil {
 		return err
 	}
 	if o := r.open; o == nil || !o.keepable() || !o.start.same(s) {

@@ -279,19 +279,7 @@ func TestTakeOverAsksOnce(t *testing.T) {
 		if hooked {
 			s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.FencePeer: {"/bin/true"}}, time.Minute, quiet())
 		}
-		s.agent.identity = transport.NewIdentity("node-a", "", quiet())
-		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
-		s.agent.peers = newPeers(s.agent)
-		s.copy.peers = s.agent.peers
-		replica := s.copy.replica
-		replica.receiver, replica.parked = s.agent.peers.receiver, false
-		ctx, stop := context.WithCancel(t.Context())
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			replica.run(ctx)
-		}()
-		replica.settled(ctx)
+		ctx, end := serveCopy(t, s)
 		_, err = s.primary(ctx, true)
 		if err == nil || !strings.Contains(err.Error(), "it is primary, and not up") || s.at() != rolePrimary {
 			t.Errorf("%v", err) // there is nothing to bring up
@@ -303,8 +291,7 @@ func TestTakeOverAsksOnce(t *testing.T) {
 		if n := asked.Load(); n != want {
 			t.Errorf("asked %d times, hook %v", n, hooked)
 		}
-		stop()
-		<-ended
+		end()
 		server.Stop()
 		if err := <-served; err != nil {
 			t.Error(err)

@@ -15,7 +15,6 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/lease"
-	"blockferry/cmd/blockferry/transport"
 	"blockferry/protocol"
 )
 
@@ -166,19 +165,7 @@ func TestTakeOverProvesTheLease(t *testing.T) {
 	for _, lost := range []error{nil, fmt.Errorf("%w by a test", lease.ErrLost)} {
 		s, f := withLease(t, raw)
 		s.role, s.uuid, s.config.Attach = roleSecondary, volume.UUID{7}, true // needs no mapper
-		s.agent.identity = transport.NewIdentity("node-a", "", quiet())
-		s.agent.options.Config.Node = &config.Node{Name: "node-a"}
-		s.agent.peers = newPeers(s.agent)
-		s.copy.peers = s.agent.peers
-		replica := s.copy.replica
-		replica.receiver, replica.parked = s.agent.peers.receiver, false
-		ctx, stop := context.WithCancel(t.Context())
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			replica.run(ctx)
-		}()
-		replica.settled(ctx)
+		ctx, end := serveCopy(t, s)
 		l := &scriptedLease{now: f.now, sent: f.now()}
 		l.say(lost)
 		s.lease.have(l)
@@ -189,8 +176,7 @@ func TestTakeOverProvesTheLease(t *testing.T) {
 		if lost == nil && s.roleOnDisk() != rolePrimary {
 			t.Errorf("its lease lives: %v", err)
 		}
-		stop()
-		<-ended
+		end()
 	}
 }
 

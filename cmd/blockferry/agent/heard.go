@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -157,7 +156,7 @@ type backoff struct {
 	next        time.Duration // 0: least
 }
 
-// wait is that time, spread by a quarter either way so that nodes do not come in step.
+// wait is that time, spread.
 // Once it was heard it begins anew.
 func (b *backoff) wait(heard bool) time.Duration {
 	if heard || b.next == 0 {
@@ -165,7 +164,7 @@ func (b *backoff) wait(heard bool) time.Duration {
 	}
 	d := b.next
 	b.next = min(2*b.next, b.most)
-	return time.Duration(float64(d) * (0.75 + rand.Float64()/2))
+	return protocol.Spread(d)
 }
 
 // listen keeps what a node says, while the volume is secondary here.

@@ -16,6 +16,7 @@ import (
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/hooks"
+	"blockferry/cmd/blockferry/transport"
 	"blockferry/proto"
 	"blockferry/protocol"
 )
@@ -24,6 +25,28 @@ import (
 func aSwitching(t *testing.T, disk []byte, replicas ...*config.Replica) *switching {
 	t.Helper()
 	return onDisk(t, aDisk(t, disk), replicas...)
+}
+
+// serveCopy has the copy on a volume's disk served, as by the agent of node-a, until end.
+func serveCopy(t *testing.T, s *switching) (ctx context.Context, end func()) {
+	t.Helper()
+	s.agent.identity = transport.NewIdentity("node-a", "", quiet())
+	s.agent.options.Config.Node = &config.Node{Name: "node-a"}
+	s.agent.peers = newPeers(s.agent)
+	s.copy.peers = s.agent.peers
+	replica := s.copy.replica
+	replica.receiver, replica.parked = s.agent.peers.receiver, false
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		replica.run(ctx)
+	}()
+	replica.settled(ctx)
+	return ctx, func() {
+		stop()
+		<-ended
+	}
 }
 
 // aDisk is a file with holes.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"os"
 	"sync"
 	"time"
@@ -124,7 +123,7 @@ func (m *managed) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-m.poke:
-		case <-time.After(time.Duration(float64(wait) * (0.75 + rand.Float64()/2))): // two nodes that wait for each other don't try in step
+		case <-time.After(protocol.Spread(wait)):
 		}
 	}
 	m.op.Lock()
