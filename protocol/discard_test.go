@@ -30,6 +30,7 @@ type wayward struct {
 	written bool   // it was written after the common cut
 	clean   uint64 // ... and then cut with this number and taken down cleanly
 	policy  SplitBrain
+	partial bool // frozen views of the new primary hold only what changed at it
 }
 
 func newWayward(t *testing.T, w wayward) *waywardRig {
@@ -50,6 +51,9 @@ func newWaywardWith(t *testing.T, w wayward, change func(*PrimaryConfig)) *waywa
 	cut(theirs, 7)
 	mine := newMemSource(testVolumeSize, w.grain)
 	mine.blocks, mine.last, mine.cut = append([]uint64(nil), theirs.blocks...), 1_000_000, 7
+	if w.partial {
+		mine.frozenMax = testVolumeSize
+	}
 	if w.written {
 		wroteSome(theirs, 100, 50)
 		wroteSome(theirs, 1700, 30)
@@ -127,6 +131,7 @@ func TestWaywardCopyIsGivenUp(t *testing.T) {
 	}{
 		{"strayed, changes known", wayward{grain: BlockSize, known: true, written: true}, Incremental},
 		{"strayed, changes known by coarse grains", wayward{grain: 1 << 20, known: true, written: true}, Incremental},
+		{"strayed, changes known, views are partial", wayward{grain: BlockSize, known: true, written: true, partial: true}, Incremental},
 		{"strayed, changes unknown", wayward{grain: BlockSize, written: true}, CompareAll},
 		{"strayed, not written", wayward{grain: BlockSize}, CompareAll},
 		{"cut after the other took over, changes known", wayward{grain: BlockSize, known: true, written: true, clean: 8}, Incremental},

@@ -84,9 +84,9 @@ func newAttempt(w *replicaWorker, link *Link, plan Plan) *attempt {
 	if !a.full && !plan.Discard.IsZero() {
 		a.rest = w.itsRanges // what changed there differs, too
 	}
-	// What takes long is read live first: a frozen view can't be held that long.
-	// Unless the tracker can't tell what changes meanwhile.
-	a.liveNext = (a.whole || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
+	// What takes long is read live first: a frozen view can't be held that long, and may hold
+	// only what changed here since the base. Unless the tracker can't tell what changes meanwhile.
+	a.liveNext = (a.whole || len(a.rest) > 0 || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
 	return a
 }
 
