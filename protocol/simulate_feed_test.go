@@ -120,16 +120,22 @@ func (n *simNode) feed(to *simNode) error {
 		to.acks = []Lineage{nil} // it may as well stay blank
 	}
 	to.acks = append(to.acks, n.state.Lineage) // from here on it may
-	cut, power := w.rng.IntN(3) == 0, w.rng.IntN(6) == 0
-	switch in := w.rng.IntN([]int{20, 200}[w.rng.IntN(2)]); {
-	case power:
-		w.s.after(in, func() {
-			w.did["power cut"]++
-			to.after = to.dev.PowerCut(w.s.rng)
-			client.stream.cutAfter(0)
-		})
-	case cut:
-		w.s.after(in, func() { client.stream.cutAfter(0) })
+	// Links are cut and power goes anywhere in an epoch, or near its commit and its apply.
+	cut, power, near := w.rng.IntN(3) == 0, w.rng.IntN(6) == 0, w.rng.IntN(2) == 0
+	breaks := func(turns ...int) {
+		switch in := w.rng.IntN(turns[w.rng.IntN(len(turns))]); {
+		case power:
+			w.s.after(in, func() {
+				w.did["power cut"]++
+				to.after = to.dev.PowerCut(w.s.rng)
+				client.stream.cut()
+			})
+		case cut:
+			w.s.after(in, func() { client.stream.cut() })
+		}
+	}
+	if !near {
+		breaks(20, 200)
 	}
 	defer w.s.after(0, nil)
 	r := Round{Source: simView{w.s, image}, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy}
@@ -162,6 +168,9 @@ func (n *simNode) feed(to *simNode) error {
 		if e := n.flush(); err == nil {
 			err = e
 		}
+	}
+	if near {
+		breaks(5, 20)
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)

@@ -28,7 +28,7 @@ type simClient struct {
 }
 
 func (c *simClient) Replicate(ctx context.Context, _ ...grpc.CallOption) (grpc.BidiStreamingClient[proto.FromPrimary, proto.FromReplica], error) {
-	t := &simStream{c: c, s: c.s, caller: ctx, left: -1}
+	t := &simStream{c: c, s: c.s, caller: ctx}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	c.stream = t
 	go func() {
@@ -52,21 +52,13 @@ type simStream struct {
 	up    []*proto.FromPrimary
 	down  []*proto.FromReplica
 	fresh []*proto.FromReplica // sent since the last turn
-	left  int                  // so many messages arrive before it is cut; below 0: it is not cut
 	lost  bool                 // it was cut: what is sent now does not arrive
 	ended bool
 	err   error // with which the receiver ended it
 }
 
-// cutAfter cuts the link when so many messages more have arrived. The schedule's mutex is held.
-func (t *simStream) cutAfter(n int) { t.left, t.lost = n, n == 0 }
-
-func (t *simStream) arrived() {
-	if t.left > 0 {
-		t.left--
-		t.lost = t.left == 0
-	}
-}
+// cut cuts the link. The schedule's mutex is held.
+func (t *simStream) cut() { t.lost = true }
 
 // gone says that the caller is there no more, as the receiver will get to know.
 func (t *simStream) gone() bool { return t.lost || t.caller.Err() != nil }
@@ -168,7 +160,6 @@ func (c simCaller) Recv() (m *proto.FromReplica, err error) {
 				}
 			case len(t.down) > 0:
 				m, t.down = t.down[0], t.down[1:]
-				t.arrived()
 			case t.err != nil:
 				err = t.err
 			default:
@@ -218,7 +209,6 @@ func (c simServer) Recv() (m *proto.FromPrimary, err error) {
 				}
 			default:
 				m, t.up = t.up[0], t.up[1:]
-				t.arrived()
 			}
 			return fmt.Sprintf("%s, %v", simText(m), err)
 		}})

@@ -39,7 +39,8 @@ type simSchedule struct {
 
 	hash  hash.Hash64 // of all that happened
 	count int
-	keep  bool // also as lines
+	alike string // why the walk may not be the only one of its seed
+	keep  bool   // also as lines
 	lines []string
 }
 
@@ -131,7 +132,7 @@ func (s *simSchedule) choose() *simTurn {
 	var can, last []int
 	for i, t := range s.turns {
 		if i > 0 && t.order(s.turns[i-1]) == 0 {
-			s.note("two are alike: %s %d %d", t.who, t.at, t.n) // who of them is not the seed's to say
+			s.alike = fmt.Sprintf("two turns are alike, %s %d %d: which comes first is not the seed's to say", t.who, t.at, t.n)
 		}
 		switch {
 		case t.ready != nil && !t.ready():

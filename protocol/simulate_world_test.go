@@ -6,8 +6,10 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"blockferry/blockdev/blocktest"
 )
@@ -23,6 +25,8 @@ const (
 	simSize   = 1 << 20
 	simBlocks = simSize / BlockSize
 	simMoves  = 60
+	// simPatience is by the machine's own clock; a walk takes a tenth of a second.
+	simPatience = 5 * time.Minute
 )
 
 // simWorld is three nodes with a disk each, and all that ever was cut.
@@ -91,6 +95,11 @@ func allSimMoves() []int {
 
 // walk goes a walk in a bubble of its own.
 func (k simWalk) walk(t *testing.T) (res simResult) {
+	// Of a goroutine that waits for a sync.Mutex the bubble's own clock knows nothing.
+	defer time.AfterFunc(simPatience, func() {
+		debug.SetTraceback("all")
+		panic(fmt.Sprintf("the walk of seed %d hangs", k.seed))
+	}).Stop()
 	synctest.Test(t, func(t *testing.T) {
 		w := &simWorld{t: t, s: newSimSchedule(k.seed, k.keep), images: map[Position][]byte{}, did: map[string]int{}}
 		inSimSlot(k.slot, k.seed, func() {
@@ -107,6 +116,9 @@ func (k simWalk) walk(t *testing.T) (res simResult) {
 			w.s.settle()
 			close(w.s.stop)
 			<-done
+			if res.err == nil && w.s.alike != "" {
+				res.err = errors.New(w.s.alike)
+			}
 		})
 		res.trace, res.turns, res.lines, res.moves, res.did = w.s.hash.Sum64(), w.s.count, w.s.lines, w.moves, w.did
 	})
