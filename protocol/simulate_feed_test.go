@@ -114,28 +114,28 @@ func (n *simNode) feed(to *simNode) error {
 	fault := w.rng.IntN(5) == 0
 	if fault {
 		w.did["fault"]++
-		to.dev.FailAt([]blocktest.Op{blocktest.OpWrite, blocktest.OpFlush}[w.rng.IntN(2)], w.rng.IntN(12), errors.New("broken on purpose"))
+		op := []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush}[w.rng.IntN(2)]
+		to.dev.FailAt(op, w.rng.IntN(12), errors.New("broken on purpose"))
 	}
 	if len(to.acks) == 0 {
 		to.acks = []Lineage{nil} // it may as well stay blank
 	}
 	to.acks = append(to.acks, n.state.Lineage) // from here on it may
-	// Links are cut and power goes anywhere in an epoch, or near its commit and its apply.
-	cut, power, near := w.rng.IntN(3) == 0, w.rng.IntN(6) == 0, w.rng.IntN(2) == 0
-	breaks := func(turns ...int) {
-		switch in := w.rng.IntN(turns[w.rng.IntN(len(turns))]); {
-		case power:
-			w.s.after(in, func() {
-				w.did["power cut"]++
-				to.after = to.dev.PowerCut(w.s.rng)
-				client.stream.cut()
-			})
-		case cut:
-			w.s.after(in, func() { client.stream.cut() })
-		}
+	// Links are cut anywhere in an epoch, or near its commit; power goes anywhere, or
+	// when a disk is about to make durable what was written.
+	cut, power, near := w.rng.IntN(3) == 0, w.rng.IntN(5) == 0, w.rng.IntN(2) == 0
+	powerCut := func() {
+		w.did["power cut"]++
+		to.after = to.dev.PowerCut(w.s.rng)
+		client.stream.cut()
 	}
-	if !near {
-		breaks(20, 200)
+	switch in := w.rng.IntN([]int{20, 200}[w.rng.IntN(2)]); {
+	case power && near:
+		to.dev.flushesLeft, to.dev.beforeFlush = in%8, powerCut
+	case power:
+		w.s.after(in, powerCut)
+	case cut && !near:
+		w.s.after(in, client.stream.cut)
 	}
 	defer w.s.after(0, nil)
 	r := Round{Source: simView{w.s, image}, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy}
@@ -169,8 +169,8 @@ func (n *simNode) feed(to *simNode) error {
 			err = e
 		}
 	}
-	if near {
-		breaks(5, 20)
+	if cut && !power && near {
+		w.s.after(w.rng.IntN(12), client.stream.cut)
 	}
 	if err == nil {
 		err = link.Commit(ctx, n.state.Lineage, 1)

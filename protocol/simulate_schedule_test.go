@@ -159,6 +159,9 @@ type simDisk struct {
 	*blocktest.Memory
 	s    *simSchedule
 	name string
+
+	beforeFlush func() // called once, after flushesLeft more; nil: nothing is
+	flushesLeft int
 }
 
 func (d *simDisk) turn(op string, at, n int64, do func() string) {
@@ -193,6 +196,10 @@ func (d *simDisk) ZeroOut(at, n int64) (err error) {
 
 func (d *simDisk) Flush() (err error) {
 	d.turn("flush", 0, 0, func() string {
+		if d.flushesLeft--; d.flushesLeft < 0 && d.beforeFlush != nil {
+			d.beforeFlush()
+			d.beforeFlush = nil
+		}
 		err = d.Memory.Flush()
 		return fmt.Sprint(err)
 	})
