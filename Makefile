@@ -60,8 +60,9 @@ bench-list: # the figures that 'bench' can measure
 bench-report: # measures everything and writes docs/benchmarks.md: three hours on a quiet machine
 	$(MAKE) bench FIGURE=all RECORD=docs
 
-simulate: # random walks of copies through failovers, crashes and faults; SEEDS=N, SEED=the first
-	go test -count=1 -timeout 60m -v -run '^TestSimulate$$' ./protocol -simulate-seeds $(or $(SEEDS),1000) -simulate-seed $(or $(SEED),1)
+simulate: # random walks of copies through failovers, crashes and faults; SEEDS=N, SEED=the first; MOVES=1,2,… of one, as a failure prints them
+	go test -count=1 -timeout 60m -v -run '^TestSimulate$$' ./protocol -simulate-seeds $(or $(SEEDS),$(if $(MOVES),1,1000)) -simulate-seed $(or $(SEED),1) \
+	  $(if $(MOVES),-simulate-moves $(MOVES))
 
 soak: # the long forms, for hours: SEEDS=10000 of simulate, SWITCHOVERS=20 there and back, FAILOVERS=100
 	$(MAKE) simulate SEEDS=$(or $(SEEDS),10000)

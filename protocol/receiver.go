@@ -383,21 +383,36 @@ func (rs *receiverSession) run(hello *proto.FromPrimary) (err error) {
 		if err := rs.grant(); err != nil {
 			return err
 		}
-		var ok bool
-		select {
-		case m, ok = <-rs.messages:
-			if !ok {
-				return rs.recvErr
-			}
-		case err := <-rs.compareErr:
+		if m, err = rs.next(ctx); m == nil {
 			return err
-		case <-ctx.Done():
-			if rs.served.ctx.Err() != nil {
-				return refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q is being detached", rs.asked)
-			}
-			return ctx.Err()
 		}
 	}
+}
+
+// next is the next message, nil at the session's end. What ends it comes before
+// messages that wait.
+func (rs *receiverSession) next(ctx context.Context) (*proto.FromPrimary, error) {
+	select {
+	case err := <-rs.compareErr:
+		return nil, err
+	default:
+	}
+	if ctx.Err() == nil {
+		select {
+		case m, ok := <-rs.messages:
+			if !ok {
+				return nil, rs.recvErr
+			}
+			return m, nil
+		case err := <-rs.compareErr:
+			return nil, err
+		case <-ctx.Done():
+		}
+	}
+	if rs.served.ctx.Err() != nil {
+		return nil, refuse(proto.Reason_REASON_UNKNOWN_REPLICA, "replica %q is being detached", rs.asked)
+	}
+	return nil, ctx.Err()
 }
 
 // lost says that a session ended because its stream did, not for what was said in it.

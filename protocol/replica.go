@@ -179,7 +179,7 @@ type Replica struct {
 	spillLimit int64
 	spill      SpillStore // nil: not open. Used by the open epoch, or by an apply, never by both
 
-	epochMu sync.Mutex // held by Begin, Append, Commit, Abort: guards open
+	epochMu ioMutex // held by Begin, Append, Commit, Abort: guards open
 	open    *openEpoch
 
 	superMu   sync.Mutex // held while a superblock is written: guards superKept
@@ -226,7 +226,7 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	if err != nil {
 		return nil, err
 	}
-	r := &Replica{rescueDir: o.RescueDir, store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), wake: make(chan struct{}), warnings: warnings}
+	r := &Replica{rescueDir: o.RescueDir, store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), epochMu: newIOMutex(), wake: make(chan struct{}), warnings: warnings}
 	r.ring = ring{store: store, area: sb.layout.journal, tag: sb.tag(), spilled: r.openSpilled}
 	r.spillFile, r.spillLimit = o.Spill, o.SpillLimitBytes
 	r.cmap = changeMap{store, sb.layout, sb.tag()}
@@ -255,6 +255,16 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	r.wg.Go(func() { r.applyLoop(applyCtx) })
 	return r, nil
 }
+
+// ioMutex is a mutex that is held while a disk is waited for. Whoever waits for it
+// waits for a channel, first come, first served: a test that lets one thing happen
+// at a time can tell that nothing else goes on, as of a sync.Mutex it can't.
+type ioMutex chan struct{}
+
+func newIOMutex() ioMutex { return make(ioMutex, 1) }
+
+func (m ioMutex) Lock()   { m <- struct{}{} }
+func (m ioMutex) Unlock() { <-m }
 
 // Close stops the background apply and waits for it; what is left is applied
 // by the next OpenReplica. An open epoch is dropped. The store stays open.
