@@ -21,6 +21,17 @@ type mapper interface {
 	Fail(name string) error
 }
 
+// mayBeWritten says whether a device is there on which not everything fails; what can't be told
+// counts as one.
+func mayBeWritten(m mapper, name string) bool {
+	info, err := m.Info(name)
+	if err != nil || !info.Exists || !info.HasActive {
+		return err != nil
+	}
+	table, err := m.Table(name)
+	return err != nil || info.Suspended || info.HasInactive || !dm.Failing(table)
+}
+
 // fails has everything fail on a volume that this node may not write, whatever the
 // dead-man knows of it: a stack from before the volume had a lease has no deadline there. Who holds
 // managed.op uses it.

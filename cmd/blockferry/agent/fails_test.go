@@ -15,16 +15,43 @@ type oneDevice struct {
 	info     dm.Info
 	table    string
 	inFlight time.Duration
+
+	unasked, unread error // what Info and Table say
 }
 
-func (o *oneDevice) Info(string) (dm.Info, error) { return o.info, nil }
+func (o *oneDevice) Info(string) (dm.Info, error) { return o.info, o.unasked }
 
-func (o *oneDevice) Table(string) ([]dm.Target, error) { return []dm.Target{{Type: o.table}}, nil }
+func (o *oneDevice) Table(string) ([]dm.Target, error) {
+	return []dm.Target{{Type: o.table}}, o.unread
+}
 
 func (o *oneDevice) Fail(string) error {
 	time.Sleep(o.inFlight)
 	o.table = "error"
 	return nil
+}
+
+// What can be written is told from what fails; what can't be told may be.
+func TestMayBeWritten(t *testing.T) {
+	up := dm.Info{Exists: true, HasActive: true}
+	for name, c := range map[string]struct {
+		device mapper
+		want   bool
+	}{
+		"up":                          {&oneDevice{info: up, table: "linear"}, true},
+		"gone":                        {&oneDevice{}, false},
+		"without a table":             {&oneDevice{info: dm.Info{Exists: true}}, false},
+		"failing":                     {&oneDevice{info: up, table: "error"}, false},
+		"failing, another waits":      {&oneDevice{info: dm.Info{Exists: true, HasActive: true, HasInactive: true}, table: "error"}, true},
+		"failing, suspended":          {&oneDevice{info: dm.Info{Exists: true, HasActive: true, Suspended: true}, table: "error"}, true},
+		"its table can't be read":     {&oneDevice{info: up, table: "error", unread: errors.New("no")}, true},
+		"the mapper does not say":     {&oneDevice{unasked: errors.New("no")}, true},
+		"one with a table of nothing": {&oneDevice{info: up}, true},
+	} {
+		if got := mayBeWritten(c.device, "data"); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
 }
 
 // A volume's stack is made to fail whatever is known of it, once; another volume's is left alone.

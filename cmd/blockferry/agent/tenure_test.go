@@ -303,16 +303,20 @@ type scriptedLease struct {
 	now func() time.Duration
 	ttl time.Duration // 0: that of the walk
 
-	mu    sync.Mutex
-	sent  time.Duration
-	err   error
-	calls int
+	mu     sync.Mutex
+	sent   time.Duration
+	err    error
+	calls  int
+	record *lease.Record
 }
 
-func (s *scriptedLease) Renew(context.Context, *lease.Record) error {
+func (s *scriptedLease) Renew(_ context.Context, record *lease.Record) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.calls++
+	if record != nil {
+		s.record = record
+	}
 	if s.err == nil {
 		s.sent = s.now()
 	}
@@ -338,6 +342,12 @@ func (s *scriptedLease) say(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.err = err
+}
+
+func (s *scriptedLease) last() *lease.Record {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.record
 }
 
 func (s *scriptedLease) called() int {
