@@ -372,7 +372,7 @@ func (d *deadlines) watch(l *deadline, a *alarm) {
 		}
 		log := d.log.With("volume", n.device)
 		late := time.AfterFunc(strikePatience, func() {
-			log.Error("the lease of a volume has ended; what is in flight on it does not end: writes that come are held and will fail then. Killed now, the dead-man would let them through")
+			log.Error("the lease of a volume has ended; what is in flight on it, or the flush of its disk, does not end: writes that come are held and will fail then. Killed while something is in flight, the dead-man would let them through")
 		})
 		begun := d.now()
 		struck, err := d.strike(&n)

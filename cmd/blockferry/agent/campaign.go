@@ -363,7 +363,7 @@ func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Li
 func (s *switching) follow(ctx context.Context, node string) {
 	// A stack from before the volume had a lease is nobody else's to fail.
 	s.managed.op.Lock()
-	err := s.failStack()
+	err := s.lease.fail()
 	s.managed.op.Unlock()
 	if err != nil {
 		s.lease.say(node, "node '%s' has it, and the volume here may still be written: %v", node, err)
@@ -417,7 +417,7 @@ func (s *switching) giveUp(n *tenure, why string) {
 		return
 	}
 	// The dead-man has done so, unless it was killed, or never had the deadline.
-	if err := s.failStack(); err != nil {
+	if err := s.lease.fail(); err != nil {
 		if words := err.Error(); words != s.lease.unfenced {
 			s.lease.unfenced = words
 			s.log.Error("a volume whose lease has ended may still be written", "error", err)

@@ -58,7 +58,7 @@ func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
 	s := aSwitching(t, disk)
 	begun := time.Now()
 	f := &fakeLeases{now: func() time.Duration { return time.Since(begun) }}
-	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, node: "node-a", config: s.config, log: quiet(), record: s.copies}
+	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, fail: s.failStack, node: "node-a", config: s.config, log: quiet(), record: s.copies}
 	t.Cleanup(s.lease.drop)
 	return s, f
 }
@@ -298,6 +298,49 @@ func TestWaitsForItsLease(t *testing.T) {
 		if why, k := look(); k.held() != nil || k.status().Reason != "nobody has it; it is left to others: a broken disk" {
 			t.Errorf("taken again at once: %s, %s", why, k.status().Reason)
 		}
+	}
+}
+
+// A stack that may be written is made to fail, whether or not a dead-man knows of its deadline, before
+// its node follows another or forgets its lease; while it can't be it does neither.
+func TestStackFailsFirst(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s, f := withLease(t, raw)
+	s.config.Attach = true // needs no mapper
+	s.know(volume.UUID{7})
+	hangs := errors.New("what is in flight has not ended")
+	failed := 0
+	s.lease.fail = func() error { failed++; return hangs }
+	f.standing.Holder = &lease.Claim{Node: "node-b"}
+	look := func() { s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7}) }
+	if look(); failed != 1 || s.roleOnDisk() != rolePrimary || !strings.Contains(s.lease.status().Reason, "may still be written") {
+		t.Errorf("another node has the lease: failed %d times, %s", failed, s.lease.status().Reason)
+	}
+	hangs = nil
+	if look(); failed != 2 || s.roleOnDisk() != roleSecondary {
+		t.Errorf("it does not follow: failed %d times, %s", failed, s.lease.status().Reason)
+	}
+
+	// The deadline of its own lease has passed.
+	failed, hangs = 0, errors.New("what is in flight has not ended")
+	l := &scriptedLease{now: f.now, sent: f.now() - s.lease.ttl}
+	l.say(errors.New("no route"))
+	s.lease.have(l)
+	n := s.lease.held()
+	<-n.ending
+	if look(); failed != 1 || s.lease.held() == nil || s.lease.unfenced == "" {
+		t.Errorf("its deadline has passed: failed %d times, '%s'", failed, s.lease.unfenced)
+	}
+	hangs = nil
+	if look(); failed != 2 || s.lease.held() != nil || s.lease.unfenced != "" {
+		t.Errorf("it keeps its lease: failed %d times, '%s'", failed, s.lease.unfenced)
 	}
 }
 

@@ -25,7 +25,7 @@ func (o *oneDevice) Table(string) ([]dm.Target, error) {
 	return []dm.Target{{Type: o.table}}, o.unread
 }
 
-func (o *oneDevice) Fail(string) error {
+func (o *oneDevice) Fail(string, func(error)) error {
 	time.Sleep(o.inFlight)
 	o.table = "error"
 	return nil
@@ -64,23 +64,23 @@ func TestFails(t *testing.T) {
 		}
 		var f fails
 		o := &oneDevice{info: up, table: "linear"}
-		if err := f.fail(o, "data", uuid); err != nil || o.table != "error" {
+		if err := f.fail(o, "data", uuid, quiet()); err != nil || o.table != "error" {
 			t.Errorf("a stack: %s, %v", o.table, err)
 		}
 		o = &oneDevice{table: "linear"}
-		if err := f.fail(o, "data", uuid); err != nil || o.table != "linear" {
+		if err := f.fail(o, "data", uuid, quiet()); err != nil || o.table != "linear" {
 			t.Errorf("none: %v", err)
 		}
 		o = &oneDevice{info: dm.Info{Exists: true, UUID: up.UUID}, table: "linear"}
-		if err := f.fail(o, "data", uuid); err != nil || o.table != "linear" {
+		if err := f.fail(o, "data", uuid, quiet()); err != nil || o.table != "linear" {
 			t.Errorf("one without a table: %v", err)
 		}
 		o = &oneDevice{info: up, table: "linear"}
-		if err := f.fail(o, "data", volume.UUID{8}); !errors.Is(err, volume.ErrOtherVolume) || o.table != "linear" {
+		if err := f.fail(o, "data", volume.UUID{8}, quiet()); !errors.Is(err, volume.ErrOtherVolume) || o.table != "linear" {
 			t.Errorf("another's: %s, %v", o.table, err)
 		}
 		o = &oneDevice{info: up, table: "linear", inFlight: 5 * time.Second}
-		for begun := time.Now(); f.fail(o, "data", uuid) != nil; {
+		for begun := time.Now(); f.fail(o, "data", uuid, quiet()) != nil; {
 			if time.Since(begun) > o.inFlight {
 				t.Fatal("it says that it does not fail, and it does")
 			}

@@ -222,6 +222,32 @@ func TestWordOutlivesTheAgent(t *testing.T) {
 	stop()
 	<-ended
 
+	// And taken away once the copy that is served is not given up any more.
+	if err := l.keepWord(r.Status().ReplicaUUID, nil); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop = context.WithCancel(t.Context())
+	ended = make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.run(ctx)
+	}()
+	l.settled(ctx)
+	if err := l.keepWord(r.Status().ReplicaUUID, &at); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		left, err := os.ReadDir(filepath.Join(dir, "given-up"))
+		if err == nil && len(left) == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it is kept of a copy that has moved on: %v, %v", left, err)
+		}
+	}
+	stop()
+	<-ended
+
 	// A word for another position is for nothing.
 	at = history(1, 4).Tip()
 	if err := l.keepWord(r.Status().ReplicaUUID, &at); err != nil {

@@ -59,6 +59,8 @@ type keeper struct {
 	// fenced returns nil if there is a dead-man's service to hold a deadline: a node without
 	// one can't bring the volume up.
 	fenced func() error
+	// fail has everything on the volume's stack fail, whatever the dead-man knows of it.
+	fail   func() error
 	node   string
 	boot   string // the kernel's id of this start of the machine
 	config *config.Volume
@@ -89,7 +91,7 @@ func newKeeper(a *Agent, s *switching) *keeper {
 		s.log.Warn("a lease of an earlier agent is not taken over", "error", err)
 		rand.Read(boot[:]) // never fails
 	}
-	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, fenced: a.reachDeadMan, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
+	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, fenced: a.reachDeadMan, fail: s.failStack, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
 		config: s.config, log: s.log, record: s.copies, words: "the agent is starting"}
 }
 

@@ -471,7 +471,7 @@ func TestTenureOfShorterLease(t *testing.T) {
 	})
 }
 
-// One that can be renewed in time again goes on.
+// One that can be renewed in time again goes on, as soon as it can be.
 func TestTenureGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := time.Now()
@@ -480,12 +480,18 @@ func TestTenureGoesOn(t *testing.T) {
 		n := newTenure(walkTerms(now), quiet(), l, func() *lease.Record { return nil })
 		for range 5 {
 			l.say(errors.New("no route"))
-			time.Sleep(5 * time.Second)
+			time.Sleep(3500 * time.Millisecond) // one renewal at least falls into it, and less than 7 s are without one
 			synctest.Wait()
 			if _, ended, why := n.state(); ended || why == "" {
 				t.Fatalf("ended %v, %s", ended, why)
 			}
 			l.say(nil)
+			back := now()
+			time.Sleep(renewAgain + time.Millisecond)
+			synctest.Wait()
+			if l.Sent() < back {
+				t.Fatalf("not renewed %v after it could be", renewAgain)
+			}
 			time.Sleep(5 * time.Second)
 			synctest.Wait()
 			if left, ended, why := n.state(); ended || why != "" || left < 4*time.Second {
