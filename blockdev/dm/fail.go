@@ -37,7 +37,7 @@ func (c *Control) Fail(name string, unflushed func(error)) error {
 		if done || err != nil {
 			return err
 		}
-		err = quietly(func() error { return failOnce(kernelTables{c}, name, flushPatience, unflushed) })
+		err = quietly(func() error { return failOnce(c, name, flushPatience, unflushed) })
 		if errors.Is(err, ErrNotExist) {
 			return err
 		}
@@ -65,17 +65,7 @@ type tables interface {
 	Load(name string, targets []Target) error
 	Suspend(name string, options SuspendOptions) error
 	Resume(name string) error
-	flusher(name string) (*flusher, error)
-}
-
-type kernelTables struct{ *Control }
-
-func (k kernelTables) flusher(name string) (*flusher, error) {
-	disks, err := k.beneath(name)
-	if err != nil {
-		return nil, err
-	}
-	return newFlusher(disks), nil
+	flushBeneath(name string) error
 }
 
 // failOnce loads its table even if that is in use: the resume would take any other
@@ -99,17 +89,11 @@ func failOnce(c tables, name string, patience time.Duration, unflushed func(erro
 	if !writes {
 		return c.Resume(name)
 	}
-	f, lost := c.flusher(name)
 	// Not left to the resume: interrupted there, many kernels drop the table that waits.
 	if err := c.Suspend(name, SuspendOptions{}); err != nil {
-		if f != nil {
-			f.spare()
-		}
 		return err
 	}
-	if lost == nil {
-		lost = f.flush(patience)
-	}
+	lost := within(patience, func() error { return c.flushBeneath(name) })
 	if err := c.Resume(name); err != nil {
 		return err
 	}

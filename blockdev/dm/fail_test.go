@@ -17,8 +17,6 @@ type slots struct {
 	dirty                  bool          // something is in the cache
 	broken                 error         // what a flush says
 	hang                   chan struct{} // a flush waits for its end; may be nil
-	unseen                 error         // the disk is not found
-	closed                 chan struct{} // when the disk is closed
 }
 
 func (s *slots) Table(string) ([]Target, error)         { return s.active, nil }
@@ -45,26 +43,17 @@ func (s *slots) Resume(string) error {
 	return nil
 }
 
-func (s *slots) flusher(string) (*flusher, error) {
-	if s.unseen != nil {
-		return nil, s.unseen
-	}
-	s.closed = make(chan struct{})
-	return newFlusher(s), nil
-}
-
-// flush makes nothing durable that is written later.
-func (s *slots) flush() error {
+// flushBeneath makes nothing durable that is written later.
+func (s *slots) flushBeneath(string) error {
 	if s.hang != nil {
 		<-s.hang
+		return nil
 	}
 	if s.broken == nil && s.suspended {
 		s.dirty = false
 	}
 	return s.broken
 }
-
-func (s *slots) close() { close(s.closed) }
 
 var linear = []Target{{Length: 8, Type: "linear", Params: "7:0 0"}, {Start: 8, Length: 8, Type: "linear", Params: "7:1 0"}}
 
@@ -95,14 +84,12 @@ func TestFailReplacesWhatWaits(t *testing.T) {
 func TestFailWithoutAFlush(t *testing.T) {
 	hang := make(chan struct{})
 	for want, s := range map[string]*slots{
-		"it is broken":           {active: linear, broken: errors.New("it is broken")},
-		"no such disk":           {active: linear, unseen: errors.New("no such disk")},
-		"has not ended after 1m": {active: linear, hang: hang},
+		"it is broken":              {active: linear, broken: errors.New("it is broken")},
+		"has not ended after 100ms": {active: linear, hang: hang},
 	} {
-		patience, told := time.Minute, ""
+		told, patience := "", time.Minute
 		if s.hang != nil {
 			patience = 100 * time.Millisecond
-			want = "has not ended after 100ms"
 		}
 		err := failOnce(s, "vol", patience, func(err error) { told = err.Error() })
 		if err != nil || !Failing(s.active) || s.suspended || !strings.Contains(told, want) {
@@ -112,11 +99,10 @@ func TestFailWithoutAFlush(t *testing.T) {
 	close(hang)
 }
 
-// An interrupted suspend leaves the table that fails waiting, and nothing open.
+// An interrupted suspend leaves the table that fails waiting.
 func TestFailInterrupted(t *testing.T) {
 	s := &slots{active: linear, interrupted: true}
 	if err := failOnce(s, "vol", time.Minute, nil); err == nil || !Failing(s.inactive) {
 		t.Errorf("%v, %v waits", err, s.inactive)
 	}
-	<-s.closed
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -122,46 +121,25 @@ func (c caches) close() {
 	}
 }
 
-// flusher flushes on a thread of its own, which is there before it is asked to: while a
-// device is suspended no memory is wanted for it.
-type flusher struct {
-	begin chan bool // false: nothing is to be flushed
-	ended chan error
+// flushBeneath makes durable what a suspended device has written. To look for the disks takes
+// a while, so that is not done before writers are held.
+func (c *Control) flushBeneath(name string) error {
+	disks, err := c.beneath(name)
+	if err != nil {
+		return fmt.Errorf("what it stands on is not found: %w", err)
+	}
+	defer disks.close()
+	return disks.flush()
 }
 
-func newFlusher(what interface {
-	flush() error
-	close()
-}) *flusher {
-	f := &flusher{make(chan bool, 1), make(chan error, 1)}
-	ready := make(chan struct{})
-	go func() {
-		runtime.LockOSThread() // and ends with it
-		defer what.close()
-		close(ready)
-		if <-f.begin {
-			f.ended <- what.flush()
-		}
-	}()
-	<-ready
-	return f
-}
-
-// flush returns after a time at the latest, with an error if it has not ended.
-func (f *flusher) flush(patience time.Duration) error {
-	f.begin <- true
+// within runs a flush and returns after a time at the latest, with an error if it has not ended.
+func within(patience time.Duration, flush func() error) error {
+	ended := make(chan error, 1)
+	go func() { ended <- flush() }()
 	select {
-	case err := <-f.ended:
+	case err := <-ended:
 		return err
 	case <-time.After(patience):
 		return fmt.Errorf("the flush of what it stands on has not ended after %s", patience)
-	}
-}
-
-// spare ends it if it has not flushed.
-func (f *flusher) spare() {
-	select {
-	case f.begin <- false:
-	default:
 	}
 }
