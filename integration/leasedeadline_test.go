@@ -136,12 +136,13 @@ func (l *leaseTest) mapped(name string, table dm.Target) {
 // agent, also where writers were stopped just then, where something in flight
 // hangs, and where the dead-man itself was killed.
 func TestLeaseDeadline(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}, {Size: 16 << 20}}, Modules: []string{"dm-delay"}}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}, {Size: 16 << 20}}, Modules: []string{"dm-delay", "nbd"}}, func(t *testing.T) {
 		l := &leaseTest{t: t, ctl: mapper(t), socket: filepath.Join(t.TempDir(), "dead-man.sock"), log: &syncBuffer{}}
 		l.startService()
 		l.volume()
 		l.stopped()
 		l.inFlight()
+		l.flushed()
 		t.Logf("the dead-man's log:\n%s", l.log)
 		l.killed()
 	})
@@ -348,6 +349,53 @@ func (l *leaseTest) inFlight() {
 	l.mustFail("hangs")
 	l.mustHold("hangs", at, 3)
 	l.mustHold("hangs", at+4096, 0)
+}
+
+// flushed: a flush after the end is answered as done, and what it would have made durable
+// is, though the disk loses what was not flushed.
+func (l *leaseTest) flushed() {
+	t := l.t
+	const blocks = 64
+	power := newMains(1)
+	disk := power.disk(t, 0, 1<<20)
+	l.mapped("beneath", dm.Target{Length: 1 << 11, Type: "linear", Params: disk.path + " 0"})
+	l.mapped("cached", dm.Target{Length: 1 << 11, Type: "linear", Params: dm.NodePath("beneath") + " 0"})
+	f, err := os.OpenFile(dm.NodePath("cached"), os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for i := range int64(blocks) {
+		mustWriteBlock(t, dm.NodePath("cached"), i*4096, byte(i+1))
+	}
+	if n := disk.pendingBytes(); n < blocks*4096 {
+		t.Fatalf("%d bytes are in the disk's cache", n)
+	}
+	l.hold("cached", leaseTTL/3)
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		table, err := l.ctl.Table("cached")
+		if err == nil && dm.Failing(table) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it does not fail: %v; log: %s", err, l.log)
+		}
+	}
+	err = f.Sync()
+	power.cut(disk)
+	t.Logf("a flush after the end: %v", err)
+	lost := 0
+	content := make([]byte, blocks*4096)
+	disk.durable.read(content, 0)
+	for i := range blocks {
+		if b := content[i*4096:][:4096]; b[0] != byte(i+1) || b[4095] != byte(i+1) {
+			lost++
+		}
+	}
+	if err == nil && lost > 0 {
+		t.Errorf("%d of %d blocks are lost that were written, and flushed after the lease's end without an error", lost, blocks)
+	}
+	l.mustFail("cached")
 }
 
 // killed: nobody is there at the deadline. The next service makes up for it.

@@ -237,6 +237,14 @@ func (p *Primary) Lineage() Lineage {
 	return p.state.Effective()
 }
 
+// Cut is the last cut that is durable with the volume's state: its disk holds it from now on, also
+// after a crash. The zero Position: there was none yet.
+func (p *Primary) Cut() Position {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state.Lineage.Tip()
+}
+
 // notify wakes everybody who waits for a change; mu is held.
 func (p *Primary) notify() {
 	close(p.changed)

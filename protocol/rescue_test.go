@@ -170,42 +170,90 @@ func TestRescueFailsWithoutAFile(t *testing.T) {
 	}
 }
 
+// Whatever a file holds, reading it ends in an error or in extents that lie, in order, within
+// the volume, and applying it writes those and nothing else, or nothing.
 func FuzzRescue(f *testing.F) {
-	dir := f.TempDir()
-	d := blocktest.NewMemory(testVolumeSize)
-	for _, ranges := range [][]Range{nil, {{0, 4096}}, {{4096, 4096}, {16384, 8192}}} {
-		path, err := WriteRescue(dir, rescueInfo(), ranges, d)
+	const size = 64 << 10
+	dir, d, info := f.TempDir(), noisyDevice(f, 1), rescueInfo()
+	info.SizeBytes = size
+	for _, ranges := range [][]Range{nil, {{0, 4096}}, {{4096, 4096}, {16384, 8192}}, {{size - 4096, 4096}}} {
+		path, err := WriteRescue(dir, info, ranges, d)
 		must(f, err)
 		b, err := os.ReadFile(path)
 		must(f, err)
 		f.Add(b)
+	}
+	// What writes none of: extents twice, in no order, beyond the end, of nothing, of half a block.
+	for _, extents := range [][]Range{{{8192, 4096}, {8192, 4096}}, {{8192, 4096}, {0, 4096}}, {{size, 4096}}, {{-4096, 4096}}, {{0, 0}, {0, 8192}}, {{0, 512}, {512, 7680}}} {
+		var data int64
+		var index []byte
+		for _, x := range extents {
+			data += x.Length
+			index = binary.LittleEndian.AppendUint64(index, uint64(x.Offset))
+			index = binary.LittleEndian.AppendUint32(index, uint32(x.Length))
+			index = binary.LittleEndian.AppendUint32(index, crc32c(make([]byte, x.Length)))
+		}
+		b := append(info.header(uint64(len(extents)), uint64(data), crc32c(index)), make([]byte, data)...)
+		f.Add(append(b, index...))
 	}
 	look := func(t *testing.T, b []byte) {
 		r, err := readRescue("fuzz", bytes.NewReader(b), int64(len(b)))
 		if err != nil {
 			return
 		}
+		must(t, r.Info.check())
 		var end int64
 		for i, x := range r.Extents() {
-			if x.Offset < end || x.End() > r.Info.SizeBytes || x.Length > rescueExtentBytes {
-				t.Fatalf("extent %v after %d", x, end)
+			if x.Length <= 0 || x.Offset < end || x.End() > r.Info.SizeBytes || x.Length > rescueExtentBytes || x.Offset%BlockSize != 0 || x.Length%BlockSize != 0 {
+				t.Fatalf("extent %v after %d of a volume of %d", x, end, r.Info.SizeBytes)
 			}
 			end = x.End()
 			if data, err := r.Extent(i); err == nil && int64(len(data)) != x.Length {
 				t.Fatalf("%d bytes of %v", len(data), x)
 			}
 		}
-		must(t, r.Info.check())
+		if r.Info.SizeBytes != size {
+			return
+		}
+		to := blocktest.NewMemory(size)
+		if err := r.Apply(r.Info.VolumeUUID, to); err != nil {
+			if to.Count(blocktest.OpWrite) > 0 {
+				t.Fatalf("refused after something was written: %v", err)
+			}
+			return
+		}
+		want := blocktest.NewMemory(size)
+		for i, x := range r.Extents() {
+			data, err := r.Extent(i)
+			must(t, err)
+			_, err = want.WriteAt(data, x.Offset)
+			must(t, err)
+		}
+		if !bytes.Equal(contentOf(t, to), contentOf(t, want)) {
+			t.Fatal("applied is something else than it holds")
+		}
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		look(t, b)
 		if len(b) < rescueHeaderBytes {
 			return
 		}
-		// With its checksum set right a changed header gets further.
+		// With the checksums set right a changed file gets further: the index's, then the header's.
 		b = bytes.Clone(b)
+		le := binary.LittleEndian
+		if data := le.Uint64(b[64:]); data <= uint64(len(b)-rescueHeaderBytes) {
+			le.PutUint32(b[72:], crc32c(b[rescueHeaderBytes+data:]))
+		}
 		clear(b[12:16])
-		binary.LittleEndian.PutUint32(b[12:], crc32c(b[:rescueHeaderBytes]))
+		le.PutUint32(b[12:], crc32c(b[:rescueHeaderBytes]))
 		look(t, b)
 	})
+}
+
+func contentOf(t *testing.T, d *blocktest.Memory) []byte {
+	t.Helper()
+	b := make([]byte, d.Size())
+	_, err := d.ReadAt(b, 0)
+	must(t, err)
+	return b
 }

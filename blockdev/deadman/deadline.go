@@ -184,14 +184,25 @@ func (d *deadlines) lock(device string) (*deadline, error) {
 }
 
 // adopt holds what the notes say: those of the service before this one. What has
-// passed meanwhile is struck at once.
-func (d *deadlines) adopt() {
+// passed meanwhile is struck at once, and so is a device of ours whose note can't be
+// read: its deadline may have passed, and nothing else would end its writes.
+func (d *deadlines) adopt(ours func(uuid string) bool) {
 	paths, _ := filepath.Glob(filepath.Join(d.folder, leasePrefix+"*")) // the pattern is well-formed
 	for _, path := range paths {
 		n, err := readLease(path)
 		if errors.Is(err, errOtherBoot) {
 			os.Remove(path)
 			continue
+		}
+		if err != nil {
+			var failed error
+			if n, failed = d.unread(strings.TrimPrefix(filepath.Base(path), leasePrefix), ours); failed == nil && n == nil {
+				d.log.Warn("a note of a lease can't be read; no volume that is up and can be written has that name", "note", path, "error", err)
+				continue
+			} else if failed == nil {
+				d.log.Error("a note of a lease can't be read, so the lease counts as ended", "volume", n.device, "note", path, "error", err)
+			}
+			err = failed
 		}
 		if err == nil {
 			err = d.adoptOne(n)
@@ -203,6 +214,19 @@ func (d *deadlines) adopt() {
 		}
 		d.log.Info("a lease of the dead-man before this one is held on", "volume", n.device, "seconds", (n.until - d.now()).Seconds())
 	}
+}
+
+// unread is a lease that ends now, of a device whose note can't be read; nil if there is
+// no device of ours by that name, or it fails already.
+func (d *deadlines) unread(device string, ours func(uuid string) bool) (*leaseNote, error) {
+	if err := d.devices.ready(); err != nil {
+		return nil, err
+	}
+	is, how, err := d.devices.identify(device)
+	if err != nil || !ours(is.uuid) || how.fails {
+		return nil, err
+	}
+	return &leaseNote{device: device, identity: is, holder: newHolder(), until: d.now()}, nil
 }
 
 func (d *deadlines) adoptOne(n *leaseNote) error {
@@ -348,7 +372,7 @@ func (d *deadlines) watch(l *deadline, a *alarm) {
 		}
 		log := d.log.With("volume", n.device)
 		late := time.AfterFunc(strikePatience, func() {
-			log.Error("the lease of a volume has ended; what is in flight on it does not end: writes that come are held and will fail then. Killed now, the dead-man would let them through")
+			log.Error("the lease of a volume has ended; what is in flight on it, or the flush of its disk, does not end: writes that come are held and will fail then. Killed while something is in flight, the dead-man would let them through")
 		})
 		begun := d.now()
 		struck, err := d.strike(&n)

@@ -91,7 +91,8 @@ func Run(socket *os.File, notes string) error {
 	if !ok {
 		return fmt.Errorf("dead-man: a %T, want a Unix socket", conn)
 	}
-	var mapper dmResumer
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	mapper := dmResumer{log: log}
 	defer mapper.close()
 	_ = mapper.ready() // at ARM it is tried again
 	fence := &striker{notes, &mapper, bootTime}
@@ -99,7 +100,7 @@ func Run(socket *os.File, notes string) error {
 	defer in.close()
 	done := make(chan struct{})
 	defer close(done)
-	left := &sweeper{notes, kernelFreezer{}, bootTime, slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	left := &sweeper{notes, kernelFreezer{}, bootTime, log}
 	go left.until(done, nil)
 	return (&deadman{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, out: conn, inbox: in, notes: notes, fence: fence}).run(in)
 }
@@ -134,6 +135,7 @@ func bootTime() time.Duration {
 // dmResumer resumes device-mapper's devices. A kernel without device-mapper
 // has none; it is opened at the first ARM that needs it.
 type dmResumer struct {
+	log     *slog.Logger // nil: the default one
 	mu      sync.Mutex
 	control *dm.Control
 }
@@ -179,7 +181,15 @@ func (r *dmResumer) identify(name string) (is identity, how condition, err error
 	return is, condition{dm.Failing(table), info.Suspended}, err
 }
 
-func (r *dmResumer) fail(name string) error { return r.control.Fail(name) }
+func (r *dmResumer) fail(name string) error {
+	return r.control.Fail(name, func(err error) {
+		log := r.log
+		if log == nil {
+			log = slog.Default()
+		}
+		log.Error("a volume fails, and its disk was not flushed before", "volume", name, "error", err)
+	})
+}
 
 // deadman serves one agent's guard: one stop of writers at a time.
 type deadman struct {

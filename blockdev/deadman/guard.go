@@ -103,7 +103,7 @@ func NewGuard(o GuardOptions) (*Guard, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	o.Notes = o.notes()
-	g := &Guard{options: o, fence: &striker{o.Notes, &dmResumer{}, bootTime}}
+	g := &Guard{options: o, fence: &striker{o.Notes, &dmResumer{log: o.Log}, bootTime}}
 	return g, g.ensure()
 }
 

@@ -134,7 +134,7 @@ func askOnce(socket, line string, end time.Time) (string, error) {
 // device, too, the kernel has it wait without an end; if not, its end would let
 // through what the kernel holds.
 func FailEnded(o GuardOptions, device string) error {
-	mapper := &dmResumer{}
+	mapper := &dmResumer{log: o.Log}
 	s := &striker{o.notes(), mapper, bootTime}
 	return s.failEnded(device, leasePatience, mapper.close)
 }

@@ -226,11 +226,26 @@ func TestLeaseOutlivesTheService(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.Sleep(first - BootTime())
-	if err := os.WriteFile(leasePath(filepath.Dir(socket), "torn"), []byte("blockferry lease 1"), 0o600); err != nil {
-		t.Fatal(err)
+	unread := map[string]string{"torn": "blockferry lease 1", "later": "blockferry lease 2 boot", "empty": "", "foreign": "", "struck": ""}
+	for device, text := range unread {
+		if err := os.WriteFile(leasePath(filepath.Dir(socket), device), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
+	s.devices.set(func() { s.devices.failing["struck"] = true })
 	next := startServiceOf(t, socket, s.devices)
 	await(t, "a deadline that passed is forgotten", func() bool { return next.devices.fails("passed") })
+	for device := range unread {
+		if device != "foreign" {
+			await(t, device+": its lease can't be read, and it does not fail", func() bool { return next.devices.fails(device) })
+		}
+	}
+	if next.devices.fails("foreign") {
+		t.Error("a device fails that is none of ours")
+	}
+	await(t, "a note of what fails stays", func() bool { return !next.note("torn") })
+	_, err := HoldLease(GuardOptions{Socket: socket}, "later", "uuid-later", BootTime()+far)
+	mustEnd(t, "hold what can't be read", err)
 	if next.devices.fails("held") || next.devices.fails("released") || next.devices.fails(extended) {
 		t.Error("one fails whose deadline has not passed")
 	}

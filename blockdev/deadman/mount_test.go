@@ -381,11 +381,12 @@ func TestGuardFreezes(t *testing.T) {
 	}
 }
 
-// A dead-man that hangs in the middle of a freeze is given up at the limit.
+// A dead-man that hangs in the middle of a freeze is given up at the limit, and not killed: once the
+// kernel is done it alone knows that it has to thaw.
 func TestGuardGivesAFreezeUp(t *testing.T) {
 	dir := t.TempDir()
-	answer, answered := filepath.Join(dir, "answer"), filepath.Join(dir, "answered")
-	g := newTestGuard(t, GuardOptions{Command: shell("read l; echo ARMED; read l; while [ ! -e " + answer + " ]; do sleep 0.02; done; echo FROZEN; : > " + answered + "; read l; echo IN-TIME; read l")})
+	kernelDone, thawed := filepath.Join(dir, "done"), filepath.Join(dir, "thawed")
+	g := newTestGuard(t, GuardOptions{Command: shell("trap '' PIPE; read l; echo ARMED; read l; while [ ! -e " + kernelDone + " ]; do sleep 0.02; done; echo FROZEN; while read l; do :; done; : > " + thawed)})
 	f, err := os.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -397,12 +398,15 @@ func TestGuardGivesAFreezeUp(t *testing.T) {
 	if err := g.Freeze(); !errors.Is(err, ErrLate) {
 		t.Errorf("no answer: %v", err)
 	}
-	if err := os.WriteFile(answer, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	await(t, "it does not answer", func() bool { _, err := os.Stat(answered); return err == nil }) // and RESUME's it is not
 	rescued := false
 	if err := g.Resume(func() error { rescued = true; return nil }); !errors.Is(err, ErrLate) || !rescued {
 		t.Errorf("rescued %v: %v", rescued, err)
 	}
+	if err := g.Close(); err != nil { // its next arm does so, too
+		t.Error(err)
+	}
+	if err := os.WriteFile(kernelDone, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "it does not thaw what the kernel froze late", func() bool { _, err := os.Stat(thawed); return err == nil })
 }

@@ -47,11 +47,11 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 		return err
 	}
 	notes := filepath.Dir(l.Addr().String())
-	var mapper dmResumer
+	mapper := dmResumer{log: log}
 	defer mapper.close()
 	s := &service{resumer: &mapper, freezer: kernelFreezer{}, now: bootTime, log: log, notes: notes,
 		leases: newDeadlines(striker{notes, &mapper, bootTime}, log)}
-	s.leases.adopt()
+	s.leases.adopt(ours)
 	if err := mapper.ready(); err != nil {
 		log.Info("no device-mapper yet; it is looked for when a volume needs it", "error", err)
 	} else {

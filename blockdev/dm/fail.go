@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,13 +19,16 @@ func Failing(table []Target) bool { return len(table) == 1 && table[0].Type == e
 
 // Fail puts a table in the place of the device's with which every read and write
 // fails, those that a suspend holds back, too. A flush does not: the kernel's
-// 'error' target answers it as done, and flushes nothing. What the device wrote
-// without a flush before may be lost by a power cut all the same.
+// 'error' target answers it as done, and flushes nothing. So what the device wrote is
+// flushed before, while it is suspended: no flush is acknowledged in vain. If that
+// can't be done, or takes longer than 10 seconds, unflushed is called with the reason,
+// and the device fails all the same.
 // It waits for what is in flight, for as long as that takes, and what comes
 // meanwhile is held, then fails. Only the end of the process makes the kernel
-// let that through. A device that fails already is left so, but resumed. A table
+// let that through; the table that fails waits from before that on, and the next who
+// resumes takes it. A device that fails already is left so, but resumed. A table
 // that waits for a resume is replaced, also if there is no other yet.
-func (c *Control) Fail(name string) error {
+func (c *Control) Fail(name string, unflushed func(error)) error {
 	// The table first: nothing is held back while the kernel finds memory for
 	// it, and whoever resumes from now on takes it into use.
 	var errs []error
@@ -33,7 +37,7 @@ func (c *Control) Fail(name string) error {
 		if done || err != nil {
 			return err
 		}
-		err = quietly(func() error { return failOnce(c, name) })
+		err = quietly(func() error { return failOnce(c, name, flushPatience, unflushed) })
 		if errors.Is(err, ErrNotExist) {
 			return err
 		}
@@ -54,18 +58,21 @@ func (c *Control) fails(name string) (bool, error) {
 	return Failing(table), err
 }
 
-// tables are a device's.
+// tables are a device's, and what it stands on.
 type tables interface {
 	Table(name string) ([]Target, error)
 	InactiveTable(name string) ([]Target, error)
 	Load(name string, targets []Target) error
+	Suspend(name string, options SuspendOptions) error
 	Resume(name string) error
+	flushBeneath(name string) error
 }
 
 // failOnce loads its table even if that is in use: the resume would take any other
 // that waits.
-func failOnce(c tables, name string) error {
+func failOnce(c tables, name string, patience time.Duration, unflushed func(error)) error {
 	table, err := c.Table(name)
+	writes := err == nil && size(table) > 0 && !Failing(table)
 	if err == nil && size(table) == 0 { // it is being built
 		table, err = c.InactiveTable(name)
 	}
@@ -79,7 +86,21 @@ func failOnce(c tables, name string) error {
 	if err := c.Load(name, []Target{{Length: length, Type: errorTarget}}); err != nil {
 		return err
 	}
-	return c.Resume(name)
+	if !writes {
+		return c.Resume(name)
+	}
+	// Not left to the resume: interrupted there, many kernels drop the table that waits.
+	if err := c.Suspend(name, SuspendOptions{}); err != nil {
+		return err
+	}
+	lost := within(patience, func() error { return c.flushBeneath(name) })
+	if err := c.Resume(name); err != nil {
+		return err
+	}
+	if lost != nil {
+		unflushed(fmt.Errorf("what was written to %s before it was made to fail may be lost by a power cut, also what is flushed from now on: %w", name, lost))
+	}
+	return nil
 }
 
 // size of a device, in sectors.

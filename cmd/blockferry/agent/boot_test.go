@@ -266,21 +266,13 @@ func TestTakeOverAsksOnce(t *testing.T) {
 	}
 	for _, hooked := range []bool{false, true} {
 		var asked atomic.Int32
-		address := "unix:" + filepath.Join(t.TempDir(), "socket")
-		l, err := transport.Listen(t.Context(), address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		server := transport.NewServer(transport.ServerOptions{Identity: transport.NewIdentity("node-b", "", quiet()), Log: quiet(), Service: deaf{asked: &asked}, Volumes: 1, Known: func(string) bool { return true }})
-		served := make(chan error, 1)
-		go func() { served <- server.Serve(l) }()
-		s := aSwitching(t, raw, &config.Replica{Name: "far", Peer: "node-b", Address: address})
-		s.role, s.uuid, s.config.Peers, s.config.Attach = roleSecondary, volume.UUID{7}, []string{"node-b"}, true // needs no mapper
+		hook := hooks.AfterDemote // none of a take-over
 		if hooked {
-			s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.FencePeer: {"/bin/true"}}, time.Minute, quiet())
+			hook = hooks.FencePeer
 		}
+		s, stop := besideNode(t, raw, &scriptedNode{asked: &asked}, hook)
 		ctx, end := serveCopy(t, s)
-		_, err = s.primary(ctx, true)
+		_, err := s.primary(ctx, true)
 		if err == nil || !strings.Contains(err.Error(), "it is primary, and not up") || s.at() != rolePrimary {
 			t.Errorf("%v", err) // there is nothing to bring up
 		}
@@ -292,6 +284,57 @@ func TestTakeOverAsksOnce(t *testing.T) {
 			t.Errorf("asked %d times, hook %v", n, hooked)
 		}
 		end()
+		stop()
+	}
+}
+
+// A node that was fenced, and serves the volume all the same, is joined by no second primary, also by
+// force; one that was reset and comes up gives way once it hears of the take-over.
+func TestFenceThatLied(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	up := &proto.Standing{Primary: true, Serving: true, Lineage: at.Proto()}
+	down := &proto.Standing{Primary: true, Lineage: at.Proto()}
+	for name, c := range map[string]struct {
+		hook    hooks.Event
+		says    []*proto.Standing
+		refused bool
+	}{
+		"it serves":            {hooks.FencePeer, []*proto.Standing{up, up}, true},
+		"it was coming up":     {hooks.FencePeer, []*proto.Standing{up, down}, false},
+		"it is down":           {hooks.FencePeer, []*proto.Standing{down}, false},
+		"nobody has fenced it": {hooks.BeforePromote, []*proto.Standing{up, up}, false}, // the operator's word
+	} {
+		s, stop := besideNode(t, raw, &scriptedNode{asked: new(atomic.Int32), says: c.says}, c.hook)
+		ctx, end := serveCopy(t, s)
+		_, err := s.primary(ctx, true)
+		if r := s.roleOnDisk(); c.refused && (exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "'fence-peer' said that node 'node-b' writes") || r != roleSecondary || s.at() != roleSecondary) ||
+			!c.refused && r != rolePrimary {
+			t.Errorf("%s: %v", name, err)
+		}
+		end()
+		stop()
+	}
+}
+
+// besideNode is a secondary whose only other node answers as service does; its hook says yes.
+func besideNode(t *testing.T, disk []byte, service proto.ReplicationServer, hook hooks.Event) (s *switching, stop func()) {
+	t.Helper()
+	address := "unix:" + filepath.Join(t.TempDir(), "socket")
+	l, err := transport.Listen(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := transport.NewServer(transport.ServerOptions{Identity: transport.NewIdentity("node-b", "", quiet()), Log: quiet(), Service: service, Volumes: 1, Known: func(string) bool { return true }})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	s = aSwitching(t, disk, &config.Replica{Name: "far", Peer: "node-b", Address: address})
+	s.role, s.uuid, s.config.Peers, s.config.Attach = roleSecondary, volume.UUID{7}, []string{"node-b"}, true // needs no mapper
+	s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hook: {"/bin/true"}}, time.Minute, quiet())
+	return s, func() {
 		server.Stop()
 		if err := <-served; err != nil {
 			t.Error(err)
@@ -299,13 +342,22 @@ func TestTakeOverAsksOnce(t *testing.T) {
 	}
 }
 
-// deaf does not say where it stands.
-type deaf struct {
+// scriptedNode does not say where it stands when it is asked first; then it says one thing after
+// another, and no more.
+type scriptedNode struct {
 	proto.UnimplementedReplicationServer
 	asked *atomic.Int32
+	says  []*proto.Standing
 }
 
-func (d deaf) Watch(*proto.WatchRequest, proto.Replication_WatchServer) error {
-	d.asked.Add(1)
-	return errors.New("no")
+func (n *scriptedNode) Watch(_ *proto.WatchRequest, stream proto.Replication_WatchServer) error {
+	if n.asked.Add(1) == 1 {
+		return errors.New("no")
+	}
+	for _, said := range n.says {
+		if err := stream.Send(said); err != nil {
+			return err
+		}
+	}
+	return errors.New("no more")
 }

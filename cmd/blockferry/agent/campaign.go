@@ -16,26 +16,42 @@ import (
 // This file is about what a node does with a lease: who may take it by itself, when a copy
 // takes over, when a volume is given up.
 
-// copies is the record of a volume that is up here: the copies at other nodes that lack
-// no more than may be lost. nil: as it was.
+// copies is the record of a volume that is up here: what its disk holds, and the copies that
+// lack no more than may be lost. nil: as it was.
 func (s *switching) copies() *lease.Record {
 	m := s.managed
 	m.mu.Lock()
-	r := m.running
+	r, at := m.running, m.stage
 	m.mu.Unlock()
-	if r == nil {
-		return nil
+	if r != nil {
+		return recordOf(s.lease.node, s.config, r.primary.Cut(), r.primary.Status().Replicas)
 	}
-	return recordOf(s.lease.node, s.config, r.primary.Status().Replicas)
+	// It may be written, and nothing replicates that: what is on record must not count for longer.
+	if (at == stageRefused || at == stageBusy) && m.leftUp() {
+		if cut, err := s.cutOnDisk(); err == nil {
+			return recordOf(s.lease.node, s.config, cut, nil)
+		}
+		return &lease.Record{Node: s.lease.node}
+	}
+	return nil
 }
 
-func recordOf(node string, v *config.Volume, reports []protocol.ReplicaReport) *lease.Record {
+// recordOf is the record of a volume whose disk holds a cut. Of several copies beside the disk the
+// furthest counts: it would be filled from that.
+func recordOf(node string, v *config.Volume, cut protocol.Position, reports []protocol.ReplicaReport) *lease.Record {
 	record := &lease.Record{Node: node, Copies: map[string]lease.Copy{}}
+	if cut != (protocol.Position{}) {
+		record.Disk = &lease.Copy{Generation: fmt.Sprintf("%x", cut.Generation), Epoch: cut.Epoch}
+	}
 	for _, c := range v.Replicas {
+		at := c.Peer
+		if at == "" {
+			at = node
+		}
 		for i := range reports {
 			r := &reports[i]
-			if c.Peer != "" && r.Name == c.Name && r.Connection == "Connected" && r.Epoch > 0 && !r.LagIsMinimum && r.LagSeconds <= v.MaxLoss.Seconds() {
-				record.Copies[c.Peer] = lease.Copy{Generation: r.Generation, Epoch: r.Epoch}
+			if r.Name == c.Name && r.Connection == "Connected" && r.Epoch > record.Copies[at].Epoch && !r.LagIsMinimum && r.LagSeconds <= v.MaxLoss.Seconds() {
+				record.Copies[at] = lease.Copy{Generation: r.Generation, Epoch: r.Epoch}
 			}
 		}
 	}
@@ -50,11 +66,14 @@ func mayFollow(r *lease.Record, node string, primary bool, has protocol.Lineage)
 		return "" // nobody had it yet; what its disk says counts
 	case r == nil:
 		return "no node had the lease yet; at the one that is to begin: "
-	case r.Node == node:
-		return ""
 	}
 	c, listed := r.Copies[node]
-	if !listed {
+	switch {
+	case r.Node == node && !listed && r.Disk == nil:
+		return ""
+	case r.Node == node && !listed:
+		c = *r.Disk
+	case !listed:
 		return fmt.Sprintf("node '%s', which had it last, did not have this copy as close enough: it was away, or 'max-loss' behind; better take over where that is not so, or have that node back; else: ", r.Node)
 	}
 	var at protocol.Position
@@ -64,10 +83,13 @@ func mayFollow(r *lease.Record, node string, primary bool, has protocol.Lineage)
 	}
 	copy(at.Generation[:], raw)
 	at.Epoch = c.Epoch
-	if has.Until(at) == nil {
-		return fmt.Sprintf("node '%s', which had it last, knew of %v here, and this copy is at %v: it went back; after a look: ", r.Node, at, has.Tip())
+	switch {
+	case has.Until(at) != nil:
+		return ""
+	case r.Node == node:
+		return fmt.Sprintf("this node had it last, with %v on its disk, which is at %v now: it went back, as by a snapshot that was restored; better take over where there is more; else, after a look: ", at, has.Tip())
 	}
-	return ""
+	return fmt.Sprintf("node '%s', which had it last, knew of %v here, and this copy is at %v: it went back; after a look: ", r.Node, at, has.Tip())
 }
 
 // watchLease takes the lease when it can be had, gives the volume up when it can't be
@@ -341,7 +363,7 @@ func (s *switching) ahead(ctx context.Context, uuid volume.UUID, has protocol.Li
 func (s *switching) follow(ctx context.Context, node string) {
 	// A stack from before the volume had a lease is nobody else's to fail.
 	s.managed.op.Lock()
-	err := s.failStack()
+	err := s.lease.fail()
 	s.managed.op.Unlock()
 	if err != nil {
 		s.lease.say(node, "node '%s' has it, and the volume here may still be written: %v", node, err)
@@ -395,7 +417,7 @@ func (s *switching) giveUp(n *tenure, why string) {
 		return
 	}
 	// The dead-man has done so, unless it was killed, or never had the deadline.
-	if err := s.failStack(); err != nil {
+	if err := s.lease.fail(); err != nil {
 		if words := err.Error(); words != s.lease.unfenced {
 			s.lease.unfenced = words
 			s.log.Error("a volume whose lease has ended may still be written", "error", err)

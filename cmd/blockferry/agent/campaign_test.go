@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"blockferry/blockdev/deadman"
+	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -57,13 +58,18 @@ func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
 	s := aSwitching(t, disk)
 	begun := time.Now()
 	f := &fakeLeases{now: func() time.Duration { return time.Since(begun) }}
-	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, node: "node-a", config: s.config, log: quiet(), record: s.copies}
+	s.lease = &keeper{terms: walkTerms(f.now), store: f, fenced: func() error { return nil }, fail: s.failStack, node: "node-a", config: s.config, log: quiet(), record: s.copies}
 	t.Cleanup(s.lease.drop)
 	return s, f
 }
 
 func copyAt(epoch uint64) lease.Copy {
 	return lease.Copy{Generation: fmt.Sprintf("%x", protocol.Generation{1}), Epoch: epoch}
+}
+
+func diskOf(epoch uint64) *lease.Copy {
+	c := copyAt(epoch)
+	return &c
 }
 
 // By itself only the copy goes on that is the last holder's, or that it knew to be close enough and
@@ -78,6 +84,13 @@ func TestWhoMayFollow(t *testing.T) {
 		"nobody had it, a primary":       {nil, true, ""},
 		"nobody had it, a secondary":     {nil, false, "no node had the lease yet"},
 		"it had it last":                 {&lease.Record{Node: "node-a"}, false, ""},
+		"its disk holds what it held":    {&lease.Record{Node: "node-a", Disk: diskOf(10)}, true, ""},
+		"its disk went on since":         {&lease.Record{Node: "node-a", Disk: diskOf(9)}, false, ""},
+		"its disk went back":             {&lease.Record{Node: "node-a", Disk: diskOf(11)}, true, "its disk, which is at"},
+		"and it is secondary":            {&lease.Record{Node: "node-a", Disk: diskOf(11)}, false, "it went back"},
+		"filled from a copy beside it":   {&lease.Record{Node: "node-a", Disk: diskOf(11), Copies: map[string]lease.Copy{"node-a": copyAt(10)}}, true, ""},
+		"filled from an older state":     {&lease.Record{Node: "node-a", Disk: diskOf(12), Copies: map[string]lease.Copy{"node-a": copyAt(11)}}, true, "it went back"},
+		"another's disk":                 {&lease.Record{Node: "node-b", Disk: diskOf(11), Copies: map[string]lease.Copy{"node-a": copyAt(9)}}, false, ""},
 		"it is on record":                {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(9)}}, false, ""},
 		"on record with all it has":      {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(10)}}, true, ""},
 		"it had more once":               {&lease.Record{Node: "node-b", Copies: map[string]lease.Copy{"node-a": copyAt(11)}}, false, "it went back"},
@@ -93,10 +106,20 @@ func TestWhoMayFollow(t *testing.T) {
 	}
 }
 
-// On record are the copies at other nodes that are connected and close enough.
+// On record are what the disk holds and the copies that are connected and close enough; of those
+// beside the disk the furthest.
 func TestRecordOfCopies(t *testing.T) {
-	v := &config.Volume{MaxLoss: 5 * time.Second, Replicas: []*config.Replica{{Name: "near", Device: "/dev/x"}, {Name: "far", Peer: "node-b", Address: "x:1"}}}
+	v := &config.Volume{MaxLoss: 5 * time.Second, Replicas: []*config.Replica{{Name: "near", Device: "/dev/x"}, {Name: "nearer", Device: "/dev/y"}, {Name: "far", Peer: "node-b", Address: "x:1"}}}
 	good := protocol.ReplicaReport{Name: "far", Connection: "Connected", Epoch: 7, Generation: "01", LagSeconds: 5}
+	near, nearer := good, good
+	near.Name, nearer.Name = "near", "nearer"
+	for _, epochs := range [][2]uint64{{7, 8}, {8, 7}} {
+		near.Epoch, nearer.Epoch = epochs[0], epochs[1]
+		got := recordOf("node-a", v, protocol.Position{Generation: protocol.Generation{1}, Epoch: 9}, []protocol.ReplicaReport{near, nearer, good})
+		if got.Disk == nil || *got.Disk != copyAt(9) || got.Copies["node-a"].Epoch != 8 || got.Copies["node-b"].Epoch != 7 || len(got.Copies) != 2 {
+			t.Errorf("%+v", got)
+		}
+	}
 	for name, c := range map[string]struct {
 		change func(*protocol.ReplicaReport)
 		in     bool
@@ -107,10 +130,14 @@ func TestRecordOfCopies(t *testing.T) {
 		"away":             {func(r *protocol.ReplicaReport) { r.Connection = "Connecting" }, false},
 		"never synced":     {func(r *protocol.ReplicaReport) { r.Epoch = 0 }, false},
 		"of this node":     {func(r *protocol.ReplicaReport) { r.Name = "near" }, false},
+		"of nobody":        {func(r *protocol.ReplicaReport) { r.Name = "lost" }, false},
 	} {
 		r := good
 		c.change(&r)
-		got := recordOf("node-a", v, []protocol.ReplicaReport{r})
+		got := recordOf("node-a", v, protocol.Position{}, []protocol.ReplicaReport{r})
+		if got.Disk != nil {
+			t.Errorf("%s: a disk without a cut is at %+v", name, got.Disk)
+		}
 		if at, in := got.Copies["node-b"]; got.Node != "node-a" || in != c.in || in && at != (lease.Copy{Generation: "01", Epoch: 7}) || len(got.Copies) > 1 {
 			t.Errorf("%s: %+v", name, got)
 		}
@@ -141,6 +168,14 @@ func TestLeaseIsNeeded(t *testing.T) {
 		}
 		if err := s.lease.need(ctx, volume.UUID{7}, true, has, force); force && (err != nil || f.taken != 1) {
 			t.Errorf("needed again: %v, taken %d times", err, f.taken)
+		}
+		for _, primary := range []bool{true, false} { // who had it last, and its disk went back
+			s, f := withLease(t, nil)
+			f.standing.Record = &lease.Record{Node: "node-a", Disk: diskOf(11)}
+			err := s.lease.need(ctx, volume.UUID{7}, primary, has, force)
+			if force != (err == nil) || !force && (!strings.Contains(err.Error(), "went back") || !strings.Contains(err.Error(), "primary --force data")) {
+				t.Errorf("force %v, primary %v: %v", force, primary, err)
+			}
 		}
 	}
 	s, f := withLease(t, nil)
@@ -263,6 +298,93 @@ func TestWaitsForItsLease(t *testing.T) {
 		if why, k := look(); k.held() != nil || k.status().Reason != "nobody has it; it is left to others: a broken disk" {
 			t.Errorf("taken again at once: %s, %s", why, k.status().Reason)
 		}
+	}
+}
+
+// A stack that may be written is made to fail, whether or not a dead-man knows of its deadline, before
+// its node follows another or forgets its lease; while it can't be it does neither.
+func TestStackFailsFirst(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s, f := withLease(t, raw)
+	s.config.Attach = true // needs no mapper
+	s.know(volume.UUID{7})
+	hangs := errors.New("what is in flight has not ended")
+	failed := 0
+	s.lease.fail = func() error { failed++; return hangs }
+	f.standing.Holder = &lease.Claim{Node: "node-b"}
+	look := func() { s.lookAtLease(t.Context(), rolePrimary, volume.UUID{7}) }
+	if look(); failed != 1 || s.roleOnDisk() != rolePrimary || !strings.Contains(s.lease.status().Reason, "may still be written") {
+		t.Errorf("another node has the lease: failed %d times, %s", failed, s.lease.status().Reason)
+	}
+	hangs = nil
+	if look(); failed != 2 || s.roleOnDisk() != roleSecondary {
+		t.Errorf("it does not follow: failed %d times, %s", failed, s.lease.status().Reason)
+	}
+
+	// The deadline of its own lease has passed.
+	failed, hangs = 0, errors.New("what is in flight has not ended")
+	l := &scriptedLease{now: f.now, sent: f.now() - s.lease.ttl}
+	l.say(errors.New("no route"))
+	s.lease.have(l)
+	n := s.lease.held()
+	<-n.ending
+	if look(); failed != 1 || s.lease.held() == nil || s.lease.unfenced == "" {
+		t.Errorf("its deadline has passed: failed %d times, '%s'", failed, s.lease.unfenced)
+	}
+	hangs = nil
+	if look(); failed != 2 || s.lease.held() != nil || s.lease.unfenced != "" {
+		t.Errorf("it keeps its lease: failed %d times, '%s'", failed, s.lease.unfenced)
+	}
+}
+
+// What is up and can't be managed may be written, and nothing replicates that: no copy stays on
+// record. From before a volume comes up its own disk is.
+func TestRecordOfUnmanaged(t *testing.T) {
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s, f := withLease(t, raw)
+	cut := func(r *lease.Record) bool {
+		return r != nil && r.Node == "node-a" && r.Disk != nil && r.Disk.Epoch == at.Tip().Epoch && r.Disk.Generation == fmt.Sprintf("%x", at.Tip().Generation) && len(r.Copies) == 0
+	}
+	l := &scriptedLease{now: f.now, sent: f.now()}
+	s.lease.have(l)
+	if err := s.lease.ready(t.Context(), s.cutOnDisk); err != nil || !cut(l.last()) {
+		t.Errorf("before it comes up %+v is on record: %v", l.last(), err)
+	}
+	if r := s.copies(); r != nil {
+		t.Errorf("without a stack %+v is on record", r)
+	}
+	s.agent.dm, s.config.Attach, s.managed.stack = new(dm.Control), true, attached{} // it is left up
+	for at, none := range map[stage]bool{stageRefused: true, stageBusy: true, stageUp: false, stageStarting: false} {
+		s.managed.set(at, "", "")
+		if r := s.copies(); none != (r != nil) || none && !cut(r) {
+			t.Errorf("%s: %+v is on record", stageWords[at], r)
+		}
+	}
+	s.config.Device += "-gone"
+	s.managed.set(stageRefused, "", "")
+	if r := s.copies(); r == nil || r.Node != "node-a" || r.Disk != nil || len(r.Copies) != 0 {
+		t.Errorf("its disk can't be read: %+v", r)
+	}
+	if s.makeRoom(); s.lease.held() == nil {
+		t.Error("the lease is given up of what may be written")
+	}
+	s.managed.stack = nil
+	if s.makeRoom(); s.lease.held() != nil {
+		t.Error("the lease is kept of what can't be brought up")
 	}
 }
 

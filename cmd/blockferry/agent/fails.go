@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -18,7 +19,18 @@ const failPatience = 2 * time.Second
 type mapper interface {
 	Info(name string) (dm.Info, error)
 	Table(name string) ([]dm.Target, error)
-	Fail(name string) error
+	Fail(name string, unflushed func(error)) error
+}
+
+// mayBeWritten says whether a device is there on which not everything fails; what can't be told
+// counts as one.
+func mayBeWritten(m mapper, name string) bool {
+	info, err := m.Info(name)
+	if err != nil || !info.Exists || !info.HasActive {
+		return err != nil
+	}
+	table, err := m.Table(name)
+	return err != nil || info.Suspended || info.HasInactive || !dm.Failing(table)
 }
 
 // fails has everything fail on a volume that this node may not write, whatever the
@@ -29,7 +41,7 @@ type fails struct {
 }
 
 // fail returns nil when everything fails, or there is no stack.
-func (f *fails) fail(m mapper, name string, uuid volume.UUID) error {
+func (f *fails) fail(m mapper, name string, uuid volume.UUID, log *slog.Logger) error {
 	if f.under == nil {
 		info, err := m.Info(name)
 		if err != nil || !info.Exists || !info.HasActive { // nothing can be written before it has a table
@@ -42,7 +54,9 @@ func (f *fails) fail(m mapper, name string, uuid volume.UUID) error {
 			return nil
 		}
 		f.under = make(chan error, 1)
-		go func(end chan<- error) { end <- m.Fail(name) }(f.under)
+		go func(end chan<- error) {
+			end <- m.Fail(name, func(err error) { log.Error("the volume fails, and its disk was not flushed before", "error", err) })
+		}(f.under)
 	}
 	select {
 	case err := <-f.under:
@@ -66,5 +80,5 @@ func (s *switching) failStack() error {
 		return err
 	}
 	_, uuid, _ := s.look()
-	return s.fails.fail(m.agent.dm, m.config.Name, uuid)
+	return s.fails.fail(m.agent.dm, m.config.Name, uuid, s.log)
 }

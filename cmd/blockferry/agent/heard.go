@@ -254,6 +254,7 @@ func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]
 type knowledge struct {
 	protocol.Heard
 	written bool
+	unended string // a node that was fenced, and serves as primary; "": none
 }
 
 // beside is the knowledge held against a copy, which may have got further than what
@@ -274,9 +275,36 @@ func (k knowledge) beside(mine protocol.Lineage) protocol.Heard {
 
 // hear joins what other nodes say now, and said before, to what is known of the
 // primary that a copy followed. It also says so in words, and which nodes did not
-// answer, and why.
-func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ knowledge, _ string, silent map[string]string) {
+// answer, and why. fenced are those that were fenced since they were asked last.
+func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus, fenced map[string]string) (k knowledge, words string, silent map[string]string) {
 	said, silent := s.ask(ctx, st.VolumeUUID)
+	unended := ""
+	for _, node := range s.config.Peers {
+		if _, was := fenced[node]; was && said[node].primary && said[node].serving {
+			if said[node] = s.settled(ctx, node, st.VolumeUUID, said[node]); said[node].primary && said[node].serving {
+				unended = node
+			}
+		}
+	}
+	k, words = s.weigh(st, said, silent)
+	k.unended = unended
+	return k, words, silent
+}
+
+// settled is what a node says in the end that serves, or comes up: one that was reset and boots does
+// not go on with that once it has heard of a take-over.
+func (s *switching) settled(ctx context.Context, node string, uuid volume.UUID, last heard) heard {
+	ctx, cancel := context.WithTimeout(ctx, 2*askNode) // it asks other nodes, too
+	defer cancel()
+	_ = s.hearFrom(ctx, node, uuid, nil, func(h heard) bool {
+		last = h
+		return h.primary && h.serving
+	})
+	return last
+}
+
+// weigh is hear when all were asked.
+func (s *switching) weigh(st protocol.ReplicaStatus, said map[string]heard, silent map[string]string) (knowledge, string) {
 	holds := st.Lineage.Tip().Epoch
 	var words []string
 	far := protocol.Heard{Lineage: st.Lineage}
@@ -290,7 +318,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 			k := h.after(s.heard[node], holds).known(holds)
 			s.mu.Unlock()
 			k.Alive = true
-			return knowledge{k, true}, "node '" + node + "' is primary", silent
+			return knowledge{Heard: k, written: true}, "node '" + node + "' is primary"
 		default:
 			words = append(words, h.inWords(st.Lineage, node))
 			if kind := protocol.Compare(far.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
@@ -299,11 +327,11 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 		}
 	}
 	if from := s.copy.fedBy(); from != "" {
-		return knowledge{protocol.Heard{Alive: true}, true}, "it is fed by " + from, silent
+		return knowledge{Heard: protocol.Heard{Alive: true}, written: true}, "it is fed by " + from
 	}
 	if len(silent) == 0 {
 		// Every node that could be primary is a replica, and what they hold is known.
-		return knowledge{Heard: far}, strings.Join(words, ", "), silent
+		return knowledge{Heard: far}, strings.Join(words, ", ")
 	}
 	// What the silent ones said last counts only from a primary: who was secondary
 	// may be primary since.
@@ -318,7 +346,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus) (_ know
 			last = h
 		}
 	}
-	return knowledge{last.known(holds), last.primary}, strings.Join(words, ", "), silent
+	return knowledge{Heard: last.known(holds), written: last.primary}, strings.Join(words, ", ")
 }
 
 // outdoes says which of two primaries counts of which none answers: what was heard before

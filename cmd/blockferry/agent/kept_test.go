@@ -32,7 +32,7 @@ func loss(t *testing.T, s *switching) string {
 	t.Helper()
 	st, err := s.copy.replica.replica.Status(), error(nil)
 	st.CutUnixNanos = 1 // of a clock that is far behind
-	heard, _, _ := s.hear(t.Context(), st)
+	heard, _, _ := s.hear(t.Context(), st, nil)
 	did, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: true, Fresh: protocol.Generation{9}})
 	if err != nil {
 		t.Fatal(err)
@@ -218,6 +218,32 @@ func TestWordOutlivesTheAgent(t *testing.T) {
 	l.settled(ctx)
 	if st, open, reason, _ := l.status(); !open || st.GivenUp != at {
 		t.Errorf("served: %v %s, given up: %v", open, reason, st.GivenUp)
+	}
+	stop()
+	<-ended
+
+	// And taken away once the copy that is served is not given up any more.
+	if err := l.keepWord(r.Status().ReplicaUUID, nil); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop = context.WithCancel(t.Context())
+	ended = make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.run(ctx)
+	}()
+	l.settled(ctx)
+	if err := l.keepWord(r.Status().ReplicaUUID, &at); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		left, err := os.ReadDir(filepath.Join(dir, "given-up"))
+		if err == nil && len(left) == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it is kept of a copy that has moved on: %v, %v", left, err)
+		}
 	}
 	stop()
 	<-ended

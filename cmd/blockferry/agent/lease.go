@@ -59,6 +59,8 @@ type keeper struct {
 	// fenced returns nil if there is a dead-man's service to hold a deadline: a node without
 	// one can't bring the volume up.
 	fenced func() error
+	// fail has everything on the volume's stack fail, whatever the dead-man knows of it.
+	fail   func() error
 	node   string
 	boot   string // the kernel's id of this start of the machine
 	config *config.Volume
@@ -89,7 +91,7 @@ func newKeeper(a *Agent, s *switching) *keeper {
 		s.log.Warn("a lease of an earlier agent is not taken over", "error", err)
 		rand.Read(boot[:]) // never fails
 	}
-	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, fenced: a.reachDeadMan, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
+	return &keeper{terms: terms{c.TTL, c.Margin(), deadman.BootTime}, store: a.leases, fenced: a.reachDeadMan, fail: s.failStack, node: a.options.Config.Node.Name, boot: hex.EncodeToString(boot[:]),
 		config: s.config, log: s.log, record: s.copies, words: "the agent is starting"}
 }
 
@@ -132,8 +134,8 @@ func (k *keeper) have(l heldLease) {
 }
 
 // need takes the lease, unless it is had, for a copy that holds has; op is held. A primary whose
-// copy may lack what was written since is refused unless forced; a copy that takes over is
-// judged elsewhere. The errors say what to do.
+// copy may lack what was written since is refused unless forced, and so is who had it last with
+// more on its disk; another copy that takes over is judged elsewhere. The errors say what to do.
 func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has protocol.Lineage, force bool) error {
 	if k == nil {
 		return nil
@@ -155,7 +157,8 @@ func (k *keeper) need(ctx context.Context, uuid volume.UUID, primary bool, has p
 	case h != nil:
 		err = fmt.Errorf("%w by node '%s'", lease.ErrHeld, h.Node)
 	default:
-		if why := mayFollow(standing.Record, k.node, primary, has); why != "" && primary && !force {
+		last := standing.Record != nil && standing.Record.Node == k.node // by the record alone it is known that it had more
+		if why := mayFollow(standing.Record, k.node, primary, has); why != "" && (primary || last) && !force {
 			return exit.Errorf(exit.Refused, "volume '%s': writes may be lost: %sblockferry primary --force %[1]s", k.config.Name, why)
 		}
 		if err := k.fenced(); err != nil {
@@ -250,9 +253,9 @@ func (k *keeper) proved(ctx context.Context) error {
 }
 
 // ready is called before a volume is brought up, by when nothing else can refuse it: the
-// lease is proved, and the record names this node and, so far, no other's copy: from the
-// first write on none is known to have it.
-func (k *keeper) ready(ctx context.Context) error {
+// lease is proved, and the record names this node, the last cut on its disk and, so far, no
+// copy: from the first write on none is known to have it.
+func (k *keeper) ready(ctx context.Context, cut func() (protocol.Position, error)) error {
 	if k == nil {
 		return nil
 	}
@@ -260,7 +263,11 @@ func (k *keeper) ready(ctx context.Context) error {
 	if n == nil {
 		return &noLeaseError{"its lease is not held"}
 	}
-	if err := n.renew(ctx, &lease.Record{Node: k.node}); err != nil {
+	at, err := cut()
+	if err != nil {
+		return err
+	}
+	if err := n.renew(ctx, recordOf(k.node, k.config, at, nil)); err != nil {
 		return &noLeaseError{err.Error()}
 	}
 	return nil

@@ -143,7 +143,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 			s.lease.release()
 		}
 	}()
-	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force)
+	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force, nil)
 	if err != nil {
 		return "", err
 	}
@@ -154,11 +154,14 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
-	if s.managed.hooks.Has(hooks.BeforePromote) || len(silent) > 0 && s.managed.hooks.Has(hooks.FencePeer) { // they may have taken long
+	if !s.managed.hooks.Has(hooks.FencePeer) {
+		silent = nil
+	}
+	if s.managed.hooks.Has(hooks.BeforePromote) || len(silent) > 0 { // they may have taken long
 		if st, err = s.promotable(); err != nil {
 			return "", err
 		}
-		if heard, _, _, _, err = s.planTakeOver(ctx, st, force); err != nil {
+		if heard, _, _, _, err = s.planTakeOver(ctx, st, force, silent); err != nil {
 			return "", err
 		}
 	}
@@ -225,9 +228,15 @@ func (s *switching) roleOnDisk() role {
 }
 
 // planTakeOver asks the other nodes and says what taking over would lose, or why it is
-// refused; words tell what they said, and silent why some did not.
-func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool) (_ knowledge, _ protocol.Promotion, words string, silent map[string]string, err error) {
-	heard, words, silent := s.hear(ctx, st)
+// refused; words tell what they said, and silent why some did not. Where one serves that was
+// fenced it is refused by force, too: whoever trusts a fence has no second writer.
+func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool, fenced map[string]string) (_ knowledge, _ protocol.Promotion, words string, silent map[string]string, err error) {
+	heard, words, silent := s.hear(ctx, st, fenced)
+	if node := heard.unended; node != "" {
+		s.log.Error("a node writes the volume though it was fenced: hook 'fence-peer' does not do what it says", "node", node)
+		return heard, protocol.Promotion{}, words, silent, exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over, also by --force: hook 'fence-peer' said that node '%s' writes the volume no more, and that node says that it is primary and up; "+
+			"mend the hook, or at that node: blockferry down %[1]s; then repeat it", s.config.Name, node)
+	}
 	st.PendingEpochs = 0 // they are applied first
 	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force, Fresh: protocol.Generation{1}})
 	if err != nil {

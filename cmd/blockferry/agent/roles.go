@@ -359,27 +359,39 @@ func (s *switching) standing(node string) (*proto.Standing, bool) {
 	return out, true
 }
 
-// leftUp says whether the stack is there, though it is not managed, or may be: the
-// device-mapper can't be asked.
+// leftUp says whether the stack is there, though it is not managed, and may be written.
 func (m *managed) leftUp() bool {
 	if m.agent.dm == nil {
 		return false
 	}
-	exists, err := m.stackExists()
-	return exists || err != nil
+	if m.config.Attach {
+		exists, err := m.stackExists()
+		return exists || err != nil
+	}
+	return mayBeWritten(m.agent.dm, m.config.Name)
 }
 
 // onDisk is the history that the label tells.
 func (s *switching) onDisk() (protocol.Lineage, error) {
+	state, err := s.stateOnDisk()
+	return state.Effective(), err
+}
+
+// cutOnDisk is the last cut that the label tells of; the zero Position: of none.
+func (s *switching) cutOnDisk() (protocol.Position, error) {
+	state, err := s.stateOnDisk()
+	return state.Lineage.Tip(), err
+}
+
+func (s *switching) stateOnDisk() (protocol.SourceState, error) {
 	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
 	if err != nil {
-		return nil, err
+		return protocol.SourceState{}, err
 	}
 	defer disk.Close()
 	label, err := volume.ReadLabel(disk)
 	if err != nil {
-		return nil, err
+		return protocol.SourceState{}, err
 	}
-	state, err := protocol.DecodeSourceState(label.State)
-	return state.Effective(), err
+	return protocol.DecodeSourceState(label.State)
 }

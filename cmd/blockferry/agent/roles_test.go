@@ -134,7 +134,7 @@ func TestCopyIsAheadOfWhatWasHeard(t *testing.T) {
 		open    uint64
 		bytes   bool
 	}{{12, true, 12, true}, {10, true, 11, false}, {9, true, 11, false}, {10, false, 10, true}} {
-		k := knowledge{protocol.Heard{Lineage: line(c.heard), BehindBytes: &behind}, c.written}
+		k := knowledge{Heard: protocol.Heard{Lineage: line(c.heard), BehindBytes: &behind}, written: c.written}
 		got := k.beside(line(10))
 		if got.Lineage.Tip().Epoch != c.open || (got.BehindBytes != nil) != c.bytes {
 			t.Errorf("heard of %+v: %+v", c, got)

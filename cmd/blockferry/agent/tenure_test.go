@@ -303,16 +303,20 @@ type scriptedLease struct {
 	now func() time.Duration
 	ttl time.Duration // 0: that of the walk
 
-	mu    sync.Mutex
-	sent  time.Duration
-	err   error
-	calls int
+	mu     sync.Mutex
+	sent   time.Duration
+	err    error
+	calls  int
+	record *lease.Record
 }
 
-func (s *scriptedLease) Renew(context.Context, *lease.Record) error {
+func (s *scriptedLease) Renew(_ context.Context, record *lease.Record) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.calls++
+	if record != nil {
+		s.record = record
+	}
 	if s.err == nil {
 		s.sent = s.now()
 	}
@@ -338,6 +342,12 @@ func (s *scriptedLease) say(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.err = err
+}
+
+func (s *scriptedLease) last() *lease.Record {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.record
 }
 
 func (s *scriptedLease) called() int {
@@ -461,7 +471,7 @@ func TestTenureOfShorterLease(t *testing.T) {
 	})
 }
 
-// One that can be renewed in time again goes on.
+// One that can be renewed in time again goes on, as soon as it can be.
 func TestTenureGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := time.Now()
@@ -470,12 +480,18 @@ func TestTenureGoesOn(t *testing.T) {
 		n := newTenure(walkTerms(now), quiet(), l, func() *lease.Record { return nil })
 		for range 5 {
 			l.say(errors.New("no route"))
-			time.Sleep(5 * time.Second)
+			time.Sleep(3500 * time.Millisecond) // one renewal at least falls into it, and less than 7 s are without one
 			synctest.Wait()
 			if _, ended, why := n.state(); ended || why == "" {
 				t.Fatalf("ended %v, %s", ended, why)
 			}
 			l.say(nil)
+			back := now()
+			time.Sleep(renewAgain + time.Millisecond)
+			synctest.Wait()
+			if l.Sent() < back {
+				t.Fatalf("not renewed %v after it could be", renewAgain)
+			}
 			time.Sleep(5 * time.Second)
 			synctest.Wait()
 			if left, ended, why := n.state(); ended || why != "" || left < 4*time.Second {

@@ -240,7 +240,7 @@ func (m *managed) bringUp(after *restored) error {
 			return m.refuse(err)
 		}
 	}
-	if err := m.roles.keeps().ready(context.Background()); err != nil {
+	if err := m.roles.keeps().ready(context.Background(), m.roles.cutOnDisk); err != nil {
 		return m.refuse(err)
 	}
 	deadMan := m.agent.options.DeadMan

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"blockferry/blockdev"
 )
 
 // Info describes one certificate, for people and programs.
@@ -233,51 +235,15 @@ func readFile(path string) ([]byte, error) {
 	return content, nil
 }
 
-// writeNew writes a file that is not there yet, durably; replaceFile one that may be.
+// writeNew writes a file that is not there yet, durably. Nobody else may read it before it has
+// its mode.
 func writeNew(path string, content []byte, mode os.FileMode) error {
-	temporary, err := writeTemporary(path, content, mode)
-	if err != nil {
-		return err
-	}
-	defer os.Remove(temporary)
-	// A link, unlike a rename, replaces nothing.
-	if err := os.Link(temporary, path); errors.Is(err, fs.ErrExist) {
+	err := blockdev.CreateFile(path, content, int64(len(content))) // 0600
+	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%s %w", path, ErrExists)
-	} else if err != nil {
-		return err
 	}
-	return syncFolder(filepath.Dir(path))
-}
-
-func replaceFile(path string, content []byte, mode os.FileMode) error {
-	temporary, err := writeTemporary(path, content, mode)
-	if err != nil {
-		return err
+	if err == nil && mode != 0o600 {
+		err = os.Chmod(path, mode)
 	}
-	if err := os.Rename(temporary, path); err != nil {
-		return errors.Join(err, os.Remove(temporary))
-	}
-	return syncFolder(filepath.Dir(path))
-}
-
-// writeTemporary writes a flushed file beside path; nobody else may read it
-// before it has its mode.
-func writeTemporary(path string, content []byte, mode os.FileMode) (string, error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-") // 0600
-	if err != nil {
-		return "", err
-	}
-	_, err = f.Write(content)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
-		return "", errors.Join(err, os.Remove(f.Name()))
-	}
-	return f.Name(), nil
-}
-
-func syncFolder(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return err
 }

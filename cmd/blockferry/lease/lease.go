@@ -70,8 +70,12 @@ type Claim struct {
 type Record struct {
 	Version int    `json:"v"`
 	Node    string `json:"node"`
+	// Disk is the last cut that the node's own disk held when this was written; nil: none, or
+	// it was written by a version that does not say.
+	Disk *Copy `json:"disk,omitempty"`
 	// Copies are, by node, what each has at least. A node that is not named lacks more
-	// than the volume may lose, or is not known.
+	// than the volume may lose, or is not known. Of Node itself it is a copy beside its
+	// disk, which that can be filled from.
 	Copies map[string]Copy `json:"copies,omitempty"`
 }
 

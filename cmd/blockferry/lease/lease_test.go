@@ -72,13 +72,13 @@ func TestLease(t *testing.T) {
 	if _, err := b.Take(ctx, "other", Claim{Node: "node-b"}); err != nil {
 		t.Errorf("another volume: %v", err)
 	}
-	record := Record{Node: "node-a", Copies: map[string]Copy{"node-b": {"01", 7}}}
+	record := Record{Node: "node-a", Disk: &Copy{"01", 8}, Copies: map[string]Copy{"node-b": {"01", 7}}}
 	before = sinceBegan()
 	if err := l.Renew(ctx, &record); err != nil || l.Sent() < before {
 		t.Fatalf("renewed: %v, at %v", err, l.Sent())
 	}
 	s, err := b.Look(ctx, data)
-	if err != nil || s.Holder == nil || s.Record == nil || s.Holder.Node != "node-a" || s.Holder.Epoch != 7 || s.Record.Copies["node-b"] != (Copy{"01", 7}) {
+	if err != nil || s.Holder == nil || s.Record == nil || s.Holder.Node != "node-a" || s.Holder.Epoch != 7 || s.Record.Copies["node-b"] != (Copy{"01", 7}) || s.Record.Disk == nil || *s.Record.Disk != (Copy{"01", 8}) {
 		t.Fatalf("%+v, %v", s, err)
 	}
 	// Another process of the node.
