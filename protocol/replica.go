@@ -193,15 +193,15 @@ type Replica struct {
 	inPlace  bool // ... or by an in-place epoch
 	holds    int
 	waiting  []*holdWaiter
-	commits  uint64 // epochs committed since it was opened
-	applies  uint64 // ... and applied, those found pending counted in both
-	brought  uint64 // bytes of the frames committed since it was opened, one at least for each epoch
-	imaged   uint64 // ... and applied
+	commits  uint64   // epochs committed since it was opened
+	applies  uint64   // ... and applied, those found pending counted in both
+	brought  uint64   // bytes of the frames committed since it was opened, one at least for each epoch
+	imaged   uint64   // ... and applied
 	fine     *fineLog // what of them changed, to the block; nil: nobody asks
-	usedEnd  uint64 // how far the open epoch has got in the journal
-	spilled  int64  // bytes in the spill file
-	noSpill  string // why it can't be used
-	rescued  string // path of the last rescue file
+	usedEnd  uint64   // how far the open epoch has got in the journal
+	spilled  int64    // bytes in the spill file
+	noSpill  string   // why it can't be used
+	rescued  string   // path of the last rescue file
 	givenUp  Position
 	warnings []string
 	fail     error
