@@ -14,12 +14,13 @@ const (
 	// cascadeHold is how long the copy's next epochs may wait in its journal for what its
 	// replicas read of one.
 	cascadeHold = 2 * time.Second
-	// cascadeLast is how long one that ends may take to bring the newest epoch to its
-	// replicas: a volume that takes over waits for that.
-	cascadeLast = time.Second
 	// cascadeLook is how often is looked whether the copy can be passed on.
 	cascadeLook = 500 * time.Millisecond
 )
+
+// cascadeLast is how long one that ends may take to bring the newest epoch to its replicas:
+// a volume that takes over waits for that. Tests give it more.
+var cascadeLast = time.Second
 
 // cascade feeds the replicas beside a copy from it, at the positions of the node that
 // writes, while the volume is secondary. Those at other nodes are fed by that node.
@@ -30,6 +31,17 @@ type cascade struct {
 	mu     sync.Mutex
 	feeder *protocol.Primary // nil: they are not fed
 	why    error             // then
+}
+
+// newCascade has a copy feed the replicas beside it; nil: there are none.
+func newCascade(m *managed, copy *localReplica) *cascade {
+	local := m.config.Local()
+	if len(local) == 0 {
+		return nil
+	}
+	c := &cascade{managed: m, replicas: local}
+	copy.feeds = c.begin
+	return c
 }
 
 // beside is what feeds the replicas beside the copy; nil: there are none. A nil s has none.

@@ -64,10 +64,7 @@ func newSwitching(m *managed, c *secondary) *switching {
 	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{})}
 	m.roles, c.roles = s, s
 	c.replica.parked = true
-	if local := s.config.Local(); len(local) > 0 {
-		s.cascade = &cascade{managed: m, replicas: local}
-		c.replica.feeds = s.cascade.begin
-	}
+	s.cascade = newCascade(m, c.replica)
 	if s.config.AutoPromote {
 		s.lease = newKeeper(m.agent, s)
 	}
