@@ -5,7 +5,6 @@ import (
 	"testing"
 	"time"
 
-	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/protocol"
 )
@@ -15,21 +14,6 @@ func besideLevel(t *testing.T, v status.Volume) bool {
 	t.Helper()
 	r := replicaNamed(t, v, "ebs")
 	return isSecondary(v) && v.Position != nil && r.Position != nil && *r.Position == *v.Position && r.Disk == "UpToDate" && r.Reason == ""
-}
-
-// peek is where a replica's disk stands, by its superblock.
-func peek(t *testing.T, path string) protocol.ReplicaStatus {
-	t.Helper()
-	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer disk.Close()
-	st, err := protocol.PeekReplica(disk)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return st
 }
 
 // A node that follows has a disk beside its copy: that holds a point in time under the name
