@@ -34,7 +34,10 @@ func cascaded(t *testing.T) {
 	w.b.await(t, "told to format its disk", time.Minute, func(v status.Volume) bool {
 		return isSecondary(v) && strings.Contains(replicaNamed(t, v, "ebs").Advice, "blockferry create --replica ebs data")
 	})
+	stopAll(t, w.b) // it looks for its disk now and then, and nobody else has that meanwhile
 	w.b.must(t, "create", "--replica", "ebs")
+	w.b.must(t, "check")
+	w.b.start(t)
 	h := history{Seed: 59, Size: twinVolume, MaxBytes: 64 << 10, Span: 8 << 20, Pause: 5 * time.Millisecond}
 	v := w.a.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
 	load := startWriter(t, v.Path, h, 1)
