@@ -294,8 +294,8 @@ func (c *replicaCut) Release() error {
 	return nil
 }
 
-// maxFinePages bounds a fineLog: pages of 4 KiB, each of which is about 128 MiB of the volume.
-const maxFinePages = 4096
+// maxFinePages bounds a fineLog: pages of 4 KiB, each of which is for 128 MiB of the volume.
+const maxFinePages = 16 << 10
 
 // fineLog remembers, to the block, what the last epochs changed that came by the journal
 // while somebody followed. It is in memory alone.
@@ -310,6 +310,9 @@ type fineEpoch struct {
 	blocks blockSet
 }
 
+// size is in pages, one at least.
+func (e *fineEpoch) size() int { return max(1, len(e.blocks.pages)) }
+
 // came notes what an epoch has brought; mu is held.
 func (r *Replica) came(o *openEpoch, epoch uint64) {
 	r.brought += max(o.bytes, 1)
@@ -323,8 +326,9 @@ func (r *Replica) came(o *openEpoch, epoch uint64) {
 }
 
 func (l *fineLog) add(epoch uint64, blocks blockSet) {
-	l.epochs = append(l.epochs, fineEpoch{epoch, blocks})
-	l.pages += len(blocks.pages)
+	e := fineEpoch{epoch, blocks}
+	l.epochs = append(l.epochs, e)
+	l.pages += e.size()
 	for l.pages > maxFinePages {
 		l.forget(l.epochs[0].epoch)
 	}
@@ -334,7 +338,7 @@ func (l *fineLog) add(epoch uint64, blocks blockSet) {
 func (l *fineLog) forget(upTo uint64) {
 	for len(l.epochs) > 0 && l.epochs[0].epoch <= upTo {
 		l.from = l.epochs[0].epoch
-		l.pages -= len(l.epochs[0].blocks.pages)
+		l.pages -= l.epochs[0].size()
 		l.epochs = l.epochs[1:]
 	}
 }

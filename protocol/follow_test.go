@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -173,10 +174,13 @@ func TestCascadeToSlow(t *testing.T) {
 		return now
 	}, nil)
 	down := startFollower(t, middle, []*node{last}, func(c *PrimaryConfig) {
-		c.CutLimit, c.Replicas[0].Link.Pace, c.Replicas[0].Link.Codec = 50*time.Millisecond, pace, CodecNone
+		c.CutLimit = 50 * time.Millisecond
+		l := &c.Replicas[0].Link
+		l.Pace, l.Codec, l.BatchBytes = pace, CodecNone, 64<<10 // an epoch is more than what is read ahead
 	})
 	was := level(t, last, middle).Committed
 	rate <- 1
+	wroteSome(src, 0, 1500)
 	for n := range int64(10) {
 		wroteSome(src, 100*n, 100)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -207,6 +211,104 @@ func heldAt(t *testing.T, name string, l Lineage, strayed string) *node {
 		t.Fatal(err)
 	}
 	return openNode(t, name, store, ReceiverConfig{})
+}
+
+// bring begins an epoch of blocks after the writes given, in generation 1, and returns what
+// commits it.
+func bring(t *testing.T, r *Replica, s EpochStart, writes []uint64, blocks ...int64) EpochCommit {
+	t.Helper()
+	s.Lineage = line(1, int(s.Epoch))
+	if err := r.Begin(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	digest := NewStreamDigest()
+	data := make([]byte, BlockSize)
+	for _, b := range blocks {
+		content(data, b, writes[b])
+		frame := AppendFrames(nil, FrameMeta{Epoch: s.Epoch, Attempt: s.Attempt}, b*BlockSize, data, compressor(t, CodecNone))
+		f, err := NewFrameReader(frame).Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		digest.Add(f.Header)
+		if err := r.Append(t.Context(), 0, frame); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return EpochCommit{Epoch: s.Epoch, Attempt: s.Attempt, Streams: []StreamSum{digest.Sum()}}
+}
+
+// A cut is what is applied, under that name, whatever else is committed by then; that
+// waits until the cut is released.
+func TestCascadeCutIsBetweenApplies(t *testing.T) {
+	r := heldAt(t, "middle", line(1, 5), "").rep
+	source, err := FollowReplica(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := r.Hold(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	epoch := func(number, write uint64) {
+		t.Helper()
+		c := bring(t, r, EpochStart{Epoch: number, Attempt: 1, Mode: ModeJournal, CutUnixNanos: int64(number)}, []uint64{0, write}, 1)
+		if err := r.Commit(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	epoch(6, 1)
+	taken := make(chan Cut, 1)
+	go func() {
+		defer close(taken)
+		c, err := source.Cut(context.Background(), 0, CutWish{View: true})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		taken <- c
+	}()
+	eventually(t, "the cut is waited for", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return len(r.waiting) == 1
+	})
+	epoch(7, 2)
+	before.Release()
+	c := <-taken
+	if c == nil {
+		t.FailNow()
+	}
+	f := c.(FollowedCut)
+	written, err := source.WrittenBytes()
+	if err != nil || c.Epoch() != 6 || !f.Lineage().Equal(line(1, 6)) || f.CutUnixNanos() != 6 || c.WrittenBytes() != BlockSize || written != 2*BlockSize {
+		t.Errorf("cut %d of [%v] at %d, %d of %d bytes written (%v)", c.Epoch(), f.Lineage(), f.CutUnixNanos(), c.WrittenBytes(), written, err)
+	}
+	if st := source.Standing(); st.Err != nil || !st.Lineage.Equal(line(1, 7)) || st.Written != written {
+		t.Errorf("it stands at %+v", st)
+	}
+	if changed, err := c.Changed(5); err != nil || len(changed) != 1 || changed[0] != (Range{BlockSize, BlockSize}) || !c.(ExactCut).ChangedExact(5) {
+		t.Errorf("changed: %v, %v", changed, err)
+	}
+	if changed, err := c.Changed(6); err != nil || len(changed) != 0 {
+		t.Errorf("changed since itself: %v, %v", changed, err)
+	}
+	got, want := make([]byte, BlockSize), make([]byte, BlockSize)
+	content(want, 1, 1)
+	for range 10 {
+		if _, err := c.View().ReadAt(got, BlockSize); err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("it does not hold the first write (%v)", err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if err := errors.Join(c.Valid(), c.FlushSource(), c.Release()); err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := r.WaitApplied(ctx, 7); err != nil {
+		t.Errorf("after its release: %v", err)
+	}
 }
 
 // Nothing is passed on of a copy that has none of the primary's images, or strayed from
@@ -289,41 +391,21 @@ func TestCascadeInPlaceIsNotFine(t *testing.T) {
 	startFollower(t, middle, []*node{last}, nil)
 	src.write(1)
 	src.write(900)
-	epoch := func(number uint64, attempt uint32, blocks ...int64) {
-		t.Helper()
-		src.images[number] = append([]uint64(nil), src.blocks...)
-		if err := middle.rep.Begin(t.Context(), EpochStart{Epoch: number, Attempt: attempt, Mode: ModeInPlace, Lineage: line(1, int(number))}); err != nil {
-			t.Fatal(err)
-		}
-		digest := NewStreamDigest()
-		for _, b := range blocks {
-			data := make([]byte, BlockSize)
-			content(data, b, src.blocks[b])
-			frame := AppendFrames(nil, FrameMeta{Epoch: number, Attempt: attempt}, b*BlockSize, data, compressor(t, CodecNone))
-			f, err := NewFrameReader(frame).Next()
-			if err != nil {
-				t.Fatal(err)
-			}
-			digest.Add(f.Header)
-			if err := middle.rep.Append(t.Context(), 0, frame); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if len(blocks) > 1 { // it is there when its session is lost
-			if err := middle.rep.ReadData(t.Context(), make([]byte, BlockSize), 0); err != nil {
-				t.Fatal(err)
-			}
-			return
-		}
-		if err := middle.rep.Commit(t.Context(), EpochCommit{Epoch: number, Attempt: attempt, Streams: []StreamSum{digest.Sum()}}); err != nil {
-			t.Fatal(err)
-		}
+	image := func(number uint64) { src.images[number] = append([]uint64(nil), src.blocks...) }
+	image(6)
+	bring(t, middle.rep, EpochStart{Epoch: 6, Attempt: 1, Mode: ModeInPlace}, src.blocks, 1, 900)
+	// It is there when its session is lost.
+	if err := middle.rep.ReadData(t.Context(), make([]byte, BlockSize), 0); err != nil {
+		t.Fatal(err)
 	}
-	epoch(6, 1, 1, 900)
 	if err := middle.rep.Abort(); err != nil {
 		t.Fatal(err)
 	}
-	epoch(7, 2, 1) // block 900 was found equal
+	image(7)
+	commit := bring(t, middle.rep, EpochStart{Epoch: 7, Attempt: 2, Mode: ModeInPlace}, src.blocks, 1) // block 900 was found equal
+	if err := middle.rep.Commit(t.Context(), commit); err != nil {
+		t.Fatal(err)
+	}
 	if got := level(t, last, middle).Committed.Epoch; got != 7 {
 		t.Fatalf("it is at %d", got)
 	}

@@ -158,7 +158,8 @@ type OpenOptions struct {
 // applies the epochs before.
 //
 // Its memory is bounded: 5 journal segments and twice 7 runs of 1.25 MiB, and for each of up to 16
-// pending epochs about 2 MiB per TiB of volume that it touches.
+// pending epochs about 2 MiB per TiB of volume that it touches; while others are fed from it,
+// up to 64 MiB more.
 //
 // After a fault of the store every call returns it: close the replica and
 // open it again, which finds out what is durable. All methods may be called

@@ -34,13 +34,13 @@ type cascade struct {
 }
 
 // newCascade has a copy feed the replicas beside it; nil: there are none.
-func newCascade(m *managed, copy *localReplica) *cascade {
+func newCascade(m *managed, on *localReplica) *cascade {
 	local := m.config.Local()
 	if len(local) == 0 {
 		return nil
 	}
 	c := &cascade{managed: m, replicas: local}
-	copy.feeds = c.begin
+	on.feeds = c.begin
 	return c
 }
 
@@ -53,12 +53,12 @@ func (s *switching) beside() *cascade {
 }
 
 // begin feeds them from the open copy until end.
-func (c *cascade) begin(copy *protocol.Replica) (end func()) {
+func (c *cascade) begin(from *protocol.Replica) (end func()) {
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		c.run(ctx, copy)
+		c.run(ctx, from)
 	}()
 	return func() {
 		stop()
@@ -68,12 +68,12 @@ func (c *cascade) begin(copy *protocol.Replica) (end func()) {
 
 // run begins anew, with nothing remembered, whenever the copy went another way, or was not
 // whole for a while.
-func (c *cascade) run(ctx context.Context, copy *protocol.Replica) {
+func (c *cascade) run(ctx context.Context, from *protocol.Replica) {
 	defer c.set(nil, nil)
 	tick := time.NewTicker(cascadeLook)
 	defer tick.Stop()
 	for ctx.Err() == nil {
-		source, feeder, err := c.feed(copy)
+		source, feeder, err := c.feed(from)
 		c.set(feeder, err)
 		if err == nil {
 			err = c.watch(ctx, tick.C, source)
@@ -89,8 +89,8 @@ func (c *cascade) run(ctx context.Context, copy *protocol.Replica) {
 }
 
 // feed starts to.
-func (c *cascade) feed(copy *protocol.Replica) (*protocol.ReplicaSource, *protocol.Primary, error) {
-	source, err := protocol.FollowReplica(copy)
+func (c *cascade) feed(from *protocol.Replica) (*protocol.ReplicaSource, *protocol.Primary, error) {
+	source, err := protocol.FollowReplica(from)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -100,7 +100,7 @@ func (c *cascade) feed(copy *protocol.Replica) (*protocol.ReplicaSource, *protoc
 		return nil, nil, err
 	}
 	feeder, err := protocol.NewFollower(protocol.PrimaryConfig{
-		Volume: m.config.Name, VolumeUUID: copy.Status().VolumeUUID, Source: source, Replicas: replicas,
+		Volume: m.config.Name, VolumeUUID: from.Status().VolumeUUID, Source: source, Replicas: replicas,
 		Interval: m.config.Interval, CutLimit: cascadeHold, Events: m.withHooks(m.events()),
 	})
 	return source, feeder, err

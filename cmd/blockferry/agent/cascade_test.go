@@ -118,7 +118,7 @@ func TestReplicaBesideACopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.copy.replica.mu.Lock()
-	copy := s.copy.replica.replica
+	held := s.copy.replica.replica
 	s.copy.replica.mu.Unlock()
 	block := bytes.Repeat([]byte("new "), protocol.BlockSize/4)
 	frames := protocol.AppendFrames(nil, protocol.FrameMeta{Epoch: 6, Attempt: 1}, 1<<20, block, codec)
@@ -130,13 +130,13 @@ func TestReplicaBesideACopy(t *testing.T) {
 	digest.Add(f.Header)
 	at := time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
 	start := protocol.EpochStart{Epoch: 6, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 6), CutUnixNanos: at.UnixNano()}
-	if err := copy.Begin(t.Context(), start); err != nil {
+	if err := held.Begin(t.Context(), start); err != nil {
 		t.Fatal(err)
 	}
-	if err := copy.Append(t.Context(), 0, frames); err != nil {
+	if err := held.Append(t.Context(), 0, frames); err != nil {
 		t.Fatal(err)
 	}
-	if err := copy.Commit(t.Context(), protocol.EpochCommit{Epoch: 6, Attempt: 1, Streams: []protocol.StreamSum{digest.Sum()}}); err != nil {
+	if err := held.Commit(t.Context(), protocol.EpochCommit{Epoch: 6, Attempt: 1, Streams: []protocol.StreamSum{digest.Sum()}}); err != nil {
 		t.Fatal(err)
 	}
 	besideIs(t, s, "behind", func(r status.Replica) bool {
