@@ -76,6 +76,9 @@ type attempt struct {
 }
 
 func newAttempt(w *replicaWorker, link *Link, plan Plan) *attempt {
+	if plan.Action == Nothing { // until there is something
+		plan.Action = Incremental
+	}
 	a := &attempt{
 		w: w, link: link, plan: plan, whole: plan.Action == FullCopy || plan.Action == CompareAll, base: plan.Since,
 		stats: link.Stats(),
