@@ -437,7 +437,7 @@ func TestCascadePowerCuts(t *testing.T) {
 				m.FailAt(op, k, errors.New("broken on purpose"))
 				up := startRig(t, src, state, []*node{nm}, func(c *PrimaryConfig) { c.Interval = 2 * time.Millisecond })
 				down := startFollower(t, nm, []*node{nl}, func(c *PrimaryConfig) { c.Interval = time.Millisecond })
-				for n := range 3 {
+				for n := range 2 {
 					wroteSome(src, int64(100*n), 2)
 					want := nl.rep.Status().Committed
 					eventually(t, "an epoch, or the end", func() bool {
