@@ -415,10 +415,11 @@ func TestCascadeInPlaceIsNotFine(t *testing.T) {
 // The power fails at any step of the copy, and of its replica at the same moment: whatever is
 // left, the replica is not ahead of the copy, and each holds the cut that it names.
 func TestCascadePowerCuts(t *testing.T) {
-	src := newMemSource(testVolumeSize, BlockSize)
-	wroteSome(src, 0, 300)
+	const size = 1 << 20
+	src := newMemSource(size, BlockSize)
+	wroteSome(src, 0, 200)
 	state := &memState{}
-	middle, last := newNode(t, "middle", testVolumeSize, 32<<20), newNode(t, "last", testVolumeSize, 32<<20)
+	middle, last := newNode(t, "middle", size, MinJournalBytes), newNode(t, "last", size, MinJournalBytes)
 	up := startRig(t, src, state, []*node{middle}, nil)
 	up.sync()
 	down := startFollower(t, middle, []*node{last}, nil)
