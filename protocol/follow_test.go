@@ -412,6 +412,38 @@ func TestCascadeInPlaceIsNotFine(t *testing.T) {
 	last.check(src)
 }
 
+// A replica whose image is torn, and that is at the copy's position by its label, can't be
+// given that again: it waits for the next, and is compared then.
+func TestCascadeTornAtTheSamePosition(t *testing.T) {
+	middle, last := heldAt(t, "middle", line(1, 5), ""), heldAt(t, "last", line(1, 5), "")
+	src := newMemSource(testVolumeSize, BlockSize)
+	torn := append([]uint64(nil), src.blocks...)
+	torn[900] = 99
+	bring(t, last.rep, EpochStart{Epoch: 6, Attempt: 1, Mode: ModeInPlace}, torn, 900)
+	if err := errors.Join(last.rep.ReadData(t.Context(), make([]byte, BlockSize), 0), last.rep.Abort()); err != nil {
+		t.Fatal(err)
+	}
+	down := startFollower(t, middle, []*node{last}, nil)
+	eventually(t, "a plan", func() bool { return down.plan("last").Action == CompareAll })
+	time.Sleep(100 * time.Millisecond) // five intervals
+	down.mu.Lock()
+	lost := len(down.lost["last"])
+	down.mu.Unlock()
+	if st := down.p.Status().Replicas[0]; lost > 0 || st.Disk != "Inconsistent" || st.Connection != "Connected" {
+		t.Errorf("while it waits: %d sessions ended, %+v", lost, st)
+	}
+	src.write(1)
+	src.images[6] = append([]uint64(nil), src.blocks...)
+	commit := bring(t, middle.rep, EpochStart{Epoch: 6, Attempt: 1, Mode: ModeJournal}, src.blocks, 1)
+	if err := middle.rep.Commit(t.Context(), commit); err != nil {
+		t.Fatal(err)
+	}
+	level(t, last, middle)
+	if last.check(src) != 6 {
+		t.Error("it holds no image")
+	}
+}
+
 // The power fails at any step of the copy, and of its replica at the same moment: whatever is
 // left, the replica is not ahead of the copy, and each holds the cut that it names.
 func TestCascadePowerCuts(t *testing.T) {
