@@ -16,6 +16,7 @@ type pendingEpoch struct {
 	touched *touched
 	rounds  roundSet
 	spill   *spillPart // what lies in the spill file; nil: all is in the journal
+	brought uint64     // Replica.brought with it
 }
 
 // position is what the replica holds once the epoch is applied.

@@ -61,7 +61,7 @@ type PlanInput struct {
 // Plan says how to bring a replica up to date, and why.
 type Plan struct {
 	Action  Action
-	Since   uint64 // Incremental: the epoch of the replica's position
+	Since   uint64 // Incremental, Nothing: the epoch of the replica's position
 	InPlace bool   // frames go straight to the data area: the replica is Inconsistent until the commit
 	// Overwrite: the replica's history is unrelated and the operator allowed
 	// it to be overwritten; the replica must be told so.
@@ -149,7 +149,7 @@ func MakePlan(in PlanInput) Plan {
 			p.Action, p.InPlace, p.Rule = CompareAll, true, "a catch-up in place was begun and not finished"
 			return p
 		}
-		p.Action, p.Rule = Nothing, "both hold the same cut"
+		p.Action, p.Rule, p.Since = Nothing, "both hold the same cut", rel.Common.Epoch
 		return p
 	case Behind:
 		p.InPlace = inconsistent || (in.JournalTooSmall && in.CatchUpInPlace)

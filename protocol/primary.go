@@ -170,6 +170,7 @@ var ErrStopped = errors.New("the primary was stopped")
 // tracking is lost for good.
 type Primary struct {
 	cfg     PrimaryConfig
+	follow  Follower // the source, if that stands at another node's cuts; nil: it makes its own
 	size    int64
 	ctx     context.Context // ends everything
 	cancel  context.CancelFunc
@@ -201,17 +202,21 @@ type cutRecord struct {
 
 // NewPrimary starts replication of a volume whose state BeginPrimary returned.
 func NewPrimary(cfg PrimaryConfig, s SourceState) (*Primary, error) {
-	cfg = cfg.withDefaults()
 	if s.OpenEpoch == 0 {
 		return nil, fmt.Errorf("volume %q: no epoch is open: BeginPrimary comes first", cfg.Volume)
 	}
+	return startPrimary(cfg, s, nil)
+}
+
+func startPrimary(cfg PrimaryConfig, s SourceState, follow Follower) (*Primary, error) {
+	cfg = cfg.withDefaults()
 	written, err := cfg.Source.WrittenBytes()
 	if err != nil {
 		return nil, fmt.Errorf("volume %q: %w", cfg.Volume, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Primary{
-		cfg: cfg, size: cfg.Source.Size(), ctx: ctx, cancel: cancel, state: s,
+		cfg: cfg, follow: follow, size: cfg.Source.Size(), ctx: ctx, cancel: cancel, state: s,
 		started: cfg.Clock.Now(), written: written, kick: make(chan struct{}, 1), changed: make(chan struct{}),
 	}
 	seen := map[string]bool{}
@@ -234,7 +239,7 @@ func NewPrimary(cfg PrimaryConfig, s SourceState) (*Primary, error) {
 func (p *Primary) Lineage() Lineage {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.state.Effective()
+	return p.history()
 }
 
 // Cut is the last cut that is durable with the volume's state: its disk holds it from now on, also
@@ -360,12 +365,12 @@ func (p *Primary) Stop(ctx context.Context, seal func() error) (clean bool, err 
 		return false, ErrStopped
 	}
 	p.stopping = true
-	epoch := p.state.OpenEpoch
+	epoch := p.newest()
 	anyConnected := false
 	for _, w := range p.workers {
 		anyConnected = anyConnected || w.connected
 	}
-	if p.unchangedLocked() {
+	if p.follow == nil && p.unchangedLocked() {
 		epoch = p.lastCut.epoch
 	}
 	p.syncTo = max(p.syncTo, epoch)
@@ -464,9 +469,8 @@ func (p *Primary) forget() {
 	}
 }
 
-// takeCut makes the next epoch's number durable, then takes the cut. Only the
-// cutter calls it, and close after it.
-func (p *Primary) takeCut(ctx context.Context, wish CutWish) (Cut, error) {
+// useEpoch makes the next epoch's number durable.
+func (p *Primary) useEpoch() (epoch uint64, err error) {
 	p.mu.Lock()
 	next, err := p.state.UseEpoch()
 	p.mu.Unlock()
@@ -474,17 +478,29 @@ func (p *Primary) takeCut(ctx context.Context, wish CutWish) (Cut, error) {
 		err = saveState(p.cfg.State, next)
 	}
 	p.mu.Lock()
-	p.stateErr = err
-	if err == nil {
-		p.state = next
+	defer p.mu.Unlock()
+	if p.stateErr = err; err != nil {
+		return 0, err
 	}
-	p.mu.Unlock()
-	if err != nil {
-		return nil, err
+	p.state = next
+	return next.Lineage.Tip().Epoch, nil
+}
+
+// takeCut takes a cut, whose number is durable before. Only the cutter calls it, and
+// close after it.
+func (p *Primary) takeCut(ctx context.Context, wish CutWish) (Cut, error) {
+	var epoch uint64
+	if p.follow == nil {
+		var err error
+		if epoch, err = p.useEpoch(); err != nil {
+			return nil, err
+		}
 	}
-	epoch := next.Lineage.Tip().Epoch
 	before := p.cfg.Clock.Now()
 	cut, err := p.cfg.Source.Cut(ctx, epoch, wish)
+	if err == nil && p.follow != nil {
+		epoch = cut.Epoch()
+	}
 	if err == nil && wish.View && cut.View() == nil && cut.NoView() == nil {
 		err = errors.Join(errors.New("the source gave no view"), cut.Release())
 	}
@@ -500,6 +516,9 @@ func (p *Primary) takeCut(ctx context.Context, wish CutWish) (Cut, error) {
 	}
 	p.mu.Lock()
 	p.cutErr = nil
+	if c, ok := cut.(FollowedCut); ok {
+		p.state = followState(c.Lineage())
+	}
 	p.lastCut = &cutRecord{epoch: epoch, written: cut.WrittenBytes(), covers: before}
 	p.mu.Unlock()
 	if f := p.cfg.Events.Cut; f != nil {

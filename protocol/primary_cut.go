@@ -193,6 +193,10 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 	now := p.cfg.Clock.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	lacks, err := p.whoLacks()
+	if err != nil {
+		return nil, wish, p.cfg.Interval
+	}
 	unchanged := p.unchangedLocked()
 	if unchanged {
 		// The last cut is also the image of this moment.
@@ -209,7 +213,7 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 	useful := func(w *replicaWorker) bool { return !unchanged || w.holds < p.lastCut.epoch || w.holds < p.syncTo }
 	for _, w := range p.workers {
 		switch {
-		case w.wish == wishNone:
+		case w.wish == wishNone, !lacks(w):
 		case w.urgent, w.wish == wishView && (w.holds < p.syncTo || due && useful(w)):
 			joiners = append(joiners, w)
 			wish.View = wish.View || w.wish == wishView
@@ -224,7 +228,7 @@ func (p *Primary) gather(tick *time.Time) (joiners []*replicaWorker, wish CutWis
 		// turns for ever.
 		*tick = now
 		for _, w := range p.workers {
-			if w.wish != wishNone && !slices.Contains(joiners, w) {
+			if w.wish != wishNone && lacks(w) && !slices.Contains(joiners, w) {
 				joiners = append(joiners, w)
 			}
 		}
@@ -245,6 +249,9 @@ func (p *Primary) share(cut Cut, wish CutWish, joiners []*replicaWorker) *shared
 	s := &sharedCut{
 		cut: cut, rec: p.lastCut, lineage: p.state.Lineage.Clone(), unixNanos: time.Now().UnixNano(),
 		stop: make(chan struct{}), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
+	}
+	if c, ok := cut.(FollowedCut); ok {
+		s.unixNanos = c.CutUnixNanos()
 	}
 	var takers []*replicaWorker
 	for _, w := range joiners {

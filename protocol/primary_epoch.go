@@ -76,6 +76,9 @@ type attempt struct {
 }
 
 func newAttempt(w *replicaWorker, link *Link, plan Plan) *attempt {
+	if plan.Action == Nothing { // until there is something
+		plan.Action = Incremental
+	}
 	a := &attempt{
 		w: w, link: link, plan: plan, whole: plan.Action == FullCopy || plan.Action == CompareAll, base: plan.Since,
 		stats: link.Stats(),
@@ -348,7 +351,7 @@ func (a *attempt) blind() bool { return a.whole && a.w.blind }
 
 func (a *attempt) void(h *cutHandle, err error) {
 	cause := err
-	if a.w.blind || a.full && errors.Is(err, ErrTrackingLost) {
+	if a.w.blind || a.full && a.w.p.follow == nil && errors.Is(err, ErrTrackingLost) {
 		cause = fmt.Errorf("%w, so everything is compared in one frozen view each time: %w", ErrTrackingGone, err)
 	}
 	a.w.update(func() { a.w.because(cause.Error(), cause) })
@@ -378,7 +381,7 @@ func (a *attempt) giveUp(ctx context.Context, h *cutHandle, err error) error {
 	case errors.Is(err, ErrTrackingLost):
 		a.w.untracked = true
 		// One that was to be gone on with begins anew, and live.
-		a.w.blind = a.w.blind || a.full && a.begun
+		a.w.blind = a.w.blind || a.full && a.begun && a.w.p.follow == nil
 		return again
 	case errors.As(err, &void), errors.As(err, &flush):
 		return again

@@ -28,6 +28,7 @@ type replicaWorker struct {
 	plan        *Plan
 	disk        DiskState  // 0: not known
 	holds       uint64     // epoch of its position, 0 when that is none of ours
+	at          Position   // its position, whatever its disk's state; where the source follows: what it needs no cut of
 	committed   *cutRecord // the cut it holds, nil when it was taken before this start
 	reason      string     // why it is behind, for people; empty: it is not
 	cause       error      // behind the reason; nil: it is no error
@@ -194,7 +195,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	defer cancel()
 	w.update(func() { w.stopSession = cancel })
 	w.p.mu.Lock()
-	primary := w.p.state.Effective()
+	primary := w.p.history()
 	w.p.mu.Unlock()
 	handshake, done := context.WithTimeout(ctx, w.p.cfg.ConnectTimeout)
 	link, err := Connect(handshake, w.cfg.Client, w.cfg.Link, primary)
@@ -229,7 +230,7 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 	voids := 0 // in a row
 	for first := true; ; first = false {
 		w.p.mu.Lock()
-		primary = w.p.state.Effective()
+		primary = w.p.history()
 		w.p.mu.Unlock()
 		plan := MakePlan(PlanInput{
 			Primary: primary, Replica: lineage, Disk: disk, NeedsFull: w.needsFull, Tracked: !w.untracked,
@@ -241,12 +242,13 @@ func (w *replicaWorker) session(ctx context.Context) (progressed bool, err error
 		}
 		w.update(func() {
 			w.plan = &plan
-			if plan.Action == Incremental || plan.Action == CompareAll && !plan.Overwrite && len(lineage) > 0 {
+			if plan.Action == Nothing || plan.Action == Incremental || plan.Action == CompareAll && !plan.Overwrite && len(lineage) > 0 {
 				w.holds = lineage.Tip().Epoch
 			}
 			if disk != DiskConsistent || !plan.Discard.IsZero() {
 				w.holds = 0 // no epoch of ours
 			}
+			w.stands(lineage.Tip(), plan)
 			if first && plan.Action != Refuse {
 				w.because(w.afterConnect(), nil)
 			}

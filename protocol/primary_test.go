@@ -223,12 +223,11 @@ type rig struct {
 	plans map[string][]Plan
 }
 
-// startRig begins a primary; change may alter its configuration.
-func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, change func(*PrimaryConfig)) *rig {
-	t.Helper()
-	r := &rig{t: t, src: src, state: state, epoch: map[string][]EpochStats{}, lost: map[string][]error{}, plans: map[string][]Plan{}}
+// newRig is one to be started, and what with; change may alter that.
+func newRig(t *testing.T, nodes []*node, change func(*PrimaryConfig)) (*rig, PrimaryConfig) {
+	r := &rig{t: t, epoch: map[string][]EpochStats{}, lost: map[string][]error{}, plans: map[string][]Plan{}}
 	cfg := PrimaryConfig{
-		Volume: "data", VolumeUUID: testUUID, Source: src, State: state, Interval: 20 * time.Millisecond,
+		Volume: "data", VolumeUUID: testUUID, Interval: 20 * time.Millisecond,
 		LiveRestBytes: 256 << 10, RetryMin: 5 * time.Millisecond, RetryMax: 50 * time.Millisecond, CutLimit: 5 * time.Second,
 		Events: PrimaryEvents{
 			Connected: func(n string, p Plan) { r.mu.Lock(); r.plans[n] = append(r.plans[n], p); r.mu.Unlock() },
@@ -247,6 +246,19 @@ func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, chan
 	if change != nil {
 		change(&cfg)
 	}
+	return r, cfg
+}
+
+// startRig begins a primary; change may alter its configuration.
+func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, change func(*PrimaryConfig)) *rig {
+	t.Helper()
+	r, cfg := newRig(t, nodes, func(c *PrimaryConfig) {
+		c.Source, c.State = src, state
+		if change != nil {
+			change(c)
+		}
+	})
+	r.src, r.state = src, state
 	s, _, err := BeginPrimary(state)
 	if err != nil {
 		t.Fatal(err)
@@ -254,12 +266,15 @@ func startRig(t *testing.T, src *memSource, state *memState, nodes []*node, chan
 	if r.p, err = NewPrimary(cfg, s); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		_, _ = r.p.Stop(ctx, nil)
-	})
+	t.Cleanup(r.stop)
 	return r
+}
+
+// stop ends it at once.
+func (r *rig) stop() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_, _ = r.p.Stop(ctx, nil)
 }
 
 func (r *rig) sync() uint64 {

@@ -158,7 +158,8 @@ type OpenOptions struct {
 // applies the epochs before.
 //
 // Its memory is bounded: 5 journal segments and twice 7 runs of 1.25 MiB, and for each of up to 16
-// pending epochs about 2 MiB per TiB of volume that it touches.
+// pending epochs about 2 MiB per TiB of volume that it touches; while others are fed from it,
+// up to 64 MiB more.
 //
 // After a fault of the store every call returns it: close the replica and
 // open it again, which finds out what is durable. All methods may be called
@@ -193,12 +194,15 @@ type Replica struct {
 	inPlace  bool // ... or by an in-place epoch
 	holds    int
 	waiting  []*holdWaiter
-	commits  uint64 // epochs committed since it was opened
-	applies  uint64 // ... and applied, those found pending counted in both
-	usedEnd  uint64 // how far the open epoch has got in the journal
-	spilled  int64  // bytes in the spill file
-	noSpill  string // why it can't be used
-	rescued  string // path of the last rescue file
+	commits  uint64   // epochs committed since it was opened
+	applies  uint64   // ... and applied, those found pending counted in both
+	brought  uint64   // bytes of the frames committed since it was opened, one at least for each epoch
+	imaged   uint64   // ... and applied
+	fine     *fineLog // what of them changed, to the block; nil: nobody asks
+	usedEnd  uint64   // how far the open epoch has got in the journal
+	spilled  int64    // bytes in the spill file
+	noSpill  string   // why it can't be used
+	rescued  string   // path of the last rescue file
 	givenUp  Position
 	warnings []string
 	fail     error

@@ -218,7 +218,7 @@ func (r *Replica) applyNext(ctx context.Context) error {
 		err = r.cmap.writeAll(epoch, p.touched)
 	}
 	if err == nil {
-		err = r.markApplied(p.touched, p.commit, p)
+		err = r.markApplied(p.touched, p.commit, p, nil)
 	}
 	if err != nil {
 		return fmt.Errorf("apply of epoch %d: %w", epoch, err)

@@ -15,7 +15,9 @@ type openEpoch struct {
 	touched *touched
 	rounds  roundSet
 	broken  error    // why it can't be committed any more
-	blocks  blockSet // what it describes, if that may be the only copy
+	bytes   uint64   // that the frames describe
+	blocks  blockSet // what it describes, if that may be the only copy, or is fine
+	fine    bool     // its blocks are all that it changes, and somebody may ask for them
 
 	writer *segmentWriter // of a journal epoch
 	first  cursor
@@ -46,7 +48,7 @@ func (r *Replica) Begin(ctx context.Context, s EpochStart) error {
 		return r.beginInPlace(ctx, o)
 	}
 	r.mu.Lock()
-	o.first = r.sb.head
+	o.first, o.fine = r.sb.head, r.fine != nil && !s.Full && s.Discard.IsZero()
 	r.mu.Unlock()
 	o.writer = newSegmentWriter(r.ring, o.first, s.Epoch, s.Attempt, r.runs)
 	r.open = o
@@ -272,13 +274,14 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 		}
 		o.touched.add(f)
 		o.frames++
+		o.bytes += uint64(f.Length)
 	}
 	if o.digests[stream] == nil {
 		o.digests[stream] = NewStreamDigest()
 	}
 	for _, f := range frames {
 		o.digests[stream].Add(f.Header)
-		if !o.start.Discard.IsZero() {
+		if o.fine || !o.start.Discard.IsZero() {
 			o.blocks.add(f.Range())
 		}
 	}
@@ -488,6 +491,8 @@ func (r *Replica) commitJournal(o *openEpoch, c commitRecord) error {
 	return r.writeSuper(1, func(sb *superblock) {
 		sb.committed, sb.head = p.position(), p.end
 	}, func() {
+		r.came(o, p.position().Epoch)
+		p.brought = r.brought
 		r.pending = append(r.pending, p)
 		r.commits++
 	})
@@ -507,12 +512,12 @@ func (r *Replica) commitInPlace(o *openEpoch, c commitRecord) error {
 	if err != nil {
 		return err
 	}
-	return r.markApplied(o.touched, c, nil)
+	return r.markApplied(o.touched, c, nil, func() { r.came(o, c.lineage.Tip().Epoch) })
 }
 
 // markApplied makes what was written durable, and then that it is an epoch. p
-// is the pending epoch it was, nil for an in-place one.
-func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error {
+// is the pending epoch it was, nil for an in-place one, of which then is called, with mu held.
+func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch, then func()) error {
 	if err := r.store.Flush(); err != nil {
 		return fmt.Errorf("%s: flush of the data: %w", r.store.Name(), err)
 	}
@@ -550,6 +555,10 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 		if p != nil {
 			r.pending = r.pending[1:]
 			r.applies++
+			r.imaged = p.brought
+		} else {
+			then()
+			r.imaged = r.brought
 		}
 	})
 }

@@ -33,7 +33,7 @@ func (p *Primary) syncNow(ctx context.Context, others bool, vain func(*replicaWo
 		p.mu.Unlock()
 		return 0, nil, ErrStopped
 	}
-	epoch = p.state.OpenEpoch
+	epoch = p.newest()
 	p.syncTo = max(p.syncTo, epoch)
 	p.mu.Unlock()
 	p.wake()

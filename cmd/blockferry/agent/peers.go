@@ -347,6 +347,7 @@ func (s *secondary) status() status.Volume {
 		Peers: s.config.Peers, Replicas: []status.Replica{}}
 	st, open, reason, advice := s.replica.status()
 	v.Reason, v.Advice, v.Lease = reason, advice, s.roles.keeps().status()
+	v.Replicas = append(v.Replicas, s.roles.beside().status()...)
 	if !open {
 		return v
 	}

@@ -25,6 +25,8 @@ type localReplica struct {
 	config *config.Replica
 	log    *slog.Logger
 	opened func() // called when it is served (again); may be nil
+	// feeds is called with the open replica and returns what ends what it began; may be nil
+	feeds func(*protocol.Replica) (end func())
 
 	receiver *protocol.Receiver // serves it, as name
 	name     string
@@ -174,6 +176,9 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	l.agent.hub.publish(l.volume.Name, l.config.Name, "replica-opened", "disk:"+s.State.String()+" position:"+s.Committed.String())
 	if l.opened != nil {
 		l.opened()
+	}
+	if l.feeds != nil {
+		defer l.feeds(replica)()
 	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()

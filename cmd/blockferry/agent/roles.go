@@ -38,7 +38,8 @@ type switching struct {
 	log     *slog.Logger
 	managed *managed
 	copy    *secondary
-	lease   *keeper // nil: the volume has no lease
+	lease   *keeper  // nil: the volume has no lease
+	cascade *cascade // nil: it has no replicas beside it
 
 	// op is held while the role changes. It is taken before managed.op.
 	op sync.Mutex
@@ -63,6 +64,7 @@ func newSwitching(m *managed, c *secondary) *switching {
 	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{})}
 	m.roles, c.roles = s, s
 	c.replica.parked = true
+	s.cascade = newCascade(m, c.replica)
 	if s.config.AutoPromote {
 		s.lease = newKeeper(m.agent, s)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/proto"
 	"blockferry/protocol"
@@ -38,7 +39,25 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
 		Interval: m.config.Interval, Events: m.withHooks(m.events()),
 	}
-	for _, p := range m.config.Replicas {
+	var err error
+	if c.Replicas, err = m.fed(m.config.Replicas); err != nil {
+		return nil, err
+	}
+	if r.primary, err = protocol.NewPrimary(c, state); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	paused := m.paused
+	m.mu.Unlock()
+	if paused { // before it was taken down; only the operator ends that
+		err = r.primary.Pause("")
+	}
+	return r, err
+}
+
+// fed is how replicas are fed.
+func (m *managed) fed(replicas []*config.Replica) (all []protocol.ReplicaConfig, err error) {
+	for _, p := range replicas {
 		codec, err := protocol.ParseCodec(p.Compression)
 		if err != nil {
 			return nil, err
@@ -57,19 +76,9 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 		if p.Rate != nil {
 			one.Link.Pace = protocol.NewPace(func() int64 { return p.Rate.At(time.Now()) }, nil)
 		}
-		c.Replicas = append(c.Replicas, one)
+		all = append(all, one)
 	}
-	var err error
-	if r.primary, err = protocol.NewPrimary(c, state); err != nil {
-		return nil, err
-	}
-	m.mu.Lock()
-	paused := m.paused
-	m.mu.Unlock()
-	if paused { // before it was taken down; only the operator ends that
-		err = r.primary.Pause("")
-	}
-	return r, err
+	return all, nil
 }
 
 // stop ends replication and leaves the stack up.

@@ -124,6 +124,9 @@ func (m *managed) twoPrimariesAdvice() string {
 // has an address.
 func (m *managed) adviseSplit(c *config.Replica) string {
 	name := m.config.Name
+	if c.Address == "" && m.roles.at() == roleSecondary {
+		return "to give up what only that copy has, which is saved first: blockferry discard --replica " + c.Name + " " + name
+	}
 	if c.Address == "" {
 		// A restore overwrites the volume, and keeps nothing of it.
 		return "writes go on and are marked; to give up what only that copy has, which is saved first: blockferry discard --replica " + c.Name + " " + name +
@@ -150,16 +153,25 @@ func (a *Agent) giveUp(name, replica string) (string, error) {
 			if s.config != v || s.roles != nil && s.roles.at() != roleSecondary {
 				continue
 			}
-			if replica != "" {
+			if replica == "" {
+				return s.replica.giveUp(a.options.Config.RescueDir)
+			}
+			if s.roles == nil {
 				return "", exit.Errorf(exit.Usage, "volume '%s' is only a replica here: --replica is for the node that writes it", v.Name)
 			}
-			return s.replica.giveUp(a.options.Config.RescueDir)
+			return s.roles.managed.giveUp(replica)
 		}
 	}
 	m, err := a.one(v.Name)
 	if err != nil {
 		return "", err
 	}
+	return m.giveUp(replica)
+}
+
+// giveUp is the operator's word for a replica beside the volume.
+func (m *managed) giveUp(replica string) (string, error) {
+	a, v := m.agent, m.config
 	if replica == "" {
 		return "", exit.Errorf(exit.Refused, "volume '%s' is written here, nothing of it is given up; to give up what one of its replicas has: --replica", v.Name)
 	}

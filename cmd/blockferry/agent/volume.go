@@ -92,6 +92,7 @@ func (m *managed) replicaOpened(name string) {
 	if r != nil {
 		r.primary.Retry(name)
 	}
+	m.roles.beside().retry(name)
 }
 
 // run keeps the volume up until ctx ends; the stack stays.

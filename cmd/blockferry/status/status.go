@@ -93,7 +93,11 @@ type Replica struct {
 	Replication string    `json:"replication"`
 	Disk        string    `json:"disk"`
 	Position    *Position `json:"position,omitempty"`
-	// BehindSeconds and BehindBytes are what a loss of the primary would cost.
+	// CutAt is, of one beside a copy that follows another node, when what it holds was cut, by
+	// that node's clock.
+	CutAt *time.Time `json:"cut-at,omitempty"`
+	// BehindSeconds and BehindBytes are what a loss of the primary would cost; beside a copy,
+	// what the copy has and it lacks, from when it came there.
 	BehindSeconds *float64 `json:"behind-seconds,omitempty"`
 	BehindBytes   *uint64  `json:"behind-bytes,omitempty"`
 	// BehindIsMinimum: it may be more, as that was not counted before the

@@ -123,6 +123,9 @@ func writeReplica(b *strings.Builder, r *Replica) {
 	if r.BehindBytes != nil {
 		now.add("behind-bytes", atLeast+config.FormatSize(int64(*r.BehindBytes)))
 	}
+	if r.CutAt != nil {
+		now.add("cut-at", r.CutAt.UTC().Format("2006-01-02T15:04:05.000Z"))
+	}
 	if r.LimitBytes != nil {
 		now.add("limit", config.FormatSize(int64(*r.LimitBytes))+"/s")
 	}
