@@ -85,6 +85,15 @@ var figures = []figure{
 		measure: nativeControl,
 	},
 	{
+		name:  "mark-ns",
+		about: "what it costs a write to be marked: the time in the kernel's programs",
+		note: "The kernel's own count, its two looks at the clock in part included. A program is run for each write of the machine, and for those of other devices finds that they are none of its own. " +
+			"Nothing has been lost when this begins: after the first completion that was, each write is marked when it begins, too.",
+		disks:   []uml.Disk{{Size: attachedBytes + 160<<20}, {Size: attachedBytes + 512<<20}, {Size: attachedBytes + 160<<20}},
+		native:  true,
+		measure: markCost,
+	},
+	{
 		name:  "attach-vs-raw-randwrite",
 		about: "a file on a mounted device that blockferry is attached to against one on the same kind of device that it is not, both written with O_DIRECT",
 		note: "While tracking is measured the kernel's programs look at the other device's writes, too, and find that they are none of theirs. The writer, the agent and the replica share the machine's two CPUs " +
