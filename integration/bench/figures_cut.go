@@ -97,7 +97,7 @@ func (s *stand) cutStalls(ctx context.Context, m *measured, prefix string) error
 				m.add(*r)
 			}
 		}
-		m.note(prefix+c.name+"-cuts-per-run", counts)
+		m.note(prefix+c.name+cutsPerRunSuffix, counts)
 	}
 	// The same from outside: what a writer saw.
 	longest := func(device string) side {

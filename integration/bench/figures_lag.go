@@ -112,6 +112,11 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		m.note("void-epochs", void)
 	}
 	m.addLag("blockferry", "blockferry", lasting, ours)
+	after := make([]float64, len(commits))
+	for i, c := range commits {
+		after[i] = c.committed.Sub(c.cut).Seconds()
+	}
+	m.add(row{Name: "blockferry-cut-to-commit", Unit: "s", What: "from a cut, writers being stopped for it included, to its commit, of each epoch", Ours: after})
 	m.addLoad("blockferry", float64(n.bytes)/ended.Sub(began).Seconds(), rate)
 
 	// All of it must be on the replica's disk, for the lag to mean anything.

@@ -10,6 +10,8 @@ func TestGoals(t *testing.T) {
 	for _, c := range []struct{ figure, row, want string }{
 		{"first-sync-vs-dd", "memory-disks", "at least 0.850"},
 		{"first-sync-vs-dd", "memory-disks-whole", ""},
+		{"tracked-vs-raw", "4k-fdatasync", "at least 0.900"},
+		{"tracked-vs-raw-debian", "4k-qd16", "at least 0.950"},
 		{"cut-stall", "load/both-p99", "at most 20.0"},
 		{"cut-stall", "load/both-p50", ""},
 		{"cut-stall-debian", "pre-copy/idle/both-p99", "at most 20.0"},
@@ -59,6 +61,25 @@ func TestPageHoldsToGoals(t *testing.T) {
 	}}}}
 	page := r.page()
 	for _, want := range []string{"| at least 0.850 | missed |", "- first-sync-vs-dd, memory-disks: 0.600, wanted at least 0.850. " + why("first-sync-vs-dd", "memory-disks")} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not say %q:\n%s", want, page)
+		}
+	}
+}
+
+// The page says of a latency that its load was not reached, and how many cuts a percentile
+// is of.
+func TestPageSaysWhatRowsAreOf(t *testing.T) {
+	one := func(name string, median float64) row { return row{Name: name, Values: []float64{median}, Median: median} }
+	r := report{Figures: []result{
+		{Figure: "latency", About: "x", Rows: []row{one("half-p50", 3), one("half-rate", 0.2), one("tenth-p99", 4), one("tenth-rate", 0.97), one("other-p50", 5)}},
+		{Figure: "cut-stall", About: "x", Rows: []row{one("load/both-p99", 15)}, Extra: map[string]any{"load-cuts-per-run": []int{6, 8}, "other": []int{9}}},
+	}}
+	page := r.page()
+	for _, want := range []string{
+		"| half-p50: ; NOT AT THAT RATE: the writer reached 0.200 of what the bare one did | 3.00 |", "| tenth-p99:  | 4.00 |", "| other-p50:  | 5.00 |",
+		"\nCuts in each run: load 6 8. Of fewer",
+	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page does not say %q:\n%s", want, page)
 		}

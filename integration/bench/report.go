@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -158,6 +159,37 @@ func compact(text []byte) []byte {
 	return []byte(out.String())
 }
 
+// unreached says so of latencies under a load that the writer did not reach: they are
+// those of a writer at its limit.
+func (r *result) unreached(name string) string {
+	of, found := strings.CutSuffix(name, "-p50")
+	if !found {
+		of, found = strings.CutSuffix(name, "-p99")
+	}
+	i := slices.IndexFunc(r.Rows, func(other row) bool { return other.Name == of+"-rate" })
+	if !found || i < 0 || r.Rows[i].Median >= reachedWanted {
+		return ""
+	}
+	return fmt.Sprintf("; NOT AT THAT RATE: the writer reached %s of what the bare one did", short(r.Rows[i].Median))
+}
+
+// cutsPerRunSuffix is that of notes of how many cuts there were in each run.
+const cutsPerRunSuffix = "-cuts-per-run"
+
+// cutsPerRun says how many cuts percentiles are of.
+func (r *result) cutsPerRun() string {
+	var said []string
+	for _, key := range slices.Sorted(maps.Keys(r.Extra)) {
+		if name, found := strings.CutSuffix(key, cutsPerRunSuffix); found {
+			said = append(said, name+" "+strings.Trim(fmt.Sprint(r.Extra[key]), "[]"))
+		}
+	}
+	if said == nil {
+		return ""
+	}
+	return "\nCuts in each run: " + strings.Join(said, "; ") + ". Of fewer than 100 a 99th percentile is next to the longest.\n"
+}
+
 // page is the report for people.
 func (r report) page() string {
 	var b strings.Builder
@@ -178,7 +210,7 @@ func (r report) page() string {
 		strings.Join(kernels, ", "), m.Storage)
 	var missed []string
 	for _, f := range r.Figures {
-		how := ""
+		known, how := figures[figureIndex(f.Figure)], ""
 		if f.Quick {
 			how = ", short runs"
 		}
@@ -195,9 +227,8 @@ func (r report) page() string {
 		if f.Quick {
 			command += " QUICK=1"
 		}
-		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(known.about[:1]), known.about[1:], command, f.Date, how, f.TookSeconds)
 		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
-		known := figures[figureIndex(f.Figure)]
 		for _, row := range f.Rows {
 			unit, verdict := "", ""
 			row.Goal = goalOf(f.Figure, row.Name) // what is wanted now, not when it was measured
@@ -211,11 +242,12 @@ func (r report) page() string {
 					missed = append(missed, fmt.Sprintf("- %s, %s: %s%s, wanted %s. %s", f.Figure, row.Name, short(row.Median), unit, row.Goal, why(f.Figure, row.Name)))
 				}
 			}
-			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
+			fmt.Fprintf(&b, "| %s: %s%s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, f.unreached(row.Name), short(row.Median), unit,
 				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
 		}
+		b.WriteString(f.cutsPerRun())
 		if known.picture != nil && known.picture.script(r) != "" {
-			fmt.Fprintf(&b, "\n![%s](%s)\n", f.About, known.picture.file)
+			fmt.Fprintf(&b, "\n![%s](%s)\n", known.about, known.picture.file)
 		}
 		if known.note != "" {
 			b.WriteString("\n" + known.note + "\n")
