@@ -70,7 +70,9 @@ func TestPageHoldsToGoals(t *testing.T) {
 // The page says of a latency that its load was not reached, and how many cuts a percentile
 // is of.
 func TestPageSaysWhatRowsAreOf(t *testing.T) {
-	one := func(name string, median float64) row { return row{Name: name, Values: []float64{median}, Median: median} }
+	one := func(name string, median float64) row {
+		return row{Name: name, Values: []float64{median}, Median: median}
+	}
 	r := report{Figures: []result{
 		{Figure: "latency", About: "x", Rows: []row{one("half-p50", 3), one("half-rate", 0.2), one("tenth-p99", 4), one("tenth-rate", 0.97), one("other-p50", 5)}},
 		{Figure: "cut-stall", About: "x", Rows: []row{one("load/both-p99", 15)}, Extra: map[string]any{"load-cuts-per-run": []int{6, 8}, "other": []int{9}}},
