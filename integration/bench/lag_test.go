@@ -115,19 +115,24 @@ func TestGrowing(t *testing.T) {
 // The highest load is found from above and from below, also where writers are what
 // can't.
 func TestHighest(t *testing.T) {
-	for _, c := range []struct{ start, writers, replica, best, over float64 }{
-		{100, 1000, 170, 156.25, 195.3125},
-		{100, 170, 1000, 156.25, 195.3125},
-		{100, 1000, 70, 64, 80},
-		{100, 1000, 100, 100, 125},
-		{1, 1e6, 1e6, 4.76837158203125, 0}, // not any further
-		{100, 1e6, 1, 0, 20.97152},         // nothing near it
+	for _, c := range []struct {
+		start, writers, replica, best, over float64
+		tries                               int
+	}{
+		{100, 1000, 170, 156.25, 195.3125, 4},
+		{100, 170, 1000, 156.25, 195.3125, 4},
+		{100, 1000, 70, 64, 80, 3},
+		{100, 1000, 100, 100, 125, 2},
+		{1, 1e6, 1e6, 4.76837158203125, 0, sustainedTries}, // not any further
+		{100, 1e6, 1, 0, 20.97152, sustainedTries},         // nothing near it
 	} {
+		tries := 0
 		best, over, err := highest(c.start, func(wanted float64) (tried, error) {
+			tries++
 			return tried{Wanted: wanted, Wrote: min(wanted, c.writers), Growing: wanted > c.replica}, nil
 		})
-		if (err != nil) != (c.best == 0) || best.Wanted != c.best || math.Abs(over.Wanted-c.over) > 1e-9 {
-			t.Errorf("%+v: %v, above it %v, %v", c, best.Wanted, over.Wanted, err)
+		if (err != nil) != (c.best == 0) || best.Wanted != c.best || math.Abs(over.Wanted-c.over) > 1e-9 || tries != c.tries {
+			t.Errorf("%+v: %v, above it %v, after %d tries, %v", c, best.Wanted, over.Wanted, tries, err)
 		}
 	}
 }
