@@ -69,7 +69,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		return err
 	}
 	rate /= 2
-	lasting := m.lasting(5*time.Minute, 30*time.Second)
+	lasting := m.lasting(5*time.Minute, 20*time.Second)
 	series := map[string][]float64{}
 
 	// blockferry: what a replica has is what its last commit's cut had.

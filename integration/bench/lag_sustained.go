@@ -124,7 +124,7 @@ func (s *stand) sustained(ctx context.Context, m *measured, l lagLoad) (float64,
 	wrote := then("written", "bytes/s", "bytes per second that were written then; a page that is written again before it is sent is committed once")
 	settle := then("settle", "s", "seconds from the last write then until all was committed")
 	processors := fmt.Sprintf("how many of %d processors were busy then", runtime.NumCPU())
-	busy := then("cpus", "processors", processors+", the kernel's threads included")
+	busy := then("cpus", "processors", processors+", with the kernel's threads and whatever else ran, too")
 	agent := then("cpus-agent", "processors", processors+" with the agent, and so with the replica")
 	writers := then("cpus-writers", "processors", processors+" with the writers")
 	r := row{Name: "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed under the highest load, of %v, that %d writers reach and that does not make the lag grow, over dd between two of these disks", lasting, lagFiles)}
