@@ -149,9 +149,9 @@ func TestBenchRunsOverALink(t *testing.T) {
 
 func TestRows(t *testing.T) {
 	m := &measured{}
-	m.add(row{Name: "rate", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Goal: atLeast(0.95)})
-	m.add(row{Name: "time", Ours: []float64{1, 2, 8}, Theirs: []float64{3, 4, 4}, Inverse: true, Goal: atLeast(2.5)})
-	m.add(row{Name: "alone", Unit: "ms", Ours: []float64{1, 2, 8, 9}, Goal: atMost(4)})
+	m.add(row{Name: "rate", Ours: []float64{1, 2, 8}, Theirs: []float64{2, 2, 4}, Goal: &goal{AtLeast: 0.95}})
+	m.add(row{Name: "time", Ours: []float64{1, 2, 8}, Theirs: []float64{3, 4, 4}, Inverse: true, Goal: &goal{AtLeast: 2.5}})
+	m.add(row{Name: "alone", Unit: "ms", Ours: []float64{1, 2, 8, 9}, Goal: &goal{AtMost: 4}})
 	for i, want := range []struct {
 		median float64
 		text   string

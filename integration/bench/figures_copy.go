@@ -20,22 +20,21 @@ const source = "/dev/mapper/source"
 
 type copier struct {
 	name, what string
-	files      bool    // copies a file system's files, not the device
-	goal       float64 // how many times as fast a first sync should be; 0: nothing said
+	files      bool // copies a file system's files, not the device
 	run        func(ctx context.Context) (usage, error)
 }
 
 // copiers are other ways to make the first copy of a device, or of what is on
 // it. Each finds ebsDisk holding zeros.
 var copiers = []copier{
-	{"rsync-files", "rsync -a --inplace of the file system's files to a fresh one, then syncfs,", true, 2, rsyncFiles},
-	{"rsync-device", "rsync --inplace --copy-devices --write-devices of the device, then fsync,", false, 2, func(ctx context.Context) (usage, error) {
+	{"rsync-files", "rsync -a --inplace of the file system's files to a fresh one, then syncfs,", true, rsyncFiles},
+	{"rsync-device", "rsync --inplace --copy-devices --write-devices of the device, then fsync,", false, func(ctx context.Context) (usage, error) {
 		return measureCommand(ctx, flush(ebsDisk), "rsync", "--inplace", "--copy-devices", "--write-devices", source, ebsDisk)
 	}},
-	{"nbdcopy", "nbdcopy --flush from device to device", false, 0, func(ctx context.Context) (usage, error) {
+	{"nbdcopy", "nbdcopy --flush from device to device", false, func(ctx context.Context) (usage, error) {
 		return measureCommand(ctx, nil, "nbdcopy", "--flush", source, ebsDisk)
 	}},
-	{"nbdcopy-nbdkit", "nbdcopy --flush from nbdkit's file plugin, over a Unix socket, to the device", false, 0, func(ctx context.Context) (usage, error) {
+	{"nbdcopy-nbdkit", "nbdcopy --flush from nbdkit's file plugin, over a Unix socket, to the device", false, func(ctx context.Context) (usage, error) {
 		return measureCommand(ctx, nil, "nbdcopy", "--flush", "--", "[", "nbdkit", "--readonly", "--exit-with-parent", "file", source, "]", ebsDisk)
 	}},
 }
@@ -226,9 +225,6 @@ func firstSyncVersusRsync(ctx context.Context, s *stand, m *measured) error {
 		}
 		sync := row{Name: c.name, Unit: "s", Inverse: true, Ours: each(r.sync, seconds), Theirs: each(r.theirs, seconds),
 			What: "how many times as fast as " + c.what + " a first sync of the device is, from its first cut to its commit"}
-		if c.goal > 0 {
-			sync.Goal = atLeast(c.goal)
-		}
 		m.add(sync)
 		m.add(row{Name: c.name + "-whole", Unit: "s", Inverse: true, Ours: each(r.ours, seconds), Theirs: each(r.theirs, seconds),
 			What: "the same, but from the agent's start to the commit"})

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// lagFilePages are those of each of the load's files, 80 MiB.
-	lagFilePages = 20 << 10
+	// lagFilePages are those of each of the load's files, 60 MiB.
+	lagFilePages = 15 << 10
 
 	lagBytes  = 384 << 20 // of the volume, and of the file system that others copy
 	lagSource = "/mnt/data"
@@ -69,7 +69,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		return err
 	}
 	rate /= 2
-	lasting := m.lasting(5*time.Minute, 30*time.Second)
+	lasting := m.lasting(5*time.Minute, 20*time.Second)
 	series := map[string][]float64{}
 
 	// blockferry: what a replica has is what its last commit's cut had.
@@ -100,7 +100,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 	count := m.runs(5, 2)
 	stretch := (lasting / time.Duration(count)).Round(100 * time.Millisecond)
 	whole, voided := ours.apart(count, void)
-	p99 := row{Name: "blockferry", Unit: "s", Goal: atMost(2),
+	p99 := row{Name: "blockferry", Unit: "s",
 		What: fmt.Sprintf("lag p99 at interval 1s, of each %v of %v", stretch, lasting), Ours: whole}
 	if len(whole) > 0 {
 		m.add(p99)
@@ -111,7 +111,12 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		m.add(p99)
 		m.note("void-epochs", void)
 	}
-	m.addLag("blockferry", "blockferry", lasting, ours, atMost(2))
+	m.addLag("blockferry", "blockferry", lasting, ours)
+	after := make([]float64, len(commits))
+	for i, c := range commits {
+		after[i] = c.committed.Sub(c.cut).Seconds()
+	}
+	m.add(row{Name: "blockferry-cut-to-commit", Unit: "s", What: "from a cut, writers being stopped for it included, to its commit, of each epoch", Ours: after})
 	m.addLoad("blockferry", float64(n.bytes)/ended.Sub(began).Seconds(), rate)
 
 	// All of it must be on the replica's disk, for the lag to mean anything.
@@ -133,7 +138,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		series[peer.name] = theirs.perSecond()
 		m.add(row{Name: peer.name, Unit: "s", What: fmt.Sprintf("lag p99 of %s, of each %v of %v, over blockferry's", peer.what, stretch, lasting),
 			Ours: theirs.windows(count), Theirs: ours.windows(count)})
-		m.addLag(peer.name, peer.name, lasting, theirs, nil)
+		m.addLag(peer.name, peer.name, lasting, theirs)
 		m.addLoad(peer.name, wrote, rate)
 	}
 	m.note(lagSeries, series)
@@ -144,7 +149,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 const lagSeries = "lag-per-second"
 
 // addLag adds what the whole of a run shows.
-func (m *measured) addLag(prefix, who string, lasting time.Duration, s sampled, goal *goal) {
+func (m *measured) addLag(prefix, who string, lasting time.Duration, s sampled) {
 	mib := make([]float64, len(s.behind))
 	for i, b := range s.behind {
 		mib[i] = b / (1 << 20)
@@ -153,54 +158,13 @@ func (m *measured) addLag(prefix, who string, lasting time.Duration, s sampled, 
 		name    string
 		percent float64
 	}{{"p50", 50}, {"p99", 99}, {"max", 100}} {
-		r := row{Name: prefix + "-" + p.name, Unit: "s", What: fmt.Sprintf("lag %s of %s over the whole %v", p.name, who, lasting), Ours: []float64{percentile(s.lag, p.percent)}}
-		if p.percent == 99 {
-			r.Goal = goal
-		}
-		m.add(r)
+		m.add(row{Name: prefix + "-" + p.name, Unit: "s", What: fmt.Sprintf("lag %s of %s over the whole %v", p.name, who, lasting), Ours: []float64{percentile(s.lag, p.percent)}})
 		m.add(row{Name: prefix + "-behind-" + p.name, Unit: "MiB", What: "bytes written from the oldest write on that had not arrived, likewise", Ours: []float64{percentile(mib, p.percent)}})
 	}
 }
 
 func (m *measured) addLoad(prefix string, wrote, wanted float64) {
 	m.add(row{Name: prefix + "-load", What: "bytes that were written per second then, over those wanted", Unit: "bytes/s", Ours: []float64{wrote}, Theirs: []float64{wanted}})
-}
-
-// sustained measures what the way through the journal takes in the long run,
-// in bytes per second, beside dd.
-func (s *stand) sustained(ctx context.Context, m *measured, l lagLoad) (float64, error) {
-	lasting := m.lasting(10*time.Second, 5*time.Second)
-	r := row{Name: "sustained", Unit: "bytes/s", What: fmt.Sprintf("bytes per second committed while the load runs as fast as it goes for %v, until all of it is committed, over dd between two of these disks", lasting)}
-	if err := fill(s.disks[2], lagBytes, 1); err != nil {
-		return 0, err
-	}
-	err := m.pairs(ctx, r, m.runs(5, 2), func(ctx context.Context) (float64, error) {
-		if err := s.settle(ctx); err != nil {
-			return 0, err
-		}
-		from, began := s.log.Len(), time.Now()
-		n := &numbered{dir: l.dir, pages: lagFilePages, mixed: l.mixed}
-		if err := n.write(ctx, lasting, 0); err != nil {
-			return 0, s.withLog(err)
-		}
-		if err := s.settle(ctx); err != nil {
-			return 0, err
-		}
-		took := time.Since(began).Seconds()
-		committed := uint64(0)
-		found, err := s.entries("epoch committed", from)
-		for _, e := range found {
-			committed += e.Stats.Link.SentBytes
-		}
-		return float64(committed) / took, err
-	}, func(ctx context.Context) (float64, error) {
-		took, err := dd(ctx, s.disks[2], s.disks[3], lagBytes)
-		return lagBytes / took, err
-	})
-	if err != nil {
-		return 0, err
-	}
-	return percentile(m.Rows[len(m.Rows)-1].Ours, 50), nil
 }
 
 // voidEpoch is one that did not happen.

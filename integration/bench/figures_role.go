@@ -129,9 +129,6 @@ func primaryToFirstWrite(ctx context.Context, s *stand, m *measured) (err error)
 	} {
 		first := row{Name: way.name, Unit: "s", What: "from the command 'primary', " + way.what + " until the volume took a write of 4 KiB"}
 		answer := row{Name: way.name + "/answered", Unit: "s", What: "the same, until the command had ended"}
-		if way.name == "forced" {
-			first.Goal = atMost(2)
-		}
 		for range m.runs(9, 2) {
 			if err := load(); err != nil {
 				return err

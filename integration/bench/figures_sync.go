@@ -52,7 +52,7 @@ func firstSync(ctx context.Context, s *stand, m *measured) error {
 			}
 			return f()
 		}
-		err := m.pairs(ctx, row{Name: limit.name, What: limit.what, Unit: "s", Inverse: true, Goal: atLeast(0.6)}, m.runs(5, 2),
+		err := m.pairs(ctx, row{Name: limit.name, What: limit.what, Unit: "s", Inverse: true}, m.runs(5, 2),
 			func(ctx context.Context) (float64, error) {
 				return held(func() (float64, error) {
 					took, all, err := s.firstSyncOnce(ctx, false)

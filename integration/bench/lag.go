@@ -10,22 +10,26 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// The load whose lag is measured: one writer overwrites the pages of two files of a fixed
-// size, at random: writes of one page, or nine of ten of these and the others of up to 32.
+// The load whose lag is measured: writers, each with a file of a fixed size, overwrite its
+// pages at random: writes of one page, or nine of ten of these and the others of up to 32.
 // Each page begins with the number of the write:
 //
 //	0 magic u64 | 8 number u64 | 16 noise
 //
-// A few writes at a time are made durable together, and the files are closed
-// then: lsyncd looks at a file only when it is closed.
+// A writer makes some writes at a time durable together, so that it is not held up by
+// waiting for the disk's flushes, and closes its file then: lsyncd looks at a file only
+// when it is closed.
 const (
-	lagFiles       = 2
+	lagFiles       = 4 // and writers
 	lagPage        = 4096
 	lagWriteMost   = 32 // pages
-	lagBatch       = 8  // writes
+	lagBatch       = 64 // writes
 	lagMagic       = 0x6c61672d70616765
 	lagHead        = 16
 	lagSampleEvery = 100 * time.Millisecond
@@ -42,14 +46,16 @@ type record struct {
 
 func (r record) bytes() int64 { return int64(r.last-r.first+1) * lagPage }
 
-// numbered is the writer and what it remembers.
+// numbered is the writers and what they remember.
 type numbered struct {
 	dir   string
 	pages int  // of each file
 	mixed bool // not all writes are of one page
 
+	last atomic.Uint64 // number given
+
 	mu      sync.Mutex
-	records []record
+	records []record // in the order in which they were durable
 	bytes   int64
 }
 
@@ -86,13 +92,27 @@ func sealPage(page []byte, number uint64) {
 // write writes until the time is over, at so many bytes a second (0: as fast
 // as it goes).
 func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float64) error {
-	random := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 9))
-	noise := rand.NewChaCha8([32]byte{8})
-	buffer := make([]byte, lagWriteMost*lagPage)
-	began, due := time.Now(), 0.0
-	for time.Since(began) < lasting {
+	n.mu.Lock()
+	n.records = slices.Grow(n.records, int(rate*lasting.Seconds())/lagPage) // not copied while they write
+	n.mu.Unlock()
+	began, failed := time.Now(), make(chan error, lagFiles)
+	for file := range lagFiles {
+		go func() { failed <- n.writeFile(ctx, file, began, lasting, rate/lagFiles) }()
+	}
+	var err error
+	for range lagFiles {
+		err = errors.Join(err, <-failed)
+	}
+	return err
+}
+
+func (n *numbered) writeFile(ctx context.Context, file int, began time.Time, lasting time.Duration, rate float64) error {
+	random := rand.New(rand.NewPCG(uint64(began.UnixNano()), uint64(file)))
+	noise, buffer := make([]byte, 1<<20), make([]byte, lagWriteMost*lagPage)
+	rand.NewChaCha8([32]byte{8, byte(file)}).Read(noise)
+	wrote := int64(0)
+	for wrote == 0 || time.Since(began) < lasting {
 		batch := make([]record, 0, lagBatch)
-		file := random.IntN(lagFiles)
 		err := func() (err error) {
 			out, err := os.OpenFile(lagFile(n.dir, file), os.O_WRONLY, 0)
 			if err != nil {
@@ -104,10 +124,10 @@ func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float6
 				if n.mixed && random.IntN(10) == 0 {
 					pages = 2 + random.IntN(lagWriteMost-1)
 				}
-				r := record{number: uint64(len(n.records) + len(batch) + 1), file: file}
+				r := record{number: n.last.Add(1), file: file}
 				r.first = random.IntN(n.pages - pages + 1)
 				r.last = r.first + pages - 1
-				noise.Read(buffer[:pages*lagPage])
+				copy(buffer[:pages*lagPage], noise[random.IntN(len(noise)-len(buffer)):])
 				for p := range pages {
 					sealPage(buffer[p*lagPage:], r.number)
 				}
@@ -115,23 +135,24 @@ func (n *numbered) write(ctx context.Context, lasting time.Duration, rate float6
 					return err
 				}
 				batch = append(batch, r)
+				wrote += r.bytes()
 			}
-			return out.Sync()
+			return unix.Fdatasync(int(out.Fd()))
 		}()
 		if err != nil {
 			return err
 		}
-		now := time.Now()
 		n.mu.Lock()
+		now := time.Now()
 		for _, r := range batch {
 			r.durable, r.before = now, n.bytes
 			n.records = append(n.records, r)
 			n.bytes += r.bytes()
 		}
-		bytes := n.bytes
 		n.mu.Unlock()
+		due := 0.0
 		if rate > 0 {
-			due = float64(bytes) / rate
+			due = float64(wrote) / rate
 		}
 		select {
 		case <-ctx.Done():

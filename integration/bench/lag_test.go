@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"testing"
@@ -111,6 +112,59 @@ func TestGrowing(t *testing.T) {
 	}
 }
 
+// The highest load is found from above and from below, also where writers are what
+// can't.
+func TestHighest(t *testing.T) {
+	for _, c := range []struct {
+		start, writers, replica, best, over float64
+		tries                               int
+	}{
+		{100, 1000, 170, 156.25, 195.3125, 4},
+		{100, 170, 1000, 156.25, 195.3125, 4},
+		{100, 1000, 70, 64, 80, 3},
+		{100, 1000, 100, 100, 125, 2},
+		{1, 1e6, 1e6, 4.76837158203125, 0, sustainedTries}, // not any further
+		{100, 1e6, 1, 0, 20.97152, sustainedTries},         // nothing near it
+	} {
+		tries := 0
+		best, over, err := highest(c.start, func(wanted float64) (tried, error) {
+			tries++
+			return tried{Wanted: wanted, Wrote: min(wanted, c.writers), Growing: wanted > c.replica}, nil
+		})
+		if (err != nil) != (c.best == 0) || best.Wanted != c.best || math.Abs(over.Wanted-c.over) > 1e-9 || tries != c.tries {
+			t.Errorf("%+v: %v, above it %v, after %d tries, %v", c, best.Wanted, over.Wanted, tries, err)
+		}
+	}
+}
+
+// Writers keep to their rate together, and remember writes in the order in which they
+// became durable.
+func TestNumberedWrites(t *testing.T) {
+	n := &numbered{dir: t.TempDir(), pages: 1024}
+	if err := n.prepare(); err != nil {
+		t.Fatal(err)
+	}
+	const rate = 8 << 20
+	began := time.Now()
+	if err := n.write(t.Context(), 300*time.Millisecond, rate); err != nil {
+		t.Fatal(err)
+	}
+	if least := time.Duration(float64(n.bytes-lagFiles*lagBatch*lagPage) / rate * float64(time.Second)); time.Since(began) < least {
+		t.Errorf("%d bytes in %v", n.bytes, time.Since(began))
+	}
+	files, bytes := map[int]int{}, int64(0)
+	for i, r := range n.records {
+		files[r.file]++
+		if i > 0 && r.durable.Before(n.records[i-1].durable) || r.before != bytes {
+			t.Fatalf("record %d: %+v after %d bytes and %+v", i, r, bytes, n.records[max(i, 1)-1])
+		}
+		bytes += r.bytes()
+	}
+	if len(files) != lagFiles || bytes != n.bytes {
+		t.Errorf("%d bytes of %d are of records, in files %v", bytes, n.bytes, files)
+	}
+}
+
 // A target holds a write when all of it is there, or something later is in
 // its place; a file that was replaced is looked at anew.
 func TestLagOfTarget(t *testing.T) {
@@ -164,11 +218,12 @@ func TestLagOfTarget(t *testing.T) {
 	}
 	// All but one page of a write of several.
 	write()
-	for n.records[len(n.records)-1].first == n.records[len(n.records)-1].last {
-		write()
+	last := n.records[len(n.records)-1]
+	for last.first == last.last { // of 256 some are not
+		n.records, n.bytes = n.records[:len(n.records)-1], last.before
+		last = n.records[len(n.records)-1]
 	}
 	duplicate()
-	last := n.records[len(n.records)-1]
 	file, err := os.OpenFile(lagFile(to.dir, last.file), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)

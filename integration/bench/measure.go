@@ -16,9 +16,6 @@ type goal struct {
 	AtMost  float64 `json:"at-most,omitempty"`
 }
 
-func atLeast(x float64) *goal { return &goal{AtLeast: x} }
-func atMost(x float64) *goal  { return &goal{AtMost: x} }
-
 func (g *goal) String() string {
 	switch {
 	case g == nil:
@@ -176,6 +173,9 @@ func (m *measured) add(r row) {
 		r.Values = append(r.Values, x)
 	}
 	r.Median = percentile(r.Values, 50)
+	if r.Goal == nil {
+		r.Goal = goalOf(m.Figure, r.Name)
+	}
 	m.Rows = append(m.Rows, r)
 }
 

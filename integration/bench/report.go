@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -158,6 +159,37 @@ func compact(text []byte) []byte {
 	return []byte(out.String())
 }
 
+// unreached says so of latencies under a load that the writer did not reach: they are
+// those of a writer at its limit.
+func (r *result) unreached(name string) string {
+	of, found := strings.CutSuffix(name, "-p50")
+	if !found {
+		of, found = strings.CutSuffix(name, "-p99")
+	}
+	i := slices.IndexFunc(r.Rows, func(other row) bool { return other.Name == of+"-rate" })
+	if !found || i < 0 || r.Rows[i].Median >= reachedWanted {
+		return ""
+	}
+	return fmt.Sprintf("; NOT AT THAT RATE: the writer reached %s of what the bare one did", short(r.Rows[i].Median))
+}
+
+// cutsPerRunSuffix is that of notes of how many cuts there were in each run.
+const cutsPerRunSuffix = "-cuts-per-run"
+
+// cutsPerRun says how many cuts percentiles are of.
+func (r *result) cutsPerRun() string {
+	var said []string
+	for _, key := range slices.Sorted(maps.Keys(r.Extra)) {
+		if name, found := strings.CutSuffix(key, cutsPerRunSuffix); found {
+			said = append(said, name+" "+strings.Trim(fmt.Sprint(r.Extra[key]), "[]"))
+		}
+	}
+	if said == nil {
+		return ""
+	}
+	return "\nCuts in each run: " + strings.Join(said, "; ") + ". Of fewer than 100 a 99th percentile is next to the longest.\n"
+}
+
 // page is the report for people.
 func (r report) page() string {
 	var b strings.Builder
@@ -178,7 +210,7 @@ func (r report) page() string {
 		strings.Join(kernels, ", "), m.Storage)
 	var missed []string
 	for _, f := range r.Figures {
-		how := ""
+		known, how := figures[figureIndex(f.Figure)], ""
 		if f.Quick {
 			how = ", short runs"
 		}
@@ -195,10 +227,11 @@ func (r report) page() string {
 		if f.Quick {
 			command += " QUICK=1"
 		}
-		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(f.About[:1]), f.About[1:], command, f.Date, how, f.TookSeconds)
+		fmt.Fprintf(&b, "\n## %s\n\n%s%s.\n\n`%s` (%s%s, %.0f s)\n\n", f.Figure, strings.ToUpper(known.about[:1]), known.about[1:], command, f.Date, how, f.TookSeconds)
 		b.WriteString("| row | median | from | to | runs | wanted | |\n| --- | --- | --- | --- | --- | --- | --- |\n")
 		for _, row := range f.Rows {
 			unit, verdict := "", ""
+			row.Goal = goalOf(f.Figure, row.Name) // what is wanted now, not when it was measured
 			if row.Theirs == nil && row.Unit != "" {
 				unit = " " + row.Unit
 			}
@@ -209,12 +242,12 @@ func (r report) page() string {
 					missed = append(missed, fmt.Sprintf("- %s, %s: %s%s, wanted %s. %s", f.Figure, row.Name, short(row.Median), unit, row.Goal, why(f.Figure, row.Name)))
 				}
 			}
-			fmt.Fprintf(&b, "| %s: %s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, short(row.Median), unit,
+			fmt.Fprintf(&b, "| %s: %s%s | %s%s | %s | %s | %d | %s | %s |\n", row.Name, row.What, f.unreached(row.Name), short(row.Median), unit,
 				short(slices.Min(row.Values)), short(slices.Max(row.Values)), len(row.Values), row.Goal, verdict)
 		}
-		known := figures[figureIndex(f.Figure)]
+		b.WriteString(f.cutsPerRun())
 		if known.picture != nil && known.picture.script(r) != "" {
-			fmt.Fprintf(&b, "\n![%s](%s)\n", f.About, known.picture.file)
+			fmt.Fprintf(&b, "\n![%s](%s)\n", known.about, known.picture.file)
 		}
 		if known.note != "" {
 			b.WriteString("\n" + known.note + "\n")
@@ -231,35 +264,4 @@ func (r report) page() string {
 	}
 	b.WriteString(strings.Join(missed, "\n") + "\n")
 	return b.String()
-}
-
-// reasons say why a figure may fall short, by the beginning of FIGURE/ROW; the
-// first that fits counts.
-var reasons = []struct{ prefix, why string }{
-	{"first-sync-vs-dd/", "With disks as fast as memory the guest's one CPU is the limit: dd only has the kernel copy, while a first sync also computes a checksum of all it sends and checks it at the replica."},
-	{"tracked-vs-raw/", "Four mappings, dm-era's look at its bitmap among them, stand between the volume and the disk where the bare disk has one: some microseconds of CPU for each write, which show because a write to these disks takes no longer than some tens."},
-	{"lag-vs-lsyncd/", "The writer, the agent and the replica share the guest's one emulated CPU, and each epoch takes most of a second of it. With two real ones (lag-natively) an epoch of the same load is committed some 30 ms after its cut, " +
-		"and what is left is the interval and the freeze."},
-	{"lag-natively", "An epoch is committed some 30 ms after its cut; a longer lag is that of one in which not all writes had been seen by the kernel's programs, so that more was read, or all compared: on this machine's kernel none of them is run, " +
-		"nor counted as missed, for 1 to 4 ms after its first process ran on that CPU, once or twice a minute at thousands of writes a second."},
-	{"attach-cut-stall/", "Nine tenths of a cut's own stop is FIFREEZE itself, in steps of 8.3 ms (most likely RCU's grace periods, several of which it waits for); so the ratio moves in steps of a fourth. " +
-		"Reading what is left takes 1 to 3 ms, each of the dead-man's answers 0.2 to 0.5 ms, all else less than 0.1 ms."},
-	{"tracked-vs-drbd-a/", "Each machine is one emulated CPU. DRBD sends a write from the kernel, as it comes; here the writer shares that CPU with an agent that cuts each second, and without fine tracking nearly every write at random " +
-		"is the first to its block since the cut and waits for a commit of the era's marks. Fine tracking spares that: tracked-vs-drbd-a-debian."},
-	{"cut-stall-debian/pre-copy/", emulatedStall + "What was written since the last round is read inside, too: under load that is the longest part."},
-	{"cut-stall-debian/", emulatedStall + "The longest part is the exchange of the base's table, for the cut and again for the release of its view: each waits for four of the kernel's grace periods, which take a turn of " +
-		"several of its threads. Realtime threads for the agent and its dead-man, and expedited grace periods, were tried on a busy host: no difference could be told from the noise."},
-	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
-}
-
-const emulatedStall = "The guest's two emulated processors stand still for milliseconds whenever the host runs something else, and a stop waits for several threads' turns: single writes to the bare disk take longer still in the same run " +
-	"(the raw numbers of outside/longest-write). Idle, each part of a stop has a median of 2 ms or less, and a tail of ten times that. "
-
-func why(figure, row string) string {
-	for _, r := range reasons {
-		if strings.HasPrefix(figure+"/"+row, r.prefix) {
-			return r.why
-		}
-	}
-	return "The reason is not known yet."
 }
