@@ -140,7 +140,7 @@ type Host struct {
 	dir     string
 	lock    *os.File // says that dir is in use
 	self    string
-	slots   []chan struct{} // a guest takes one of each, in this order
+	places  []*places // a guest takes one of each, in this order
 }
 
 // NewHost makes a Host that runs at most limit guests at once; with another
@@ -169,11 +169,11 @@ func NewHost(machine Machine, limit int, beside *Host) (*Host, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	slots := []chan struct{}{make(chan struct{}, max(limit, 1))}
+	all := []*places{{free: max(limit, 1)}}
 	if beside != nil {
-		slots = append(slots, beside.slots...)
+		all = append(all, beside.places...)
 	}
-	return &Host{machine: machine, dir: dir, lock: lock, self: self, slots: slots}, nil
+	return &Host{machine: machine, dir: dir, lock: lock, self: self, places: all}, nil
 }
 
 // sweep removes what Hosts left whose process was killed. Their files are
@@ -223,7 +223,8 @@ func (h *Host) Dir() string { return h.dir }
 // Close removes everything the Host made. No guest may be running.
 func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Close()) }
 
-// Run boots a guest, runs the program there and waits for the guest's end. A
+// Run waits for its turn (of those that wait the one with the longest Timeout is
+// next), boots a guest, runs the program there and waits for the guest's end. A
 // guest that hung or never booted is tried once more; a program that ended,
 // however it ended, is not. The error is about the guest, Result.Exit about
 // the program; Result.Output is there in either case.
@@ -231,19 +232,17 @@ func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
 	if spec.Network != nil && !h.machine.Networks {
 		return Result{}, fmt.Errorf("guest %s: guests of this kind join no network", spec.Name)
 	}
-	for _, slots := range h.slots {
-		select {
-		case slots <- struct{}{}:
-			defer func() { <-slots }()
-		case <-ctx.Done():
-			return Result{}, ctx.Err()
-		}
-	}
 	if spec.Memory == "" {
 		spec.Memory = defaultMemory
 	}
 	if spec.Timeout == 0 {
 		spec.Timeout = defaultTimeout
+	}
+	for _, p := range h.places {
+		if err := p.take(ctx, spec.Timeout); err != nil {
+			return Result{}, err
+		}
+		defer p.give()
 	}
 	first, err := h.attempt(ctx, spec)
 	if !errors.Is(err, ErrNoEnd) || ctx.Err() != nil {
