@@ -118,6 +118,7 @@ var spillScenario = []epochPlan{
 // the disk or of the spill file fails, and whether the program dies alone or with
 // the power of both, what comes back is one whole committed epoch.
 func TestSpillSurvivesEveryFault(t *testing.T) {
+	t.Parallel()
 	broken := errors.New("broken on purpose")
 	for _, where := range []string{"disk", "spill file"} {
 		for _, op := range []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush, blocktest.OpZeroOut, blocktest.OpRead} {
