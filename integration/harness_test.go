@@ -38,7 +38,7 @@ type disk = uml.Disk
 const (
 	// guestsAtOnce: a guest has one CPU, which is idle for half of the time, and
 	// its host's machine has two.
-	guestsAtOnce = 3
+	guestsAtOnce = 4
 	// outcomeFile is where a test leaves how it ended. An exit status alone
 	// is also 0 when no test ran.
 	outcomeFile = "outcome"

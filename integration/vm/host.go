@@ -104,6 +104,10 @@ var ErrNoGuest = errors.New("no guest kernel")
 type Machine struct {
 	// Command is the command that boots one: the program and its arguments.
 	Command func(Guest) []string
+	// OneCPU says that a guest has one CPU. All that it is made of is then kept on
+	// one of this machine's: it takes turns, and to hand over to another CPU takes
+	// longer than most of what is done in a turn.
+	OneCPU bool
 	// Networks says that Command joins a guest to its Spec's Network.
 	Networks bool
 	// Shared is what the guest mounts on Dir: the folder that Guest names so.
@@ -340,7 +344,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, spec.Network, func() {
+	waitErr := runOnThread(cmd, h.machine.OneCPU, spec.Network, func() {
 		if h.machine.Meanwhile != nil {
 			h.machine.Meanwhile(ctx, cmd.Process)
 		}
@@ -362,9 +366,9 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 
 // runOnThread runs a command on a thread that lives as long as the command and
 // then ends: Pdeathsig is sent when the thread that started the child ends, and
-// nothing else may run on one that entered namespaces. meanwhile runs beside it,
+// nothing else may run on one that entered namespaces or is kept on one CPU. meanwhile runs beside it,
 // on a goroutine of its own.
-func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
+func runOnThread(cmd *exec.Cmd, oneCPU bool, network *Network, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -373,6 +377,13 @@ func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
 				if err := network.enter(); err != nil {
 					return err
 				}
+			}
+			if oneCPU {
+				leave, err := keepOnOneCPU()
+				if err != nil {
+					return err
+				}
+				defer leave()
 			}
 			end, err := together(cmd)
 			if err != nil {
