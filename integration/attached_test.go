@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -16,7 +17,6 @@ import (
 
 	"blockferry/blockdev/blocktest"
 	"blockferry/cmd/blockferry/status"
-	"blockferry/integration/uml"
 )
 
 const (
@@ -24,13 +24,14 @@ const (
 	pinsFolder    = "/sys/fs/bpf"
 )
 
-// onThisKernel ends a test that is none for a guest, or that this machine can't
-// do: it needs BPF, which the guests' kernel has not.
+// thisKernel is held by the one test that uses this machine's own kernel.
+var thisKernel sync.Mutex
+
+// onThisKernel skips a test that this machine can't do: it needs BPF, which the
+// guests' kernel has not. It must be the first thing such a test does. These tests
+// run one at a time, beside guests.
 func onThisKernel(t *testing.T) {
 	t.Helper()
-	if uml.Inside() {
-		t.Skip("not in a guest")
-	}
 	if host == nil && os.Getenv(requireVar) == "" {
 		t.Skip(errNoHost)
 	}
@@ -39,6 +40,9 @@ func onThisKernel(t *testing.T) {
 			t.Skipf("not as user %d, and not without %s", os.Geteuid(), path)
 		}
 	}
+	t.Parallel()
+	thisKernel.Lock()
+	t.Cleanup(thisKernel.Unlock) // registered first, so it runs last
 	var st unix.Statfs_t
 	if err := unix.Statfs(pinsFolder, &st); err != nil {
 		t.Fatal(err)
@@ -92,6 +96,7 @@ func writeNoise(t *testing.T, path string, size int, seed uint64) []byte {
 // killed, and what is written meanwhile is all that is sent after. The disk is
 // lost, and comes back blank: the replica is not overwritten but restored from.
 func TestAttach(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {
 			onThisKernel(t)

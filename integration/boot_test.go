@@ -181,7 +181,7 @@ func TestBootThousandCuts(t *testing.T) {
 		"/etc/blockferry/blockferry.yaml":    strings.Replace(oneReplica(ubd(0), ubd(1)), "500ms", "100ms", 1),
 		"/etc/systemd/system/mnt-data.mount": dataMount,
 	})
-	inGuest(t, guest{Systemd: true, Files: files, Disks: []disk{{Size: 200 << 20}, {Size: 200 << 20}}, Timeout: 10 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: files, Disks: []disk{{Size: 200 << 20}, {Size: 200 << 20}}, Timeout: 15 * time.Minute}, func(t *testing.T) {
 		const cuts = 1000
 		c := installedCLI(t)
 		c.must(t, "create")

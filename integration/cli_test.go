@@ -13,7 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
 	"blockferry/cmd/blockferry/status"
+	"blockferry/proto"
 )
 
 // cli drives the built binary as a user would.
@@ -148,15 +152,25 @@ func (c *cli) await(t *testing.T, what string, limit time.Duration, ok func(stat
 	return status.Volume{}
 }
 
-// look asks for the status once; false when there is none.
+// look asks the agent for its status once; false when there is none. The answer is
+// what 'blockferry status --json' prints; to start that over and over would take
+// most of a guest's only CPU from the agent.
 func (c *cli) look(t *testing.T) (v status.Volume, said string, known bool) {
 	t.Helper()
-	out, errs, code := c.try(t, "status", "--json")
-	var d status.Document
-	if code != 0 || json.Unmarshal([]byte(out), &d) != nil || len(d.Volumes) != 1 {
-		return v, out + errs, false
+	conn, err := grpc.NewClient("unix://"+c.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
 	}
-	return d.Volumes[0], out + errs, true
+	defer conn.Close()
+	reply, err := proto.NewControlClient(conn).Status(t.Context(), &proto.StatusRequest{})
+	if err != nil {
+		return v, err.Error(), false
+	}
+	var d status.Document
+	if json.Unmarshal(reply.Json, &d) != nil || len(d.Volumes) != 1 {
+		return v, string(reply.Json), false
+	}
+	return d.Volumes[0], string(reply.Json), true
 }
 
 // plans counts in an agent's log the epochs that were brought over in a way.

@@ -219,6 +219,7 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 // discarded while an epoch is read from a frozen view is not; so replication is
 // paused for it.
 func TestTrimFreesBothSides(t *testing.T) {
+	t.Parallel()
 	const size = 320 << 20 // as small as xfs may be
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {

@@ -53,7 +53,7 @@ func TestFailover(t *testing.T) {
 			load := startWriter(t, v.Path, h, at+1)
 			load.awaitWrites(t, 20)
 			var said []claim
-			for end := time.Now().Add(time.Duration(2000+rng.IntN(2500)) * time.Millisecond); time.Now().Before(end); {
+			for end := time.Now().Add(time.Duration(2000+rng.IntN(2500)) * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 				asked := time.Now()
 				if v, _, known := now.look(t); known && v.Replicas[0].BehindSeconds != nil && !v.Replicas[0].BehindIsMinimum {
 					said = append(said, claim{asked, time.Duration(*v.Replicas[0].BehindSeconds * float64(time.Second))})

@@ -16,7 +16,7 @@ const (
 // up, never leaves the device suspended and loses track of nothing; its replica
 // stays whole and gets what it lacks, not everything.
 func TestFaultAgentKilled(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 320 << 20}, {Size: 320 << 20}}, Timeout: 6 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 320 << 20}, {Size: 320 << 20}}, Timeout: 10 * time.Minute}, func(t *testing.T) {
 		const size, span = 96 << 20, 24 << 20
 		c := newCLI(t, faultConfig(ubd(0), ubd(1), size, "    cow: 100MiB\n", "        journal: 100MiB\n"))
 		c.must(t, "create")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -35,8 +36,9 @@ type guest struct {
 type disk = uml.Disk
 
 const (
-	// guestsAtOnce: a guest has one CPU and its host's machine has two.
-	guestsAtOnce = 2
+	// guestsAtOnce: a guest has one CPU, which is idle for half of the time, and
+	// its host's machine has two.
+	guestsAtOnce = 4
 	// outcomeFile is where a test leaves how it ended. An exit status alone
 	// is also 0 when no test ran.
 	outcomeFile = "outcome"
@@ -99,6 +101,11 @@ func runWithHost(m *testing.M) (int, error) {
 		return 1, err
 	}
 	defer host.Close()
+	// Tests wait for a guest's place or for this kernel, the longest first, and
+	// not for one of Go's places, which would go to those that only wait.
+	if err := flag.Set("test.parallel", "1000"); err != nil {
+		return 1, err
+	}
 	code := m.Run()
 	if madeEmulator != nil {
 		err = madeEmulator.Close()
@@ -158,7 +165,7 @@ func inGuestOf(t *testing.T, hosts func() (*uml.Host, error), g guest, fn func(t
 	if result.Retried {
 		t.Logf("RETRIED: the first guest gave no end mark, this is the second guest's outcome")
 	}
-	t.Logf("guest's console:\n%s", strings.TrimSpace(result.Output))
+	t.Logf("guest's console, of %v:\n%s", result.Elapsed.Round(time.Second), strings.TrimSpace(result.Output))
 	if err != nil {
 		t.Fatal(err)
 	}

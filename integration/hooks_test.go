@@ -17,6 +17,7 @@ import (
 // The agent runs the operator's commands when a peer falls behind, when it is not
 // behind any more, and when copies turn out to have gone their own ways.
 func TestPeerHooks(t *testing.T) {
+	onThisKernel(t)
 	listen := freeAddress(t)
 	p := newPair(t, listen, listen)
 	told := filepath.Join(t.TempDir(), "told")

@@ -72,7 +72,7 @@ func (l *leaseTwins) lostWriter(now, other *cli, device string, at uint64, troub
 	w.awaitWrites(l.t, 20)
 	var said []claim
 	// Longer than from one renewal to the next: who may follow is on record.
-	for end := time.Now().Add(failoverTTL * 2 / 5); time.Now().Before(end); {
+	for end := time.Now().Add(failoverTTL * 2 / 5); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		asked := time.Now()
 		if v, _, known := now.look(l.t); known && v.Replicas[0].BehindSeconds != nil && !v.Replicas[0].BehindIsMinimum {
 			said = append(said, claim{asked, time.Duration(*v.Replicas[0].BehindSeconds * float64(time.Second))})

@@ -15,6 +15,7 @@ import (
 // status says what holds it back and what to do; the one beside it is not delayed.
 func TestPeerLimit(t *testing.T) {
 	const rate, load = 1 << 20, 12 << 20
+	onThisKernel(t)
 	listen := freeAddress(t)
 	link := newSlowLink(t, listen, 100<<20) // a counter
 	p := newPair(t, listen, link.address())

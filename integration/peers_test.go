@@ -29,7 +29,6 @@ type pair struct {
 // listen.
 func newPair(t *testing.T, listen, address string) *pair {
 	t.Helper()
-	onThisKernel(t)
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	p := &pair{ssd: blocktest.Loop(t, attachedBytes), ebs: blocktest.Loop(t, attachedBytes+96<<20), far: blocktest.Loop(t, attachedBytes+256<<20)}
 	p.dir = blocktest.FileSystem(t, "ext4", p.ssd)
@@ -95,6 +94,7 @@ func replicaNamed(t *testing.T, v status.Volume, name string) status.Replica {
 // same; the link is cut, the near one goes on, status says how far the far one is
 // behind and why; the link is back and only what changed is sent.
 func TestPeer(t *testing.T) {
+	onThisKernel(t)
 	zoneA, zoneB := twoZones(t)
 	p := newPair(t, "10.9.0.2:7070", "10.9.0.2:7070")
 	p.a.inside, p.b.inside = zoneA.inside(), zoneB.inside()
@@ -203,6 +203,7 @@ func TestPeerSlowLink(t *testing.T) {
 		rounds = 10
 		each   = 4 << 20 // bytes written at once, that can't be packed: 10 s of the link
 	)
+	onThisKernel(t)
 	listen := freeAddress(t)
 	link := newSlowLink(t, listen, rate)
 	p := newPair(t, listen, link.address())
@@ -234,6 +235,7 @@ func TestPeerSlowLink(t *testing.T) {
 // The disk is lost, and the replica beside it is older than the far one: it is not
 // restored from by itself, nor while the far one does not answer.
 func TestPeerIsAskedBeforeARestore(t *testing.T) {
+	onThisKernel(t)
 	listen := freeAddress(t)
 	p := newPair(t, listen, listen)
 	p.begin(t)
@@ -287,6 +289,7 @@ func TestPeerIsAskedBeforeARestore(t *testing.T) {
 // Certificates are exchanged under agents that run: a peer whose own is of another authority,
 // or has expired, is refused, in words that say which, and taken again when it has a good one.
 func TestPeerCertificates(t *testing.T) {
+	onThisKernel(t)
 	listen := freeAddress(t)
 	p := newPair(t, listen, listen)
 	p.begin(t)

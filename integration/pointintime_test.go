@@ -105,6 +105,7 @@ func checkNumberedWrites(t *testing.T, ssd, ebs string, cuts int, image string) 
 // Promise 2 again, as a file system sees it: at every cut a copy of the
 // replica mounts, and is clean.
 func TestPointInTimeFilesystems(t *testing.T) {
+	t.Parallel()
 	// Again no round sizes; xfs takes nothing smaller.
 	for kind, size := range map[string]int64{"ext4": 101<<20 + 4096, "xfs": 301<<20 + 4096} {
 		t.Run(kind, func(t *testing.T) {

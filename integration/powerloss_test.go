@@ -10,7 +10,7 @@ import (
 	"blockferry/cmd/blockferry/status"
 )
 
-var powerGuest = guest{Modules: []string{"nbd"}, Timeout: 6 * time.Minute}
+var powerGuest = guest{Modules: []string{"nbd"}, Timeout: 10 * time.Minute}
 
 // Power goes for both disks at one instant, wherever the agent is at work.
 // Nothing that was flushed is lost, the replica is one committed epoch and no

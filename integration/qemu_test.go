@@ -17,7 +17,7 @@ import (
 // The kernel that users have: Debian's, with preemption and two CPUs. It boots
 // once for all that is tested on it.
 func TestDebianKernel(t *testing.T) {
-	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4", "loop"}, Timeout: 11 * time.Minute}
+	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4", "loop"}, Timeout: 15 * time.Minute}
 	if !uml.Inside() {
 		mustHost(t, emulator)
 		tests, err := builtBPFTests()

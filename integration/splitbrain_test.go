@@ -46,6 +46,7 @@ func volumeBytes(t *testing.T, device string) []byte {
 // sent, both go on, and status says what to do. When the operator gives the copy up it follows, and
 // what only it had is in a rescue file, to the block, and can be written back.
 func TestSplitBrainCopyInUse(t *testing.T) {
+	onThisKernel(t)
 	listen := freeAddress(t)
 	p := newPair(t, listen, listen)
 	rescue := t.TempDir()

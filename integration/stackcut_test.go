@@ -141,6 +141,7 @@ func TestStackFullCowLosesTheViewOnly(t *testing.T) {
 // A frozen view of a mounted file system is that file system after a power
 // cut; with FreezeFilesystem it needs no replay.
 func TestStackCutsMountedFilesystems(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {
 			inGuest(t, guest{Disks: []disk{{Size: 1 << 30}}, Modules: []string{"loop"}}, func(t *testing.T) {

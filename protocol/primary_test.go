@@ -87,12 +87,7 @@ func newNode(t *testing.T, name string, size, journal int64) *node {
 	t.Helper()
 	o := FormatOptions{VolumeUUID: testUUID, SizeBytes: size, JournalBytes: journal}
 	store := blocktest.NewMemory(o.NeededBytes())
-	garbage := bytes.Repeat([]byte("garbage."), 128<<10)
-	for off := int64(0); off+int64(len(garbage)) <= store.Size(); off += int64(len(garbage)) {
-		if _, err := store.WriteAt(garbage, off); err != nil {
-			t.Fatal(err)
-		}
-	}
+	store.Fill(bytes.Repeat([]byte("garbage."), BlockSize/8))
 	if err := FormatReplica(store, o); err != nil {
 		t.Fatal(err)
 	}

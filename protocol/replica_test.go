@@ -389,6 +389,7 @@ func TestReplicaHoldsEachCommittedEpoch(t *testing.T) {
 // the program dies alone or with the power, what comes back is one whole
 // committed epoch, at least the last acknowledged one.
 func TestReplicaSurvivesEveryFault(t *testing.T) {
+	t.Parallel()
 	broken := errors.New("broken on purpose")
 	for _, op := range []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush, blocktest.OpZeroOut, blocktest.OpRead} {
 		step := 1

@@ -219,6 +219,7 @@ func dataOf(t *testing.T, dev Store, size int64) []byte {
 // it is never both, and either way leads out of any state between, with the image of the
 // last committed epoch.
 func TestTakeOverSurvivesFaults(t *testing.T) {
+	t.Parallel()
 	m := newModel(t, 3, testVolume)
 	dev := replicaWith(t, m)
 	tip, want := m.acked, m.images[m.acked]

@@ -118,6 +118,7 @@ var spillScenario = []epochPlan{
 // the disk or of the spill file fails, and whether the program dies alone or with
 // the power of both, what comes back is one whole committed epoch.
 func TestSpillSurvivesEveryFault(t *testing.T) {
+	t.Parallel()
 	broken := errors.New("broken on purpose")
 	for _, where := range []string{"disk", "spill file"} {
 		for _, op := range []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush, blocktest.OpZeroOut, blocktest.OpRead} {
@@ -302,6 +303,7 @@ func TestSpillMissingOrDamagedIsNamed(t *testing.T) {
 // What can't be read for a moment, in the spill file or in the journal, is not
 // taken for damage, and least of all for nothing: the next opening has it all.
 func TestWhatCantBeReadIsTriedAgain(t *testing.T) {
+	t.Parallel()
 	broken := errors.New("input/output error")
 	m, pristine, file := committedSpill(t)
 	for _, where := range []string{"disk", "spill file", "spill file, head lost", "disk, head lost"} {

@@ -75,6 +75,17 @@ func NewMemory(size int64) *Memory {
 	return &Memory{name: "memory", size: size, current: map[int64][]byte{}, durable: map[int64][]byte{}}
 }
 
+// Fill has every block hold the page, durably, and takes memory for one of them.
+// The page must not be changed any more.
+func (m *Memory) Fill(page []byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for b := range m.size / blockdev.BlockSize {
+		m.current[b], m.durable[b] = page, page
+	}
+	m.cached, m.doomed = nil, 0
+}
+
 // FailAt makes one operation of the kind fail with err: the one after k more
 // have succeeded (0: the next). A failed write leaves its first half written,
 // a failed flush dooms what it was to make durable. A nil err cancels.

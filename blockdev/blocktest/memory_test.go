@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"blockferry/blockdev"
@@ -237,6 +238,21 @@ func TestFailedWriteIsHalfWritten(t *testing.T) {
 	copy(want[block:], bytes.Repeat([]byte{2}, 3*block/2))
 	if !bytes.Equal(content(t, m, 4), want) {
 		t.Error("a failed write is not half written")
+	}
+}
+
+func TestFill(t *testing.T) {
+	m := NewMemory(3 * block)
+	mustWrite(t, m, filled(1, 2), 0)
+	m.Fill(filled(7, 1))
+	for seed := range uint64(8) {
+		if !bytes.Equal(content(t, m.Clone().PowerCut(rngOf(seed)), 3), filled(7, 3)) {
+			t.Error("not all of it survives the power")
+		}
+	}
+	mustWrite(t, m, filled(2, 1), block)
+	if got, want := content(t, m, 3), slices.Concat(filled(7, 1), filled(2, 1), filled(7, 1)); !bytes.Equal(got, want) {
+		t.Error("a write changes other blocks, or none")
 	}
 }
 

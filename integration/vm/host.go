@@ -104,6 +104,10 @@ var ErrNoGuest = errors.New("no guest kernel")
 type Machine struct {
 	// Command is the command that boots one: the program and its arguments.
 	Command func(Guest) []string
+	// OneCPU says that a guest has one CPU. All that it is made of is then kept on
+	// one of this machine's: it takes turns, and to hand over to another CPU takes
+	// longer than most of what is done in a turn.
+	OneCPU bool
 	// Networks says that Command joins a guest to its Spec's Network.
 	Networks bool
 	// Shared is what the guest mounts on Dir: the folder that Guest names so.
@@ -140,7 +144,7 @@ type Host struct {
 	dir     string
 	lock    *os.File // says that dir is in use
 	self    string
-	slots   []chan struct{} // a guest takes one of each, in this order
+	places  []*places // a guest takes one of each, in this order
 }
 
 // NewHost makes a Host that runs at most limit guests at once; with another
@@ -169,11 +173,11 @@ func NewHost(machine Machine, limit int, beside *Host) (*Host, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	slots := []chan struct{}{make(chan struct{}, max(limit, 1))}
+	all := []*places{{free: max(limit, 1)}}
 	if beside != nil {
-		slots = append(slots, beside.slots...)
+		all = append(all, beside.places...)
 	}
-	return &Host{machine: machine, dir: dir, lock: lock, self: self, slots: slots}, nil
+	return &Host{machine: machine, dir: dir, lock: lock, self: self, places: all}, nil
 }
 
 // sweep removes what Hosts left whose process was killed. Their files are
@@ -223,7 +227,8 @@ func (h *Host) Dir() string { return h.dir }
 // Close removes everything the Host made. No guest may be running.
 func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Close()) }
 
-// Run boots a guest, runs the program there and waits for the guest's end. A
+// Run waits for its turn (of those that wait the one with the longest Timeout is
+// next), boots a guest, runs the program there and waits for the guest's end. A
 // guest that hung or never booted is tried once more; a program that ended,
 // however it ended, is not. The error is about the guest, Result.Exit about
 // the program; Result.Output is there in either case.
@@ -231,19 +236,17 @@ func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
 	if spec.Network != nil && !h.machine.Networks {
 		return Result{}, fmt.Errorf("guest %s: guests of this kind join no network", spec.Name)
 	}
-	for _, slots := range h.slots {
-		select {
-		case slots <- struct{}{}:
-			defer func() { <-slots }()
-		case <-ctx.Done():
-			return Result{}, ctx.Err()
-		}
-	}
 	if spec.Memory == "" {
 		spec.Memory = defaultMemory
 	}
 	if spec.Timeout == 0 {
 		spec.Timeout = defaultTimeout
+	}
+	for _, p := range h.places {
+		if err := p.take(ctx, spec.Timeout); err != nil {
+			return Result{}, err
+		}
+		defer p.give()
 	}
 	first, err := h.attempt(ctx, spec)
 	if !errors.Is(err, ErrNoEnd) || ctx.Err() != nil {
@@ -341,7 +344,7 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, spec.Network, func() {
+	waitErr := runOnThread(cmd, h.machine.OneCPU, spec.Network, func() {
 		if h.machine.Meanwhile != nil {
 			h.machine.Meanwhile(ctx, cmd.Process)
 		}
@@ -363,9 +366,9 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 
 // runOnThread runs a command on a thread that lives as long as the command and
 // then ends: Pdeathsig is sent when the thread that started the child ends, and
-// nothing else may run on one that entered namespaces. meanwhile runs beside it,
+// nothing else may run on one that entered namespaces or is kept on one CPU. meanwhile runs beside it,
 // on a goroutine of its own.
-func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
+func runOnThread(cmd *exec.Cmd, oneCPU bool, network *Network, meanwhile func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -374,6 +377,13 @@ func runOnThread(cmd *exec.Cmd, network *Network, meanwhile func()) error {
 				if err := network.enter(); err != nil {
 					return err
 				}
+			}
+			if oneCPU {
+				leave, err := keepOnOneCPU()
+				if err != nil {
+					return err
+				}
+				defer leave()
 			}
 			end, err := together(cmd)
 			if err != nil {
