@@ -285,6 +285,15 @@ func (e *Engine) keep(taken []blockdev.Extent) {
 	e.open = blockdev.Union(e.open, taken)
 }
 
+// Seal seals a cut that is taken without the engine, as when it would have been
+// too much for that: what was exchanged for it belongs to that cut then, and to no
+// later one. The error is the tracker's.
+func (e *Engine) Seal(number uint64) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.seal(number)
+}
+
 func (e *Engine) seal(number uint64) error {
 	err := e.o.Tracker.Seal(number)
 	e.open = nil // sealed, or of no use

@@ -26,21 +26,29 @@ type attached struct{ *attach.Attached }
 
 func (a attached) UUID() volume.UUID { return a.Attached.UUID() }
 
+// freezable is an *attach.Attached.
+type freezable interface {
+	Cut(ctx context.Context, number uint64, want attach.Want) (*attach.Cut, error)
+}
+
 // takeFrozen cuts an attached device. Its view holds only what changed. When
 // that is too much, or not known, the cut is one without.
-func takeFrozen(a *attach.Attached, stallWhenBusy bool) takeFunc {
+func takeFrozen(a freezable, stallWhenBusy bool) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
 		want := attach.Want{View: wish.View, Since: wish.Since, Force: stallWhenBusy && wish.LiveRounds >= forceAfter}
 		c, err := a.Cut(ctx, epoch, want)
-		var noView error
+		var noView, tooMuch error
 		if wish.View && (errors.Is(err, precopy.ErrTooMuch) || errors.Is(err, attach.ErrTrackingLost)) {
 			noView = err
+			if errors.Is(err, precopy.ErrTooMuch) {
+				tooMuch = err
+			}
 			c, err = a.Cut(ctx, epoch, attach.Want{})
 		}
 		if err != nil {
 			return cut{}, err
 		}
-		return cut{taken: c, view: c.View(), noView: noView, exact: c.ChangedExact}, nil
+		return cut{taken: c, view: c.View(), noView: noView, other: tooMuch, exact: c.ChangedExact}, nil
 	}
 }
 
