@@ -508,4 +508,8 @@ func TestOptionsAreChecked(t *testing.T) {
 			t.Errorf("%+v was taken", o)
 		}
 	}
+	e := newTestEngine(t, Options{Source: d, Tracker: newMarks(d.Size()), StallLimit: 10 * time.Millisecond})
+	if e.o.StallBudget != 5*time.Millisecond {
+		t.Errorf("a stall limit of 10 ms, and the budget is %s", e.o.StallBudget)
+	}
 }
