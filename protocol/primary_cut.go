@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -140,7 +141,10 @@ func (p *Primary) cutter(ctx context.Context) {
 	var pause time.Duration
 	failures := 0 // in a row
 	// Each try may stop writers.
-	failed := func() {
+	failed := func(err error) {
+		if errors.Is(err, ErrPasses) {
+			failures = 0
+		}
 		pause = min(min(p.cfg.Interval, time.Second)<<min(failures, 20), p.cfg.RetryMax)
 		failures++
 	}
@@ -166,7 +170,7 @@ func (p *Primary) cutter(ctx context.Context) {
 		}
 		cut, err := p.takeCut(ctx, wish)
 		if err != nil {
-			failed()
+			failed(err)
 			continue
 		}
 		failures = 0
@@ -179,7 +183,7 @@ func (p *Primary) cutter(ctx context.Context) {
 			if f := p.cfg.Events.CutFailed; f != nil {
 				f(s.rec.epoch, err)
 			}
-			failed()
+			failed(err)
 		}
 	}
 }

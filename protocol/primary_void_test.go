@@ -2,7 +2,9 @@ package protocol
 
 import (
 	"errors"
+	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -131,4 +133,35 @@ func TestLabelFailureStopsCuts(t *testing.T) {
 		t.Fatalf("still a problem: %s", p)
 	}
 	n.check(src)
+}
+
+// What passes by itself, such as an fstrim, does not make cuts rare: each is tried
+// after the interval, and status says why there is none.
+func TestWhatPassesIsTriedSoon(t *testing.T) {
+	src := newMemSource(testVolumeSize, BlockSize)
+	wroteSome(src, 0, 10)
+	n := newNode(t, "ebs", testVolumeSize, 32<<20)
+	var failed atomic.Int64
+	r := startRig(t, src, &memState{}, []*node{n}, func(c *PrimaryConfig) {
+		c.RetryMax = 24 * time.Hour
+		c.Events.CutFailed = func(uint64, error) { failed.Add(1) }
+	})
+	r.sync()
+	fail := func(err error) {
+		src.mu.Lock()
+		defer src.mu.Unlock()
+		src.cutErr = err
+	}
+	fail(fmt.Errorf("%w: a trim runs", ErrPasses))
+	wroteSome(src, 10, 10)
+	// The pause would be of hours by now if it doubled each time.
+	eventually(t, "20 tries", func() bool { return failed.Load() >= 20 })
+	if s := r.p.Status(); !strings.Contains(s.Problem, "a trim runs") {
+		t.Errorf("status: %+v", s)
+	}
+	fail(nil)
+	epoch := r.sync()
+	if n.check(src) < epoch {
+		t.Error("the replica did not follow")
+	}
 }

@@ -44,6 +44,10 @@ type Store interface {
 // answer is a comparison of everything, never 'nothing changed'.
 var ErrTrackingLost = errors.New("tracking lost")
 
+// ErrPasses is of a cut that failed for what ends by itself, while which another try
+// costs next to nothing: it is made after the interval, or a second, each time.
+var ErrPasses = errors.New("for the moment")
+
 // Source is the volume a primary replicates. One goroutine at a time calls
 // Cut and uses what it returns.
 type Source interface {
@@ -51,7 +55,8 @@ type Source interface {
 	// Size is the volume's size in bytes.
 	Size() int64
 	// Cut fixes a point in time. The number must be larger than any used
-	// before.
+	// before. After ErrPasses it is tried again soon, after other errors ever more
+	// rarely, as each try may stop writers.
 	Cut(ctx context.Context, epoch uint64, wish CutWish) (Cut, error)
 	// WrittenBytes counts what was written to the volume since some fixed
 	// moment, in bytes; it never decreases while the volume is up.

@@ -73,6 +73,9 @@ func (a *Attached) take(ctx context.Context, c *Cut, want Want) error {
 	}
 	f := a.freezer
 	f.list = list
+	if f.began, err = f.counters(); err != nil {
+		return err
+	}
 	if !want.View {
 		c.at = time.Now()
 		c.stalled, err = a.engine.Mark(ctx, c.number, f)

@@ -21,11 +21,19 @@ const (
 	// discards, which some file systems do not wait for.
 	settlePatience = 5 * time.Millisecond
 	settlePause    = 50 * time.Microsecond
+	// trimPatience is for how long after a freeze that discards made void nothing is
+	// frozen while discards go on: since the cut began, or within trimLook.
+	trimPatience = 10 * time.Second
+	trimLook     = 20 * time.Millisecond
 )
 
 // ErrWritten says that something was written, or in flight, while every file
 // system was frozen: whatever it was, it goes past them. The cut is void.
 var ErrWritten = precopy.ErrWritten
+
+// ErrDiscards is ErrWritten of discards alone: the kernel's FITRIM does not mind that
+// a file system is frozen. It passes when fstrim has ended.
+var ErrDiscards = fmt.Errorf("discards go on though everything is frozen: fstrim runs: %w", ErrWritten)
 
 // counters are those of the device's statistics that grow with every write.
 // Fields, counted from 1, of its stat file: writes completed 5, sectors written
@@ -43,10 +51,13 @@ type freezer struct {
 	buffer   [512]byte
 
 	list   []fileSystem // what the cut under way freezes
+	began  counters     // when that cut began
 	files  []*os.File   // open while they are being frozen
 	rescue func() error
 
-	frozen, atEnd counters // of the last stop that held
+	frozen, atEnd counters  // of the last stop that held
+	seen          counters  // when the last stop, held or not, had ended
+	trimmed       time.Time // when discards made one void, and none has held since
 }
 
 func newFreezer(a *Attached) (f *freezer, err error) {
@@ -58,6 +69,9 @@ func newFreezer(a *Attached) (f *freezer, err error) {
 	}
 	if f.inflight, err = os.Open(dir + "/inflight"); err != nil {
 		return nil, errors.Join(err, f.stat.Close())
+	}
+	if f.seen, err = f.counters(); err != nil {
+		return nil, errors.Join(err, f.close())
 	}
 	return f, nil
 }
@@ -83,8 +97,49 @@ func (f *freezer) Prepare(ctx context.Context) error {
 	return nil
 }
 
-// Stop implements precopy.Stopper.
+// Stop implements precopy.Stopper. While discards go on that made a freeze void
+// nothing is frozen, for a while.
 func (f *freezer) Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
+	if time.Since(f.trimmed) < trimPatience {
+		if err := f.discarding(ctx); err != nil {
+			return 0, err
+		}
+	}
+	stalled, err = f.stop(ctx, limit, inside)
+	if errors.Is(err, ErrDiscards) {
+		f.trimmed = time.Now()
+	} else if err == nil {
+		f.trimmed = time.Time{}
+	}
+	if now, err := f.counters(); err == nil {
+		f.seen = now
+	}
+	return stalled, err
+}
+
+// discarding looks whether discards go on.
+func (f *freezer) discarding(ctx context.Context) error {
+	for look := range 2 {
+		now, err := f.counters()
+		if err != nil {
+			return err
+		}
+		if now.discarded != f.began.discarded {
+			return fmt.Errorf("%w: %d bytes on %s since this cut began; nothing was frozen for it", ErrDiscards,
+				(now.discarded-f.began.discarded)*blockdev.SectorSize, f.attached.options.Device)
+		}
+		if look == 0 {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(trimLook):
+			}
+		}
+	}
+	return nil
+}
+
+func (f *freezer) stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error) {
 	if len(f.list) == 0 {
 		// Nothing is stopped: it holds if nobody writes.
 		deadman.Quiet(func() { err = f.watched(inside) })
@@ -146,7 +201,11 @@ func (f *freezer) watched(inside func() error) error {
 			break
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%w: %d writes are in flight on %s though it is frozen", ErrWritten, n, f.attached.options.Device)
+			kind := ErrWritten
+			if now, err := f.counters(); err == nil && now.discarded != f.seen.discarded {
+				kind = ErrDiscards
+			}
+			return fmt.Errorf("%w: %d writes are in flight on %s though it is frozen", kind, n, f.attached.options.Device)
 		}
 		pause := unix.NsecToTimespec(int64(settlePause))
 		_ = unix.Nanosleep(&pause, nil)
@@ -162,6 +221,10 @@ func (f *freezer) watched(inside func() error) error {
 	}
 	if f.atEnd, err = f.counters(); err != nil {
 		return err
+	}
+	if f.atEnd.written == f.frozen.written && f.atEnd.discarded != f.frozen.discarded {
+		return fmt.Errorf("%w: %d bytes on %s while it was frozen", ErrDiscards,
+			(f.atEnd.discarded-f.frozen.discarded)*blockdev.SectorSize, f.attached.options.Device)
 	}
 	if n != 0 || f.atEnd.bytes() != f.frozen.bytes() { // the count of writes lags behind
 		return fmt.Errorf("%w: %s: %d bytes in about %d writes, and %d writes in flight; find out who writes to it past the file system",

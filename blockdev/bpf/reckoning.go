@@ -21,6 +21,12 @@ import "fmt"
 // requests, where what completes tells all unless something is lost, it begins with
 // the first loss, which ends the coverage, and then stays.
 //
+// A disk without requests is followed by the addresses of its bios, which the kernel
+// uses again. Between two moments at which nothing is in flight that does no harm: each
+// end that is counted, if not of the bio it is taken for, is that of one that began
+// since then and has ended. What is left over at such a moment was lost, and counts no
+// more: each time the side that completes does not agree the programs begin a new turn.
+//
 // Only what was seen to complete tells what an exchange while writes went on may
 // have taken too early. When that side has lost something, such exchanges are
 // worth nothing by themselves, but the marks of all of them together still are.
@@ -55,6 +61,9 @@ func (t *Tracker) compareStopped() bool {
 		if !agrees[s] {
 			b.leads[s], b.known[s], t.sound[s] = now[s], known[s] && err == nil && (watched || side(s) == ended), false
 		}
+	}
+	if !agrees[ended] && b.known[ended] {
+		t.ledger.nextTurn()
 	}
 	b.again = again
 	return agrees[ended]

@@ -20,6 +20,7 @@ const (
 	slotStrange = 4
 	slotFailed  = 5
 	slotAgain   = 6
+	slotTurn    = 7
 	slotWords   = 8 // of one processor
 )
 
@@ -118,6 +119,14 @@ func (l *ledger) trouble() uint64 { return l.sum(slotStrange) + l.sum(slotFailed
 
 // again is how many requests were taken back, to begin once more.
 func (l *ledger) again() uint64 { return l.sum(slotAgain) }
+
+// nextTurn has the programs no longer count the ends of bios that began before: with
+// nothing in flight those were lost.
+func (l *ledger) nextTurn() {
+	for i := slotTurn; i < len(l.counts); i += slotWords {
+		atomic.AddUint64(&l.counts[i], 1)
+	}
+}
 
 // leads looks once; still says that nothing was counted on that side while the
 // statistics were read, without which its lead says nothing. It allocates nothing

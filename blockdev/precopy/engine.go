@@ -139,7 +139,8 @@ type Options struct {
 	Tracker Tracker
 	// MemoryBytes bounds what a cut may hold, a multiple of 4096: 256 MiB.
 	MemoryBytes int64
-	// StallBudget is how long the reads with writers stopped may take: 20 ms.
+	// StallBudget is how long the reads with writers stopped may take: 20 ms,
+	// or half of the stall limit if that is less.
 	StallBudget time.Duration
 	// StallLimit is what Stop is given: 1 s.
 	StallLimit time.Duration
@@ -188,13 +189,11 @@ var errAnew = errors.New("writes completed unseen")
 
 // New makes an engine. Close ends it.
 func New(o Options) (*Engine, error) {
-	for _, d := range []struct {
-		value *time.Duration
-		to    time.Duration
-	}{{&o.StallBudget, defaultBudget}, {&o.StallLimit, time.Second}} {
-		if *d.value == 0 {
-			*d.value = d.to
-		}
+	if o.StallLimit == 0 {
+		o.StallLimit = time.Second
+	}
+	if o.StallBudget == 0 {
+		o.StallBudget = min(defaultBudget, o.StallLimit/2)
 	}
 	if o.MemoryBytes == 0 {
 		o.MemoryBytes = defaultMemory
@@ -283,6 +282,15 @@ func (e *Engine) exchange() {
 
 func (e *Engine) keep(taken []blockdev.Extent) {
 	e.open = blockdev.Union(e.open, taken)
+}
+
+// Seal seals a cut that is taken without the engine, as when it would have been
+// too much for that: what was exchanged for it belongs to that cut then, and to no
+// later one. The error is the tracker's.
+func (e *Engine) Seal(number uint64) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.seal(number)
 }
 
 func (e *Engine) seal(number uint64) error {

@@ -203,6 +203,29 @@ func TestTooMuchForMemory(t *testing.T) {
 	}
 }
 
+// Too much for memory is sealed by who takes the cut in another way: the next one is
+// read into memory again, and holds what changed since, nothing else.
+func TestSealedWithoutTheEngine(t *testing.T) {
+	e, d, m, g := prepared(t, Options{MemoryBytes: 1 << 20}, 8<<20)
+	m.mark(0, 2<<20)
+	if _, err := e.Cut(t.Context(), Request{Number: 2, Since: 1}, g); !errors.Is(err, ErrTooMuch) {
+		t.Fatal(err)
+	}
+	m.ExchangeStopped()
+	if err := e.Seal(2); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := m.Changed(1, 2); err != nil || blockdev.Total(all) != 2<<20 {
+		t.Errorf("since 1: %v, %v", all, err)
+	}
+	d.write(4<<20, block, 3)
+	m.mark(4<<20, block)
+	c, err := e.Cut(t.Context(), Request{Number: 3, Since: 2}, g)
+	if err != nil || blockdev.Total(c.Extents()) != block {
+		t.Fatalf("%v", err)
+	}
+}
+
 // As much is written in each round as was read: it does not converge, and no
 // writer is stopped for that. Force stops them for longer, within the limit.
 func TestDoesNotConverge(t *testing.T) {
@@ -484,5 +507,9 @@ func TestOptionsAreChecked(t *testing.T) {
 			e.Close()
 			t.Errorf("%+v was taken", o)
 		}
+	}
+	e := newTestEngine(t, Options{Source: d, Tracker: newMarks(d.Size()), StallLimit: 10 * time.Millisecond})
+	if e.o.StallBudget != 5*time.Millisecond {
+		t.Errorf("a stall limit of 10 ms, and the budget is %s", e.o.StallBudget)
 	}
 }

@@ -32,6 +32,7 @@ type Cut struct {
 	withView  bool
 	view      *blockdev.File
 	image     *precopy.Cut // in the view's place
+	tooMuch   error        // why that was not to be had; nil: it was, or was not tried
 	rolled    bool         // it began an era, just before
 	era       uint32       // that one
 	rollAsked uint64       // the volume's, before it began
@@ -209,6 +210,10 @@ func (c *Cut) View() io.ReaderAt {
 
 // WholeView says whether View holds all of the volume.
 func (c *Cut) WholeView() bool { return c.image == nil }
+
+// TooMuch is why what changed was not read into memory though that was tried: a
+// precopy.ErrTooMuch; nil: it was, or was not to be.
+func (c *Cut) TooMuch() error { return c.tooMuch }
 
 // At is when it was, for people only.
 func (c *Cut) At() time.Time { return c.at }

@@ -79,7 +79,11 @@ func (c *Cut) sealFine() {
 	if v.fine == nil {
 		return
 	}
-	err := v.fine.tracker.Seal(c.number)
+	seal := v.fine.tracker.Seal
+	if v.engine != nil {
+		seal = v.engine.Seal
+	}
+	err := seal(c.number)
 	c.fine, v.fine.covered = err == nil, err == nil
 	if err != nil {
 		v.lostFine(c.number, err)

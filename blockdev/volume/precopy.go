@@ -51,11 +51,13 @@ func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) 
 		v.lostFine(c.number, err)
 		return false, nil
 	case errors.Is(err, precopy.ErrTooMuch):
-		v.log.Debug("not read into memory", "cut", c.number, "reason", err)
+		c.tooMuch = err
+		v.noteImage(c, err)
 		return false, nil
 	case err != nil:
 		return false, err
 	}
+	v.noteImage(c, nil)
 	v.log.Debug("read into memory", "cut", c.number, "rounds", image.Rounds(), "bytes", image.RoundBytes(), "inside-bytes", image.InsideBytes())
 	v.newest = c.number
 	if _, err := v.keepDiscardLimits(); err != nil {
@@ -65,6 +67,25 @@ func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) 
 	c.at, c.stalled, c.written = image.At(), image.Stalled(), s.written
 	v.countStats(func(s *Stats) { s.Cuts++ })
 	return true, nil
+}
+
+// noteImage says once, not at each cut, that cuts have a frozen view in place of
+// an image in memory, and that they have not any more. cutMu is held.
+func (v *Volume) noteImage(c *Cut, tooMuch error) {
+	var e *precopy.TooMuchError
+	reason := precopy.Reason("")
+	if errors.As(tooMuch, &e) {
+		reason = e.Reason
+	}
+	if reason == v.tooMuch {
+		return
+	}
+	v.tooMuch = reason
+	if reason == "" {
+		v.log.Info("cuts are read into memory again", "cut", c.number)
+	} else {
+		v.log.Warn("not read into memory: cuts have a frozen view until less changes", "cut", c.number, "reason", tooMuch)
+	}
 }
 
 // stopper is a volume as a precopy.Stopper; cutMu is held.

@@ -125,6 +125,7 @@ type Volume struct {
 
 	fine      *fineTracker    // nil: the era tracks alone
 	engine    *precopy.Engine // nil: no pre-copy
+	tooMuch   precopy.Reason  // why the last cut was not read into memory; "": it was
 	newest    uint64          // cut of this process
 	rollAsked atomic.Uint64   // how often RollNext was called
 	rollDone  uint64          // of them, before the last whole cut that began an era

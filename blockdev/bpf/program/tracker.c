@@ -93,13 +93,18 @@ enum {
 	SLOT_STRANGE = 4, // commands that may have changed what no sector number tells
 	SLOT_FAILED,    // marks that could not be made
 	SLOT_AGAIN,     // requests that begin more than once
+	SLOT_TURN,      // how often the loader found that ends were lost, on each processor
 };
 
-// What is in flight on a disk without requests: bio -> its range.
+// What is in flight on a disk without requests: bio -> its range. One whose end was
+// lost stays, and another bio may come to lie where that one lay. In the same turn its
+// end then stands for the lost one's; later it would make up for another loss. The
+// loader begins a turn when it finds that ends were lost, with nothing in flight.
 struct flight {
 	u64 sector;
 	u32 sectors;
 	u32 op;
+	u64 turn;
 };
 struct {
 	UINT(type, TYPE_HASH);
@@ -129,6 +134,13 @@ INLINE void count(u32 slot, u64 n)
 	u64 *line = map_lookup(&counts, &cpu);
 	if (line)
 		__sync_fetch_and_add(line + slot, n);
+}
+
+INLINE u64 turn(void)
+{
+	u32 cpu = processor();
+	u64 *line = map_lookup(&counts, &cpu);
+	return line ? ((volatile u64 *)line)[SLOT_TURN] : 0;
 }
 
 // mark sets the bits, then their line's bit. Whoever takes marks clears the
@@ -288,7 +300,7 @@ int bio_queued(u64 *args)
 	u32 op = bio->bi_opf & OP_MASK;
 	if (strange(op))
 		count(SLOT_STRANGE, 1);
-	struct flight flight = {bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9, op};
+	struct flight flight = {bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9, op, turn()};
 	if (!changes(op) || !flight.sectors)
 		return 0;
 	mark_range(flight.sector, flight.sectors);
@@ -308,8 +320,11 @@ int bio_done(u64 *args)
 		return 0;
 	u32 op = flight->op;
 	u64 sectors = flight->sectors;
+	int lost = flight->turn != turn();
 	mark_range(flight->sector, sectors);
 	map_delete(&flying, &key);
+	if (lost)
+		return 0;
 	// The statistics may have one that failed or not, as one that would have had to
 	// wait (io_uring begins so). Not counted it can make them be ahead, which voids,
 	// but never hide what was lost.

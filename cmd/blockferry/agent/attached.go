@@ -26,21 +26,32 @@ type attached struct{ *attach.Attached }
 
 func (a attached) UUID() volume.UUID { return a.Attached.UUID() }
 
+// freezable is an *attach.Attached.
+type freezable interface {
+	Cut(ctx context.Context, number uint64, want attach.Want) (*attach.Cut, error)
+}
+
 // takeFrozen cuts an attached device. Its view holds only what changed. When
-// that is too much, or not known, the cut is one without.
-func takeFrozen(a *attach.Attached, stallWhenBusy bool) takeFunc {
+// that is too much, or not known, or fstrim runs, the cut is one without.
+func takeFrozen(a freezable, stallWhenBusy bool) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
 		want := attach.Want{View: wish.View, Since: wish.Since, Force: stallWhenBusy && wish.LiveRounds >= forceAfter}
 		c, err := a.Cut(ctx, epoch, want)
-		var noView error
-		if wish.View && (errors.Is(err, precopy.ErrTooMuch) || errors.Is(err, attach.ErrTrackingLost)) {
+		var noView, busy error
+		if errors.Is(err, precopy.ErrTooMuch) || errors.Is(err, attach.ErrDiscards) {
+			busy = err
+		}
+		if wish.View && (busy != nil || errors.Is(err, attach.ErrTrackingLost)) {
 			noView = err
 			c, err = a.Cut(ctx, epoch, attach.Want{})
+		}
+		if errors.Is(err, attach.ErrDiscards) {
+			return cut{}, fmt.Errorf("%w: %w", protocol.ErrPasses, err)
 		}
 		if err != nil {
 			return cut{}, err
 		}
-		return cut{taken: c, view: c.View(), noView: noView, exact: c.ChangedExact}, nil
+		return cut{taken: c, view: c.View(), noView: noView, other: busy, exact: c.ChangedExact}, nil
 	}
 }
 

@@ -55,8 +55,9 @@ type source struct {
 	number  uint64 // its number
 	at      time.Time
 	stalled time.Duration
-	sealed  bool // the stack is gone
-	written bool // ... and something may have been written since the last cut
+	other   error // cut.other
+	sealed  bool  // the stack is gone
+	written bool  // ... and something may have been written since the last cut
 }
 
 var _ protocol.Source = (*source)(nil)
@@ -97,7 +98,11 @@ func (s *source) lastCutStatus() *status.Cut {
 		return nil
 	}
 	at, stalled := s.at.UTC(), s.stalled.Seconds()
-	return &status.Cut{Epoch: s.number, At: &at, StalledSeconds: &stalled}
+	c := &status.Cut{Epoch: s.number, At: &at, StalledSeconds: &stalled}
+	if s.other != nil {
+		c.Reason = s.other.Error()
+	}
+	return c
 }
 
 func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (protocol.Cut, error) {
@@ -106,7 +111,7 @@ func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (
 		return nil, err
 	}
 	s.mu.Lock()
-	s.lastCut, s.number, s.at, s.stalled = c.WrittenBytes(), epoch, c.At(), c.Stalled()
+	s.lastCut, s.number, s.at, s.stalled, s.other = c.WrittenBytes(), epoch, c.At(), c.Stalled(), c.other
 	s.mu.Unlock()
 	return c, nil
 }
@@ -125,7 +130,11 @@ func takeSuspended(v *volume.Volume) takeFunc {
 		if err != nil {
 			return cut{}, err
 		}
-		return cut{taken: c, view: c.View(), whole: c.WholeView(), exact: c.Exact}, nil
+		made := cut{taken: c, view: c.View(), whole: c.WholeView(), exact: c.Exact}
+		if why := c.TooMuch(); why != nil {
+			made.other = fmt.Errorf("with a frozen view, not read into memory: %w", why)
+		}
+		return made, nil
 	}
 }
 
@@ -134,6 +143,7 @@ type cut struct {
 	taken
 	view   io.ReaderAt // nil: none
 	noView error
+	other  error // why it was not made as configured, only in another way
 	whole  bool
 	exact  func(since uint64) bool
 }

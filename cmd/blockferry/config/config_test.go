@@ -61,6 +61,24 @@ func TestInvalidSamples(t *testing.T) {
 	}
 }
 
+// Without a stall budget there is one that fits the stall limit.
+func TestDefaultStallBudget(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	for limit, want := range map[string]time.Duration{"10ms": 5 * time.Millisecond, "40ms": DefaultStallBudget, "1m": DefaultStallBudget} {
+		text := "volumes:\n  data:\n    mode: attach\n    device: /dev/a\n    stall-limit: " + limit + "\n    replicas:\n      ebs: {device: /dev/b}\n"
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := Load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Volumes[0].StallBudget; got != want {
+			t.Errorf("stall-limit %s: a budget of %s, want %s", limit, got, want)
+		}
+	}
+}
+
 func TestFullSampleIsReadWhole(t *testing.T) {
 	c, err := Load(samples + "valid/full.yaml")
 	if err != nil {

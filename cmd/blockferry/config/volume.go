@@ -117,6 +117,12 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	if present["stall-budget"] != nil && !v.Attach && !v.PreCopy {
 		r.fail(present["stall-budget"], "%s has 'stall-budget', which is for 'image: pre-copy'", what)
 	}
+	switch {
+	case present["stall-budget"] == nil:
+		v.StallBudget = min(v.StallBudget, v.StallLimit/2)
+	case v.StallBudget > v.StallLimit:
+		r.fail(present["stall-budget"], "%s has a 'stall-budget' of %s, which is more than its 'stall-limit' of %s", what, v.StallBudget, v.StallLimit)
+	}
 	if v.PreCopy && v.EraOnly {
 		r.fail(present["image"], "%s has 'image: pre-copy', which needs more than 'tracker: era'", what)
 	}

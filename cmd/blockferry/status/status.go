@@ -77,6 +77,8 @@ type Cut struct {
 	Epoch          uint64     `json:"epoch"`
 	At             *time.Time `json:"at,omitempty"`
 	StalledSeconds *float64   `json:"stalled-seconds,omitempty"`
+	// Reason says why it was not made as configured, only in another way.
+	Reason string `json:"reason,omitempty"`
 }
 
 // Replica is one copy.

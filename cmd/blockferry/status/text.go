@@ -74,6 +74,9 @@ func writeVolume(b *strings.Builder, v *Volume) {
 	now.add("fed-by", v.FedBy)
 	now.add("peers", strings.Join(v.Peers, ","))
 	now.to(b, "  ")
+	if c := v.LastCut; c != nil && c.Reason != "" {
+		b.WriteString("  cut: " + c.Reason + "\n")
+	}
 	writeLease(b, v.Lease)
 	writeWhy(b, "  ", v.Reason, v.Advice)
 	for i := range v.Replicas {
