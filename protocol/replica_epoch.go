@@ -454,6 +454,20 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 	return nil
 }
 
+// compared notes ranges whose difference to what the replica holds is asked for, for an epoch
+// that is open: what is equal does not come as frames, and yet may have been something
+// else at cuts in between.
+func (r *Replica) compared(ranges []Range) {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	if r.open == nil {
+		return
+	}
+	for _, c := range ranges {
+		r.open.touched.compared(c)
+	}
+}
+
 func (o *openEpoch) checkSums(sums []StreamSum) error {
 	if len(sums) > MaxStreams {
 		return fmt.Errorf("%w: %d streams, at most %d", ErrSums, len(sums), MaxStreams)
@@ -536,9 +550,10 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch) error
 		} else {
 			sb.committed = sb.applied
 		}
-		// Of another line's numbers the map knows nothing.
+		// Of another line's numbers the map knows nothing, nor of cuts between the last
+		// epoch and one of which only the frames are known.
 		switched := Compare(sb.lineage, before).Kind != Ahead
-		if c.full || switched {
+		if c.full || switched || p != nil && p.found {
 			sb.mapBase = sb.applied.Epoch
 		}
 		sb.strayed = ""
