@@ -12,6 +12,7 @@ type openEpoch struct {
 	start   EpochStart
 	digests [MaxStreams]*StreamDigest
 	frames  uint64
+	bytes   int64 // of the frames
 	touched *touched
 	rounds  roundSet
 	broken  error    // why it can't be committed any more
@@ -172,6 +173,7 @@ func (r *Replica) dropOpen() {
 	defer r.mu.Unlock()
 	r.inPlace = false
 	r.usedEnd = 0
+	r.kept = KeptStatus{}
 	r.notify()
 }
 
@@ -273,6 +275,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 		o.touched.add(f)
 		o.frames++
 	}
+	o.bytes += int64(b.bytes)
 	if o.digests[stream] == nil {
 		o.digests[stream] = NewStreamDigest()
 	}

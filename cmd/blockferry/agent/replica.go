@@ -189,8 +189,23 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 				return nil, now.Err
 			}
 			l.usedWord(now)
+			l.dropKept(replica, keepFor)
 		}
 	}
+}
+
+// keepFor is how long a part of an epoch waits for the node that fed it.
+const keepFor = 24 * time.Hour
+
+// dropKept gives up what is kept of an epoch for longer than a limit.
+func (l *localReplica) dropKept(r *protocol.Replica, limit time.Duration) {
+	k := r.DropKept(limit)
+	if k.Epoch == 0 {
+		return
+	}
+	words := fmt.Sprintf("%d bytes of epoch %d, kept since %s for the node that fed it to go on, are given up; it begins anew", k.Bytes, k.Epoch, k.Since.UTC().Format(time.RFC3339))
+	l.log.Warn("replica", "warning", words)
+	l.agent.hub.publish(l.volume.Name, l.config.Name, "kept-epoch-given-up", words)
 }
 
 // becoming is the reason for which a replica is not open for a moment.
