@@ -276,6 +276,10 @@ func TestInheritance(t *testing.T) {
 			t.Errorf("%s: it took over at %v, want %v", c.name, past.At(), at)
 		}
 	}
+	replica := h.other.rep.Status().Committed
+	if past, err := ReadInheritance(h.other.store, testUUID, testVolumeSize, Lineage{replica}.Extend(Position{gen(9), 50})); err == nil {
+		t.Errorf("a replica's disk tells of the time before %v", past.At())
+	}
 	past, err := ReadInheritance(h.disk, testUUID, testVolumeSize, h.line)
 	must(t, err)
 	for since, want := range map[uint64]bool{4: false, 5: true, 6: true, 8: true, 9: false, 10: false} {

@@ -210,3 +210,27 @@ func TestKeptEpochIsTold(t *testing.T) {
 		t.Errorf("given up it tells %+v; log: %s", k, log.String())
 	}
 }
+
+// Before its replica is closed a copy that takes over waits for what it has committed, for a while.
+func TestCommittedIsAppliedFirst(t *testing.T) {
+	l := replicaAt(t, "here", history(1, 10))
+	r := l.replica
+	image, err := r.Hold(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := protocol.EpochStart{Epoch: 20, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 20)}
+	if err := errors.Join(r.Begin(t.Context(), start), r.Commit(t.Context(), protocol.EpochCommit{Epoch: 20, Attempt: 1})); err != nil {
+		t.Fatal(err)
+	}
+	l.applied(t.Context(), time.Millisecond)
+	if st := r.Status(); st.PendingEpochs != 1 {
+		t.Fatalf("the image is held: %+v", st)
+	}
+	time.AfterFunc(20*time.Millisecond, image.Release)
+	l.applied(t.Context(), time.Minute)
+	if st := r.Status(); st.PendingEpochs != 0 || st.Applied.Epoch != 20 {
+		t.Errorf("%+v", st)
+	}
+	(&localReplica{}).applied(t.Context(), time.Minute) // not open
+}

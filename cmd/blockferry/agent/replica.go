@@ -99,6 +99,25 @@ func (l *localReplica) park(why string) {
 	l.turn.Unlock() // whoever has the turn next sees that it is parked
 }
 
+// applyPatience is how long taking over waits before the replica is closed.
+const applyPatience = 5 * time.Second
+
+// applied waits for a while until what is committed now is applied. A replica that is opened
+// again applies the rest, but does not know for other copies what else that was about.
+func (l *localReplica) applied(ctx context.Context, patience time.Duration) {
+	l.mu.Lock()
+	r := l.replica
+	l.mu.Unlock()
+	if r == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := r.WaitApplied(ctx, r.Status().Committed.Epoch); err != nil {
+		l.log.Info("not all is applied before the replica is closed", "error", err)
+	}
+}
+
 func (l *localReplica) unpark() {
 	l.mu.Lock()
 	l.parked = false
