@@ -12,7 +12,7 @@ type openEpoch struct {
 	start   EpochStart
 	digests [MaxStreams]*StreamDigest
 	frames  uint64
-	bytes   int64 // of the frames
+	length  int64 // of the frames with their headers
 	touched *touched
 	rounds  roundSet
 	broken  error    // why it can't be committed any more
@@ -275,7 +275,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 		o.touched.add(f)
 		o.frames++
 	}
-	o.bytes += int64(b.bytes)
+	o.length += int64(b.bytes)
 	if o.digests[stream] == nil {
 		o.digests[stream] = NewStreamDigest()
 	}

@@ -56,7 +56,7 @@ func (r *Replica) Interrupt() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.open != nil && r.kept.Epoch == 0 {
-		r.kept = KeptStatus{Epoch: r.open.start.Epoch, Bytes: r.open.bytes, Since: time.Now()}
+		r.kept = KeptStatus{Epoch: r.open.start.Epoch, Bytes: r.open.length, Since: time.Now()}
 	}
 	return r.usable()
 }
