@@ -233,7 +233,7 @@ func pendingOnce(ctx context.Context, s *stand) (written, journal float64, err e
 	if err := a.Run(ctx, "resume", "data"); err != nil {
 		return 0, 0, err
 	}
-	for st := before; st.Committed == before.Committed || st.JournalUsedBytes < pendingBytes; {
+	for st := before; st.Committed == before.Committed || st.JournalUsedBytes < pendingBytes; time.Sleep(time.Millisecond) {
 		if st, err = peek(ebsDisk); err != nil {
 			return 0, 0, err
 		}
