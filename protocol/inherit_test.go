@@ -276,6 +276,15 @@ func TestInheritance(t *testing.T) {
 			t.Errorf("%s: it took over at %v, want %v", c.name, past.At(), at)
 		}
 	}
+	sb, _, err := newestSuperblock(h.disk)
+	must(t, err)
+	sb.lineage = Lineage{{gen(4), 2}, at}
+	for past, known := range map[byte]bool{4: true, 5: false} { // of two pasts numbers mean two things
+		_, err := sb.inheritance(h.disk, testUUID, testVolumeSize, Lineage{{gen(past), 2}, at, {gen(9), 50}})
+		if known != (err == nil) {
+			t.Errorf("a line that came from generation %d: %v", past, err)
+		}
+	}
 	replica := h.other.rep.Status().Committed
 	if past, err := ReadInheritance(h.other.store, testUUID, testVolumeSize, Lineage{replica}.Extend(Position{gen(9), 50})); err == nil {
 		t.Errorf("a replica's disk tells of the time before %v", past.At())
@@ -293,7 +302,7 @@ func TestInheritance(t *testing.T) {
 			}
 		}
 	}
-	tracked := Range{3 << 20, BlockSize}
+	tracked := Range{5 << 20, BlockSize}
 	changed, err := past.ChangedSince(8, func(since uint64) ([]Range, error) {
 		if since != at.Epoch {
 			t.Errorf("the tracker was asked for what changed since %d", since)
