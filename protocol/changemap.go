@@ -8,18 +8,26 @@ import (
 )
 
 // The change map holds, for every chunk of ChunkBytes of the volume, the epoch
-// that last changed it; 0 is a chunk that never held data and reads as zeros
-// (of a consistent replica: its first full epoch made that true). It is
+// that last may have changed it, in the low 63 bits; the highest bit says that the chunk
+// never held data and reads as zeros (of a consistent replica: its first full epoch made
+// that true), and so does an entry of 0, which no epoch since touched. It is
 // an array of pages of 4 KiB, little-endian:
 //
 //	 0        4     8             16                24          28        32
 //	+--------+-----+-------------+-----------------+-----------+---------+----------------------
-//	| "BFCM" | v=1 | page index  | tag of the      | 0         | crc32c  | 508 epochs, u64 each
+//	| "BFCM" | v=2 | page index  | tag of the      | 0         | crc32c  | 508 entries, u64 each
 //	|        |     | u64         | replica u64     |           |         | chunk 508*index + i
 //	+--------+-----+-------------+-----------------+-----------+---------+----------------------
 //
 // The checksum covers the page with its own field 0. Formatting writes every
 // page; a page of zeros is a damaged page. What a damaged page held counts as changed.
+//
+// An epoch brings a copy from its position to a later cut, and touches all that the
+// primary's tracker named between the two, also what was found equal by comparing and
+// zeros over zeros: other copies may hold a cut in between, at which it was
+// something else. So the map answers for every cut of its line since the map's base,
+// whether this copy was ever there or not. Pages of version 1 do not: what they hold counts
+// as changed until an epoch touches them, and as changed by that one from then on.
 const (
 	// ChunkBytes is the grain of the change map.
 	ChunkBytes = 256 << 10
@@ -28,9 +36,30 @@ const (
 	mapHeaderBytes = 32
 	mapPageEntries = (mapPageBytes - mapHeaderBytes) / 8
 	mapMagic       = 0x4d434642 // "BFCM" read as a little-endian u32
-	mapVersion     = 1
+	mapVersion     = 2
+	mapOldest      = 1   // epochs that touched nothing but what differed
 	mapBatchPages  = 256 // read and written at once
 )
+
+// mapZeros is the bit in an entry that says that the chunk reads as zeros.
+const mapZeros mapEntry = 1 << 63
+
+// mapEntry is what the map says of a chunk.
+type mapEntry uint64
+
+func (e mapEntry) epoch() uint64 { return uint64(e &^ mapZeros) }
+func (e mapEntry) zeros() bool   { return e == 0 || e&mapZeros != 0 }
+
+// touch is the entry after an epoch; data: it put some there. A copy that switched to
+// another line may go on with lower numbers; the map must not forget what it says of the
+// image before.
+func (e mapEntry) touch(epoch uint64, data bool) mapEntry {
+	now := mapEntry(max(e.epoch(), epoch))
+	if e.zeros() && !data {
+		now |= mapZeros
+	}
+	return now
+}
 
 func mapChunks(sizeBytes int64) int64 { return (sizeBytes + ChunkBytes - 1) / ChunkBytes }
 
@@ -38,8 +67,8 @@ func mapPages(sizeBytes int64) int64 {
 	return (mapChunks(sizeBytes) + mapPageEntries - 1) / mapPageEntries
 }
 
-// touched collects which chunks an epoch's frames touch. It takes about
-// 200 bytes for every 127 MiB of the volume that an epoch touches at all.
+// touched collects which chunks an epoch touches. It takes about
+// 300 bytes for every 127 MiB of the volume that an epoch touches at all.
 type touched struct {
 	sizeBytes int64
 	pages     map[int64]*touchedPage
@@ -51,6 +80,7 @@ type touchedPage struct {
 	data [8]uint64 // some of it written
 	zero [8]uint64 // some of it zeroed
 	all  [8]uint64 // all of it zeroed, by one run of zero frames
+	same [8]uint64 // some of it compared, and left out where it was equal
 }
 
 func newTouched(sizeBytes int64) *touched {
@@ -92,7 +122,15 @@ func (t *touched) add(f Frame) {
 	}
 }
 
-// has reports whether anything in the range was touched, in whole chunks.
+// compared notes a range that was compared.
+func (t *touched) compared(r Range) {
+	for c := r.Offset / ChunkBytes; c <= (r.End()-1)/ChunkBytes; c++ {
+		p, i, bit := t.page(c)
+		p.same[i] |= bit
+	}
+}
+
+// has reports whether anything in the range was written, in whole chunks.
 func (t *touched) has(r Range) bool {
 	for c := r.Offset / ChunkBytes; c <= (r.End()-1)/ChunkBytes; c++ {
 		if p := t.pages[c/mapPageEntries]; p != nil {
@@ -151,29 +189,30 @@ func (m changeMap) sealPage(b []byte, index int64) {
 	le.PutUint32(b[28:], crc32c(b[:mapPageBytes]))
 }
 
-// checkMapPage says what is wrong with a page, nil when it is sound. It
-// leaves the page as it is.
-func checkMapPage(b []byte, index int64, tag uint64) error {
+// checkMapPage says what is wrong with a page, nil when it is sound, and of
+// which version it is. It leaves the page as it is.
+func checkMapPage(b []byte, index int64, tag uint64) (version uint32, err error) {
 	le := binary.LittleEndian
 	if len(b) != mapPageBytes {
-		return fmt.Errorf("%d bytes, want %d", len(b), mapPageBytes)
+		return 0, fmt.Errorf("%d bytes, want %d", len(b), mapPageBytes)
 	}
 	if got := le.Uint32(b); got != mapMagic {
-		return fmt.Errorf("magic %#x, want %#x", got, uint32(mapMagic))
+		return 0, fmt.Errorf("magic %#x, want %#x", got, uint32(mapMagic))
 	}
 	sum := crc32c(b[:28])
 	sum = crc32cUpdate(sum, []byte{0, 0, 0, 0})
 	sum = crc32cUpdate(sum, b[mapHeaderBytes:])
 	if got := le.Uint32(b[28:]); got != sum {
-		return fmt.Errorf("checksum %#x, computed %#x", got, sum)
+		return 0, fmt.Errorf("checksum %#x, computed %#x", got, sum)
 	}
-	if v := le.Uint32(b[4:]); v != mapVersion || le.Uint32(b[24:]) != 0 {
-		return fmt.Errorf("version %d, this program reads version %d", v, mapVersion)
+	version = le.Uint32(b[4:])
+	if version < mapOldest || version > mapVersion || le.Uint32(b[24:]) != 0 {
+		return 0, fmt.Errorf("version %d, this program reads versions up to %d", version, mapVersion)
 	}
 	if i, t := le.Uint64(b[8:]), le.Uint64(b[16:]); i != uint64(index) || t != tag {
-		return fmt.Errorf("page %d of replica %x, want page %d of %x", i, t, index, tag)
+		return 0, fmt.Errorf("page %d of replica %x, want page %d of %x", i, t, index, tag)
 	}
-	return nil
+	return version, nil
 }
 
 // writeAll rewrites every page. Each chunk gets the epoch, but those that zeros
@@ -206,9 +245,8 @@ func (m changeMap) writeAll(epoch uint64, zeros *touched) error {
 	return nil
 }
 
-// update gives the epoch, if theirs is not later, to every chunk with data frames, and
-// to those with zero frames that may hold something else. It reports pages found damaged;
-// all their chunks get the epoch.
+// update gives the epoch, if theirs is not later, to every chunk that was touched. It
+// reports pages found damaged; all their chunks get the epoch.
 func (m changeMap) update(t *touched, epoch uint64) (damaged []string, err error) {
 	le := binary.LittleEndian
 	indexes := make([]int64, 0, len(t.pages))
@@ -231,26 +269,27 @@ func (m changeMap) update(t *touched, epoch uint64) (damaged []string, err error
 		}
 		for k, index := range indexes[:n] {
 			page := b[k*mapPageBytes:][:mapPageBytes]
-			if err := checkMapPage(page, index, m.tag); err != nil {
+			version, err := checkMapPage(page, index, m.tag)
+			if err != nil {
 				damaged = append(damaged, fmt.Sprintf("change map page at %d: %s", m.pageOffset(index), err))
-				for i := range int64(mapPageEntries) {
-					e := epoch
-					if index*mapPageEntries+i >= mapChunks(m.lay.size) {
-						e = 0
-					}
-					le.PutUint64(page[mapHeaderBytes+8*i:], e)
+			}
+			for i := range int64(mapPageEntries) {
+				entry := page[mapHeaderBytes+8*i:]
+				switch {
+				case index*mapPageEntries+i >= mapChunks(m.lay.size):
+					le.PutUint64(entry, 0)
+				case err != nil:
+					le.PutUint64(entry, epoch)
+				case version < mapVersion:
+					le.PutUint64(entry, uint64(mapEntry(le.Uint64(entry)).touch(epoch, false)))
 				}
 			}
 			p := t.pages[index]
 			for w := range p.data {
-				for set := p.data[w] | p.zero[w]; set != 0; set &= set - 1 {
+				for set := p.data[w] | p.zero[w] | p.same[w]; set != 0; set &= set - 1 {
 					i := bits.TrailingZeros64(set)
 					entry := page[mapHeaderBytes+8*(64*w+i):]
-					// A copy that switched to another line may go on with lower numbers; the
-					// map must not forget what it says of the image before.
-					if had := le.Uint64(entry); p.data[w]>>i&1 != 0 || had != 0 {
-						le.PutUint64(entry, max(had, epoch))
-					}
+					le.PutUint64(entry, uint64(mapEntry(le.Uint64(entry)).touch(epoch, p.data[w]>>i&1 != 0)))
 				}
 			}
 			m.sealPage(page, index)
@@ -263,9 +302,14 @@ func (m changeMap) update(t *touched, epoch uint64) (damaged []string, err error
 	return damaged, nil
 }
 
-// ranges lists the chunks whose entry is picked, joined; those of damaged
-// pages always are.
-func (m changeMap) ranges(pick func(epoch uint64) bool) (out []Range, damaged []string, err error) {
+// changedSince lists the chunks that may have changed after an epoch, joined.
+func (m changeMap) changedSince(epoch uint64) (out []Range, damaged []string, err error) {
+	return m.ranges(func(e mapEntry, version uint32) bool { return version < mapVersion || e.epoch() > epoch })
+}
+
+// ranges lists the chunks whose entry, in a page of a version, is picked, joined; those of
+// damaged pages always are.
+func (m changeMap) ranges(pick func(e mapEntry, version uint32) bool) (out []Range, damaged []string, err error) {
 	buf := make([]byte, min(m.lay.mapPageCount, mapBatchPages)*mapPageBytes)
 	chunks := mapChunks(m.lay.size)
 	for first := int64(0); first < m.lay.mapPageCount; first += mapBatchPages {
@@ -275,7 +319,7 @@ func (m changeMap) ranges(pick func(epoch uint64) bool) (out []Range, damaged []
 		}
 		for index := first; index < first+n; index++ {
 			b := buf[(index-first)*mapPageBytes:][:mapPageBytes]
-			bad := checkMapPage(b, index, m.tag)
+			version, bad := checkMapPage(b, index, m.tag)
 			if bad != nil {
 				damaged = append(damaged, fmt.Sprintf("change map page at %d: %s", m.pageOffset(index), bad))
 			}
@@ -284,7 +328,7 @@ func (m changeMap) ranges(pick func(epoch uint64) bool) (out []Range, damaged []
 				if chunk >= chunks {
 					break
 				}
-				if bad == nil && !pick(binary.LittleEndian.Uint64(b[mapHeaderBytes+8*i:])) {
+				if bad == nil && !pick(mapEntry(binary.LittleEndian.Uint64(b[mapHeaderBytes+8*i:])), version) {
 					continue
 				}
 				r := Range{chunk * ChunkBytes, min(ChunkBytes, m.lay.size-chunk*ChunkBytes)}

@@ -17,6 +17,7 @@ type pendingEpoch struct {
 	rounds  roundSet
 	spill   *spillPart // what lies in the spill file; nil: all is in the journal
 	brought uint64     // Replica.brought with it
+	found   bool       // read from the journal, which does not say what was compared and found equal
 }
 
 // position is what the replica holds once the epoch is applied.
@@ -114,7 +115,7 @@ func (d *JournalDamage) Unwrap() error { return d.Err }
 // readEpoch reads and checks one epoch from the journal, up to and including
 // its commit segment, which must end at or before limit.
 func (r ring) readEpoch(ctx context.Context, at cursor, limit uint64, sizeBytes int64) (*pendingEpoch, cursor, error) {
-	p := &pendingEpoch{first: at, touched: newTouched(sizeBytes)}
+	p := &pendingEpoch{first: at, touched: newTouched(sizeBytes), found: true}
 	var frames, segments uint64
 	var body []byte
 	for {

@@ -17,7 +17,7 @@ func PeekReplica(store Store) (ReplicaStatus, error) {
 	s := ReplicaStatus{
 		VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: sb.layout.size, DataOffset: sb.layout.dataOffset, State: sb.state,
 		NeedsFull: sb.needFull, Applied: sb.applied, Committed: sb.committed, Lineage: sb.lineage.Clone(),
-		CutUnixNanos: sb.cutNanos, JournalBytes: sb.layout.journal.length, Strayed: sb.strayed, TookOver: sb.tookOver, Warnings: warnings,
+		CutUnixNanos: sb.cutNanos, JournalBytes: sb.layout.journal.length, JournalUsedBytes: int64(sb.head.logical - sb.tail.logical), Strayed: sb.strayed, TookOver: sb.tookOver, Warnings: warnings,
 	}
 	return s, nil
 }

@@ -53,7 +53,7 @@ func TestFormatSurvivesPowerCuts(t *testing.T) {
 		} else {
 			old++
 		}
-		_, damaged, err := changeMap{after, sb.layout, sb.tag()}.ranges(func(uint64) bool { return false })
+		_, damaged, err := changeMap{after, sb.layout, sb.tag()}.ranges(func(mapEntry, uint32) bool { return false })
 		must(t, err)
 		if len(damaged) > 0 {
 			t.Fatalf("the superblock of replica %x vouches for a map that is not its own: %s", sb.replica[:1], damaged[0])

@@ -538,6 +538,7 @@ func (rs *receiverSession) compare(ctx context.Context, a SessionAction) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	rs.served.rep.compared(a.Ranges)
 	rs.compares.Go(func() {
 		defer func() { <-rs.compareSem }()
 		read := func(p []byte, at int64) error { return rs.served.rep.ReadData(ctx, p, at) }

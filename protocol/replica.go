@@ -126,8 +126,10 @@ type ReplicaStatus struct {
 	PendingEpochs    int     // committed, not yet applied
 	JournalBytes     int64
 	JournalFreeBytes int64  // room for frames right now
+	JournalUsedBytes int64  // committed and not applied, with all that belongs to it
 	SpilledBytes     int64  // in the spill file: of the open epoch, or of the last committed one
 	SpillProblem     string // why the spill file can't be used, while an epoch that needs none can go on
+	Kept             KeptStatus
 	Rescued          string // the last rescue file written since the replica was opened
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
@@ -204,6 +206,7 @@ type Replica struct {
 	noSpill  string   // why it can't be used
 	rescued  string   // path of the last rescue file
 	givenUp  Position
+	kept     KeptStatus
 	warnings []string
 	fail     error
 	closed   bool
@@ -433,8 +436,9 @@ func (r *Replica) Status() ReplicaStatus {
 	sb := &r.sb
 	s := ReplicaStatus{VolumeUUID: sb.volume, ReplicaUUID: sb.replica, SizeBytes: r.lay.size, DataOffset: r.lay.dataOffset, State: sb.state, NeedsFull: r.needsFull(),
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
-		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
-		Strayed: r.strayed(), TookOver: sb.tookOver, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
+		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(),
+		JournalUsedBytes: int64(sb.head.logical - sb.tail.logical), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
+		Strayed: r.strayed(), TookOver: sb.tookOver, Kept: r.kept, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
 	if r.givenUp == s.Committed {
 		s.GivenUp = r.givenUp
 	}

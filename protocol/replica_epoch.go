@@ -12,6 +12,7 @@ type openEpoch struct {
 	start   EpochStart
 	digests [MaxStreams]*StreamDigest
 	frames  uint64
+	length  int64 // of the frames with their headers
 	touched *touched
 	rounds  roundSet
 	broken  error    // why it can't be committed any more
@@ -174,6 +175,7 @@ func (r *Replica) dropOpen() {
 	defer r.mu.Unlock()
 	r.inPlace = false
 	r.usedEnd = 0
+	r.kept = KeptStatus{}
 	r.notify()
 }
 
@@ -276,6 +278,7 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 		o.frames++
 		o.bytes += uint64(f.Length)
 	}
+	o.length += int64(b.bytes)
 	if o.digests[stream] == nil {
 		o.digests[stream] = NewStreamDigest()
 	}
@@ -457,6 +460,20 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 	return nil
 }
 
+// compared notes ranges whose difference to what the replica holds is asked for, for an epoch
+// that is open: what is equal does not come as frames, and yet may have been something
+// else at cuts in between.
+func (r *Replica) compared(ranges []Range) {
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	if r.open == nil {
+		return
+	}
+	for _, c := range ranges {
+		r.open.touched.compared(c)
+	}
+}
+
 func (o *openEpoch) checkSums(sums []StreamSum) error {
 	if len(sums) > MaxStreams {
 		return fmt.Errorf("%w: %d streams, at most %d", ErrSums, len(sums), MaxStreams)
@@ -541,9 +558,10 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch, then 
 		} else {
 			sb.committed = sb.applied
 		}
-		// Of another line's numbers the map knows nothing.
+		// Of another line's numbers the map knows nothing, nor of cuts between the last
+		// epoch and one of which only the frames are known.
 		switched := Compare(sb.lineage, before).Kind != Ahead
-		if c.full || switched {
+		if c.full || switched || p != nil && p.found {
 			sb.mapBase = sb.applied.Epoch
 		}
 		sb.strayed = ""

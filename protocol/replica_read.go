@@ -139,7 +139,7 @@ func (i *Image) ReadAt(p []byte, offset int64) (int, error) {
 // DataRanges lists, ascending and without overlap, the ranges that may hold
 // anything but zeros.
 func (i *Image) DataRanges() ([]Range, error) {
-	return i.ranges(func(e uint64) bool { return e != 0 })
+	return i.named(i.r.cmap.ranges(func(e mapEntry, _ uint32) bool { return !e.zeros() }))
 }
 
 // ChangedSince lists, ascending, the ranges that may have changed between an
@@ -149,11 +149,10 @@ func (i *Image) ChangedSince(epoch uint64) ([]Range, error) {
 	if epoch < i.mapBase {
 		return nil, fmt.Errorf("%s: %w: the change map reaches back to epoch %d, not to %d", i.r.store.Name(), ErrTrackingLost, i.mapBase, epoch)
 	}
-	return i.ranges(func(e uint64) bool { return e > epoch })
+	return i.named(i.r.cmap.changedSince(epoch))
 }
 
-func (i *Image) ranges(pick func(uint64) bool) ([]Range, error) {
-	out, damaged, err := i.r.cmap.ranges(pick)
+func (i *Image) named(out []Range, damaged []string, err error) ([]Range, error) {
 	i.r.warn(damaged)
 	return out, err
 }

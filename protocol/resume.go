@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"slices"
+	"time"
 
 	"blockferry/proto"
 )
@@ -44,7 +45,7 @@ func (o *openEpoch) keepable() bool {
 
 // Interrupt says that nobody feeds the open epoch any more. One that was begun with a
 // token stays for Resume, with what it takes of the journal and the spill file, until
-// another is begun, the device takes over or the replica is closed. Any
+// another is begun, the device takes over, DropKept finds it too old or the replica is closed. Any
 // other is dropped, as by Abort.
 func (r *Replica) Interrupt() error {
 	r.epochMu.Lock()
@@ -54,7 +55,38 @@ func (r *Replica) Interrupt() error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.open != nil && r.kept.Epoch == 0 {
+		r.kept = KeptStatus{Epoch: r.open.start.Epoch, Bytes: r.open.length, Since: time.Now()}
+	}
 	return r.usable()
+}
+
+// KeptStatus tells of an epoch that Interrupt kept, and which nobody goes on with so far.
+type KeptStatus struct {
+	Epoch uint64    // 0: none is kept
+	Bytes int64     // of its frames
+	Since time.Time // when it was interrupted
+}
+
+// DropKept drops what Interrupt kept if nobody went on with it for as long as limit, and
+// says what that was.
+func (r *Replica) DropKept(limit time.Duration) (dropped KeptStatus) {
+	tooOld := func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		dropped = r.kept
+		return dropped.Epoch > 0 && time.Since(dropped.Since) >= limit
+	}
+	if !tooOld() { // without waiting for who feeds it
+		return KeptStatus{}
+	}
+	r.epochMu.Lock()
+	defer r.epochMu.Unlock()
+	if !tooOld() {
+		return KeptStatus{}
+	}
+	r.dropOpen()
+	return dropped
 }
 
 // Kept is what Interrupt left, nil for nothing. It is for one who has the replica
@@ -86,6 +118,10 @@ func (r *Replica) Resume(s EpochStart) error {
 	if o := r.open; o == nil || !o.keepable() || !o.start.same(s) {
 		return fmt.Errorf("%s: epoch %d attempt %d is not kept: begin it anew", r.store.Name(), s.Epoch, s.Attempt)
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.kept = KeptStatus{}
+	r.notify()
 	return nil
 }
 

@@ -619,3 +619,44 @@ func TestTrackingLostWhileAway(t *testing.T) {
 	r.sync()
 	n.check(src)
 }
+
+// What is kept is told while nobody goes on with it, and dropped only after the limit;
+// what is being fed is neither.
+func TestKeptIsDroppedAfterALimit(t *testing.T) {
+	ctx := t.Context()
+	m, _, r := synced(t, 33)
+	free := r.JournalFree()
+	start, frames := begun(m)
+	must(t, r.Begin(ctx, start))
+	must(t, r.Append(ctx, 0, frames))
+	fed := func() {
+		t.Helper()
+		if k, d := r.Status().Kept, r.DropKept(0); k.Epoch != 0 || d.Epoch != 0 {
+			t.Fatalf("it is being fed, and %+v is kept, %+v dropped", k, d)
+		}
+	}
+	fed()
+	for range 2 {
+		before := time.Now()
+		must(t, r.Interrupt())
+		k := r.Status().Kept
+		if k.Epoch != 50 || k.Bytes != int64(len(frames)) || k.Since.Before(before) || k.Since.After(time.Now()) {
+			t.Fatalf("%+v is kept", k)
+		}
+		if d := r.DropKept(time.Hour); d.Epoch != 0 || r.Status().Kept != k {
+			t.Fatalf("dropped too early: %+v; %+v is kept", d, r.Status().Kept)
+		}
+		must(t, r.Resume(start))
+		fed()
+	}
+	must(t, r.Interrupt())
+	if d := r.DropKept(0); d.Epoch != 50 || d.Bytes != int64(len(frames)) {
+		t.Errorf("dropped: %+v", d)
+	}
+	if k := r.Status().Kept; k.Epoch != 0 || r.Kept() != nil || r.Resume(start) == nil || r.JournalFree() != free {
+		t.Errorf("dropped, and yet there: %+v, %+v; %d bytes are free of %d", k, r.Kept(), r.JournalFree(), free)
+	}
+	if d := r.DropKept(0); d.Epoch != 0 {
+		t.Errorf("dropped twice: %+v", d)
+	}
+}

@@ -285,6 +285,16 @@ func StandDown(label StateStore, device Store, o StandDownOptions) (*Holding, er
 			return sb.stayReplica(label, device, s, undo)
 		}
 	}
+	if past, err := sb.inheritance(device, o.Format.VolumeUUID, o.Format.SizeBytes, s.Effective()); err == nil && o.ChangedSince != nil {
+		tracked := o.ChangedSince
+		o.ChangedSince = func(since uint64) ([]Range, error) {
+			changed, err := tracked(since)
+			if errors.Is(err, ErrTrackingLost) {
+				return past.ChangedSince(since, tracked)
+			}
+			return changed, err
+		}
+	}
 	h, err := PlanStandDown(s, o)
 	if err != nil {
 		return nil, fmt.Errorf("%s does not stand down: %w", device.Name(), err)

@@ -240,8 +240,12 @@ func TestTakeOverSurvivesFaults(t *testing.T) {
 				r, err := OpenReplica(t.Context(), d, OpenOptions{})
 				must(t, err)
 				defer r.Close()
-				if st := r.Status(); st.State != DiskConsistent || st.Committed != tip || st.Strayed != "" {
+				st := r.Status()
+				if st.State != DiskConsistent || st.Committed != tip || st.Strayed != "" {
 					t.Fatalf("%+v", st)
+				}
+				if past, err := ReadInheritance(d, st.VolumeUUID, m.size, m.lineage.Extend(Position{gen(9), tip.Epoch + 1})); err == nil {
+					t.Fatalf("stood down it still tells of the time before %v", past.At())
 				}
 			} else {
 				err := takeOver(d, l)
@@ -255,6 +259,10 @@ func TestTakeOverSurvivesFaults(t *testing.T) {
 				must(t, err)
 				if rel := Compare(s.Effective(), m.lineage); rel.Kind != Ahead || rel.Common != tip {
 					t.Fatalf("it begins as %+v: %v", s, rel)
+				}
+				past, err := ReadInheritance(d, testOptions(m.size).VolumeUUID, m.size, s.Effective())
+				if err != nil || past.At() != tip {
+					t.Fatalf("of the time before %v it tells: %+v, %v", tip, past, err)
 				}
 			}
 			if at := firstDifference(dataOf(t, d, m.size), want); at >= 0 {

@@ -58,6 +58,9 @@ func TestSimulate(t *testing.T) {
 	if *simulateSeeds < 25 || *simulateMoves != "" || t.Failed() {
 		return
 	}
+	if *simulateSeeds >= 500 && all["inherited"] == 0 { // one walk in ten or twenty
+		t.Error("nobody ever asked for the time before a take-over")
+	}
 	for _, what := range []string{"incremental", "compare", "full", "refuse", "gave up", "rescued", "took over", "stood down", "strayed", "crash", "fault", "power cut", "disk lost", "two primaries", "link cut", "resumed", "not resumed"} {
 		if all[what] == 0 {
 			t.Errorf("it never came to: %s", what)

@@ -292,8 +292,24 @@ func (n *simNode) start() error {
 	return n.start()
 }
 
-// changed is what the tracker knows.
+// changed is what the tracker knows, and the disk of the time before.
 func (n *simNode) changed(since uint64) ([]Range, error) {
+	changed, err := n.marked(since)
+	if err == nil {
+		return changed, nil
+	}
+	past, err := ReadInheritance(n.dev, testUUID, simSize, n.state.Effective())
+	if err != nil {
+		return nil, err
+	}
+	if changed, err = past.ChangedSince(since, n.marked); err == nil {
+		n.w.did["inherited"]++
+		n.w.say("%s knows from before %v what changed since %d: %v", n.name, past.At(), since, changed)
+	}
+	return changed, err
+}
+
+func (n *simNode) marked(since uint64) ([]Range, error) {
 	if since < n.tracked {
 		return nil, ErrTrackingLost
 	}
@@ -332,7 +348,7 @@ func (n *simNode) crash() error {
 }
 
 func (n *simNode) downOptions(follow Lineage) StandDownOptions {
-	return StandDownOptions{Format: simOptions(), Stray: true, ChangedSince: n.changed, Follow: follow}
+	return StandDownOptions{Format: simOptions(), Stray: true, ChangedSince: n.marked, Follow: follow}
 }
 
 // standDown takes a primary down, cleanly or not, and makes it a replica.

@@ -215,7 +215,7 @@ var figures = []figure{
 		name:  "primary-to-first-write",
 		about: "how long after 'blockferry primary' on a copy the volume takes its first write",
 		note: "Two agents in one guest, on its one CPU, where starting the command takes a good part of the time. Before each run 1 MiB, in blocks of 4 KiB, was written that the copy had, and, forced, as much " +
-			"that perhaps it had not.",
+			"that perhaps it had not. With 256 MiB pending the copy's agent is stopped (SIGSTOP) as soon as its superblock says that it committed them, and goes on when 'primary' is called: all of it is read from the journal, written to its places and flushed before the disk is the volume's.",
 		limit:   20 * time.Minute,
 		measure: primaryToFirstWrite,
 	},

@@ -10,11 +10,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"blockferry/blockdev"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/integration/rig"
+	"blockferry/protocol"
 )
 
-const roleBytes = 128 << 20
+const (
+	roleBytes        = 128 << 20
+	pendingBytes     = 256 << 20 // what waits in a journal
+	pendingRoleBytes = 384 << 20 // the volume then
+)
 
 // bothRoles are two nodes with one volume, which either can write, in one guest.
 type bothRoles struct {
@@ -23,7 +29,8 @@ type bothRoles struct {
 	yaml  [2]string // with ROLE
 }
 
-func newBothRoles(ctx context.Context, s *stand) (*bothRoles, error) {
+// newBothRoles makes them; options are further lines about the volume.
+func newBothRoles(ctx context.Context, s *stand, size int64, options string) (*bothRoles, error) {
 	b := &bothRoles{s: s}
 	for i, name := range []string{"node-a", "node-b"} {
 		other, role := []string{"node-b", "node-a"}[i], []string{"primary", "secondary"}[i]
@@ -36,13 +43,13 @@ volumes:
     size: %d
     interval: 1s
     peers: [%s]
-    replicas:
-      other: {address: "127.0.0.1:%d", peer: %[5]s}
-`, name, 7001+i, []string{ssdDisk, ebsDisk}[i], roleBytes, other, 7002-i)
+%[7]s    replicas:
+      other: {address: "127.0.0.1:%[6]d", peer: %[5]s}
+`, name, 7001+i, []string{ssdDisk, ebsDisk}[i], size, other, 7002-i, options)
 		if err := b.nodes[i].Configure(fmt.Sprintf(b.yaml[i], role)); err != nil {
 			return nil, err
 		}
-		if err := b.nodes[i].Run(ctx, "create", "data"); err != nil {
+		if err := b.nodes[i].Run(ctx, "create", "--discard-my-data", "data"); err != nil {
 			return nil, err
 		}
 	}
@@ -92,16 +99,28 @@ func firstWrite(device string, began time.Time, limit time.Duration) (float64, e
 }
 
 // primaryToFirstWrite changes roles as planned, and after the loss of the primary.
-func primaryToFirstWrite(ctx context.Context, s *stand, m *measured) (err error) {
-	b, err := newBothRoles(ctx, s)
+func primaryToFirstWrite(ctx context.Context, s *stand, m *measured) error {
+	if err := plainRoles(ctx, s, m); err != nil {
+		return err
+	}
+	return pendingRoles(ctx, s, m)
+}
+
+// stop ends the agents and takes away what is up.
+func (b *bothRoles) stop() error {
+	var err error
+	for _, node := range b.nodes {
+		err = errors.Join(err, node.StopAgent())
+	}
+	return errors.Join(err, removeStack("data"))
+}
+
+func plainRoles(ctx context.Context, s *stand, m *measured) (err error) {
+	b, err := newBothRoles(ctx, s, roleBytes, "")
 	if err != nil {
 		return err
 	}
-	defer func() {
-		for _, node := range b.nodes {
-			err = errors.Join(err, node.StopAgent())
-		}
-	}()
+	defer func() { err = errors.Join(err, b.stop()) }()
 	now, then := 0, 1
 	random := newRandom()
 	// load leaves something to send.
@@ -163,6 +182,118 @@ func primaryToFirstWrite(ctx context.Context, s *stand, m *measured) (err error)
 		m.add(answer)
 	}
 	return b.nodes[now].Run(ctx, "down", "data")
+}
+
+// pendingRoles has the primary lost at the moment at which the other node has committed
+// pendingBytes and applied nothing of it: that node's agent is stopped when its superblock
+// names the epoch, and goes on when 'primary' is called.
+func pendingRoles(ctx context.Context, s *stand, m *measured) error {
+	first := row{Name: "forced/pending", Unit: "s", Goal: atMost(2),
+		What: "the same as forced, with 256 MiB that were committed at the copy, and not applied, when the command was called"}
+	left := row{Name: "forced/pending/journal", Unit: "MiB", What: "what lay in the copy's journal at that moment, its frames' headers included"}
+	disk := row{Name: "forced/pending/disk", Unit: "s", What: "for comparison: 256 MiB read from one place of the copy's disk, written to another and flushed, 1 MiB at a time"}
+	for range m.runs(5, 1) {
+		written, journal, err := pendingOnce(ctx, s)
+		if err != nil {
+			return err
+		}
+		bare, err := copyWithin(ebsDisk, pendingBytes)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("forced with %s MiB pending: %s s; the disk alone: %s s\n", short(journal), short(written), short(bare))
+		first.Ours, left.Ours, disk.Ours = append(first.Ours, written), append(left.Ours, journal), append(disk.Ours, bare)
+	}
+	m.add(first)
+	m.add(left)
+	m.add(disk)
+	return nil
+}
+
+func pendingOnce(ctx context.Context, s *stand) (written, journal float64, err error) {
+	b, err := newBothRoles(ctx, s, pendingRoleBytes, "    journal: 320MiB\n    cow: 64MiB\n")
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { err = errors.Join(err, b.stop()) }()
+	a, copyAt := b.nodes[0], b.nodes[1]
+	before, err := peek(ebsDisk)
+	if err != nil {
+		return 0, 0, err
+	}
+	if err := a.Run(ctx, "pause", "data"); err != nil {
+		return 0, 0, err
+	}
+	if err := fill(top, pendingBytes, 1); err != nil {
+		return 0, 0, err
+	}
+	if err := a.Run(ctx, "resume", "data"); err != nil {
+		return 0, 0, err
+	}
+	for st := before; st.Committed == before.Committed || st.JournalUsedBytes < pendingBytes; time.Sleep(time.Millisecond) {
+		if st, err = peek(ebsDisk); err != nil {
+			return 0, 0, err
+		}
+		if st.Applied != before.Applied {
+			return 0, 0, fmt.Errorf("the copy applied %v, and had not committed %d bytes together: %+v", st.Applied, pendingBytes, st)
+		}
+	}
+	if err := unix.Kill(copyAt.AgentPid(), unix.SIGSTOP); err != nil {
+		return 0, 0, err
+	}
+	goOn := func() error { return unix.Kill(copyAt.AgentPid(), unix.SIGCONT) }
+	defer func() { _ = goOn() }() // it must not be left stopped
+	a.KillAgent()
+	if err := removeStack("data"); err != nil {
+		return 0, 0, err
+	}
+	st, err := peek(ebsDisk)
+	if err != nil {
+		return 0, 0, err
+	}
+	if st.Applied != before.Applied || st.Committed == before.Committed {
+		return 0, 0, fmt.Errorf("the copy went from %v to %v, with %v applied: nothing is pending", before.Committed, st.Committed, st.Applied)
+	}
+	if err := goOn(); err != nil {
+		return 0, 0, err
+	}
+	written, _, err = b.takeOver(ctx, copyAt, "--force")
+	return written, float64(st.JournalUsedBytes) / (1 << 20), err
+}
+
+// peek reads a replica's superblock.
+func peek(device string) (protocol.ReplicaStatus, error) {
+	disk, err := blockdev.OpenFile(device, blockdev.OpenOptions{})
+	if err != nil {
+		return protocol.ReplicaStatus{}, err
+	}
+	defer disk.Close()
+	return protocol.PeekReplica(disk)
+}
+
+// copyWithin tells after how many seconds a device's beginning is also behind itself.
+func copyWithin(device string, size int64) (float64, error) {
+	file, err := os.OpenFile(device, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	block, err := rig.Buffer(1 << 20)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Munmap(block)
+	began := time.Now()
+	for at := int64(0); at < size; at += int64(len(block)) {
+		if _, err := file.ReadAt(block, at); err != nil {
+			return 0, err
+		}
+		if _, err := file.WriteAt(block, size+at); err != nil {
+			return 0, err
+		}
+	}
+	err = file.Sync()
+	return time.Since(began).Seconds(), err
 }
 
 // removeStack takes away what a machine that lost its power has no more.

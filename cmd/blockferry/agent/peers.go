@@ -366,6 +366,9 @@ func (s *secondary) status() status.Volume {
 		}
 	}
 	v.FedBy = s.fedBy()
+	if k := st.Kept; k.Epoch > 0 {
+		v.Kept = &status.Kept{Epoch: k.Epoch, Bytes: uint64(k.Bytes), Since: k.Since.UTC()}
+	}
 	switch {
 	case st.Err != nil:
 		v.Reason, v.Advice = st.Err.Error(), s.replica.advise(st.Err)

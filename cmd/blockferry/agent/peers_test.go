@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/protocol"
@@ -180,4 +181,56 @@ func TestChooseLeavesStrayedOut(t *testing.T) {
 	if best, _, err := m.choose(t.Context(), "x"); err != nil || best.config.Name != "x" {
 		t.Errorf("the other named: %v", err)
 	}
+}
+
+// A peer tells what it keeps of an epoch whose link broke, and says so when it gives that up.
+func TestKeptEpochIsTold(t *testing.T) {
+	s := aListener(t, t.TempDir(), volume.UUID{7})
+	l := s.copy.replica
+	r := l.replica
+	var log bytes.Buffer
+	l.log = slog.New(slog.NewTextHandler(&log, nil))
+	frames := protocol.AppendFrames(nil, protocol.FrameMeta{Epoch: 20, Attempt: 1}, 0, bytes.Repeat([]byte("x"), protocol.BlockSize), nil)
+	err := errors.Join(
+		r.Begin(t.Context(), protocol.EpochStart{Epoch: 20, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 20), Token: [16]byte{1}}),
+		r.Append(t.Context(), 0, frames))
+	if v := s.copy.status(); err != nil || v.Kept != nil {
+		t.Fatalf("being fed: %+v, %v", v.Kept, err)
+	}
+	if err := r.Interrupt(); err != nil {
+		t.Fatal(err)
+	}
+	for _, limit := range []time.Duration{time.Hour, 0} {
+		if k := s.copy.status().Kept; k == nil || k.Epoch != 20 || k.Bytes != uint64(len(frames)) || time.Since(k.Since) > time.Minute || log.Len() > 0 {
+			t.Fatalf("it tells %+v; log: %s", k, log.String())
+		}
+		l.dropKept(r, limit)
+	}
+	if k := s.copy.status().Kept; k != nil || !strings.Contains(log.String(), fmt.Sprintf("%d bytes of epoch 20, kept since", len(frames))) || !strings.Contains(log.String(), "given up") {
+		t.Errorf("given up it tells %+v; log: %s", k, log.String())
+	}
+}
+
+// Before its replica is closed a copy that takes over waits for what it has committed, for a while.
+func TestCommittedIsAppliedFirst(t *testing.T) {
+	l := replicaAt(t, "here", history(1, 10))
+	r := l.replica
+	image, err := r.Hold(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := protocol.EpochStart{Epoch: 20, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 20)}
+	if err := errors.Join(r.Begin(t.Context(), start), r.Commit(t.Context(), protocol.EpochCommit{Epoch: 20, Attempt: 1})); err != nil {
+		t.Fatal(err)
+	}
+	l.applied(t.Context(), time.Millisecond)
+	if st := r.Status(); st.PendingEpochs != 1 {
+		t.Fatalf("the image is held: %+v", st)
+	}
+	time.AfterFunc(20*time.Millisecond, image.Release)
+	l.applied(t.Context(), time.Minute)
+	if st := r.Status(); st.PendingEpochs != 0 || st.Applied.Epoch != 20 {
+		t.Errorf("%+v", st)
+	}
+	(&localReplica{}).applied(t.Context(), time.Minute) // not open
 }

@@ -101,6 +101,25 @@ func (l *localReplica) park(why string) {
 	l.turn.Unlock() // whoever has the turn next sees that it is parked
 }
 
+// applyPatience is how long taking over waits before the replica is closed.
+const applyPatience = 5 * time.Second
+
+// applied waits for a while until what is committed now is applied. A replica that is opened
+// again applies the rest, but does not know for other copies what else that was about.
+func (l *localReplica) applied(ctx context.Context, patience time.Duration) {
+	l.mu.Lock()
+	r := l.replica
+	l.mu.Unlock()
+	if r == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := r.WaitApplied(ctx, r.Status().Committed.Epoch); err != nil {
+		l.log.Info("not all is applied before the replica is closed", "error", err)
+	}
+}
+
 func (l *localReplica) unpark() {
 	l.mu.Lock()
 	l.parked = false
@@ -194,8 +213,23 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 				return nil, now.Err
 			}
 			l.usedWord(now)
+			l.dropKept(replica, keepFor)
 		}
 	}
+}
+
+// keepFor is how long a part of an epoch waits for the node that fed it.
+const keepFor = 24 * time.Hour
+
+// dropKept gives up what is kept of an epoch for longer than a limit.
+func (l *localReplica) dropKept(r *protocol.Replica, limit time.Duration) {
+	k := r.DropKept(limit)
+	if k.Epoch == 0 {
+		return
+	}
+	words := fmt.Sprintf("%d bytes of epoch %d, kept since %s for the node that fed it to go on, are given up; it begins anew", k.Bytes, k.Epoch, k.Since.UTC().Format(time.RFC3339))
+	l.log.Warn("replica", "warning", words)
+	l.agent.hub.publish(l.volume.Name, l.config.Name, "kept-epoch-given-up", words)
 }
 
 // becoming is the reason for which a replica is not open for a moment.

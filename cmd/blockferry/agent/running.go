@@ -35,6 +35,9 @@ type running struct {
 // same calls as a peer's, without a socket in between.
 func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, state protocol.SourceState) (*running, error) {
 	r := &running{source: &source{raised: stack, take: take}, state: &labelState{StateStore: keptState{stack}}, guard: guard}
+	if m.config.Switches() {
+		r.source.device = m.config.Device
+	}
 	c := protocol.PrimaryConfig{
 		Volume: m.config.Name, VolumeUUID: stack.UUID(), Source: r.source, State: r.state,
 		Interval: m.config.Interval, Events: m.withHooks(m.events()),

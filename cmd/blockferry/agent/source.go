@@ -48,7 +48,8 @@ type takeFunc func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cu
 // source is a volume as protocol sees it.
 type source struct {
 	raised
-	take takeFunc
+	take   takeFunc
+	device string // the disk, whose tail may tell of the time before the volume was here; "": it has none
 
 	mu      sync.Mutex
 	lastCut uint64 // WrittenBytes at it
@@ -113,7 +114,29 @@ func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (
 	s.mu.Lock()
 	s.lastCut, s.number, s.at, s.stalled, s.other = c.WrittenBytes(), epoch, c.At(), c.Stalled(), c.other
 	s.mu.Unlock()
+	if s.device != "" {
+		c.before = s.changedBefore
+	}
 	return c, nil
+}
+
+// changedBefore answers what tracked, a cut's, does not know as the volume was not written
+// here then, by what the disk holds of its time as a replica.
+func (s *source) changedBefore(since uint64, tracked func(uint64) ([]protocol.Range, error)) (_ []protocol.Range, err error) {
+	disk, err := blockdev.OpenFile(s.device, blockdev.OpenOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)
+	}
+	defer func() { err = errors.Join(err, disk.Close()) }()
+	state, err := protocol.DecodeSourceState(s.State())
+	if err != nil {
+		return nil, err
+	}
+	past, err := protocol.ReadInheritance(disk, s.UUID(), s.Size(), state.Effective())
+	if err != nil {
+		return nil, err
+	}
+	return past.ChangedSince(since, tracked)
 }
 
 // takeSuspended cuts a volume on a stack of its own. When it is asked for a view it has
@@ -146,6 +169,7 @@ type cut struct {
 	other  error // why it was not made as configured, only in another way
 	whole  bool
 	exact  func(since uint64) bool
+	before func(since uint64, tracked func(uint64) ([]protocol.Range, error)) ([]protocol.Range, error) // may be nil
 }
 
 func (c cut) Epoch() uint64                  { return c.Number() }
@@ -154,7 +178,20 @@ func (c cut) NoView() error                  { return c.noView }
 func (c cut) WholeView() bool                { return c.whole }
 func (c cut) ChangedExact(since uint64) bool { return c.exact(since) }
 
+// Changed asks the tracker, then the disk.
 func (c cut) Changed(since uint64) ([]protocol.Range, error) {
+	changed, err := c.tracked(since)
+	if c.before == nil || !errors.Is(err, protocol.ErrTrackingLost) {
+		return changed, err
+	}
+	changed, lost := c.before(since, c.tracked)
+	if lost != nil {
+		return nil, fmt.Errorf("%w; %w", err, lost)
+	}
+	return changed, nil
+}
+
+func (c cut) tracked(since uint64) ([]protocol.Range, error) {
 	extents, err := c.taken.Changed(since)
 	if errors.Is(err, volume.ErrTrackingLost) || errors.Is(err, attach.ErrTrackingLost) {
 		return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)

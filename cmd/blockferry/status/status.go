@@ -48,10 +48,20 @@ type Volume struct {
 	Peers []string   `json:"peers,omitempty"`
 	FedBy string     `json:"fed-by,omitempty"`
 	CutAt *time.Time `json:"cut-at,omitempty"`
+	// Kept is what a replica here has of an epoch whose link broke.
+	Kept *Kept `json:"kept,omitempty"`
 	// Reason says why it is not as it should be, Advice what to do then.
 	Reason   string    `json:"reason,omitempty"`
 	Advice   string    `json:"advice,omitempty"`
 	Replicas []Replica `json:"replicas"`
+}
+
+// Kept is a part of an epoch that waits for the node that fed it to go on. It takes room
+// in the journal or the spill file, until that node begins another epoch, or for a day.
+type Kept struct {
+	Epoch uint64    `json:"epoch"`
+	Bytes uint64    `json:"bytes"`
+	Since time.Time `json:"since"`
 }
 
 // Lease is who may write a volume.

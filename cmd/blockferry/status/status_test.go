@@ -58,7 +58,7 @@ func TestJSONHasNoSentinels(t *testing.T) {
 		}
 	}
 	kebab := regexp.MustCompile(`^[a-z]+(-[a-z]+)*$`)
-	for _, typ := range []reflect.Type{reflect.TypeFor[Document](), reflect.TypeFor[Volume](), reflect.TypeFor[Lease](), reflect.TypeFor[Replica](), reflect.TypeFor[Cut](), reflect.TypeFor[Position]()} {
+	for _, typ := range []reflect.Type{reflect.TypeFor[Document](), reflect.TypeFor[Volume](), reflect.TypeFor[Lease](), reflect.TypeFor[Kept](), reflect.TypeFor[Replica](), reflect.TypeFor[Cut](), reflect.TypeFor[Position]()} {
 		for i := range typ.NumField() {
 			key, _, _ := strings.Cut(typ.Field(i).Tag.Get("json"), ",")
 			if !kebab.MatchString(key) {

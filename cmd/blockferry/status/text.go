@@ -77,6 +77,9 @@ func writeVolume(b *strings.Builder, v *Volume) {
 	if c := v.LastCut; c != nil && c.Reason != "" {
 		b.WriteString("  cut: " + c.Reason + "\n")
 	}
+	if k := v.Kept; k != nil {
+		fmt.Fprintf(b, "  keeps: %s of epoch %d since %s, waiting for the node that fed it to go on\n", config.FormatSize(int64(k.Bytes)), k.Epoch, k.Since.UTC().Format("2006-01-02T15:04:05Z"))
+	}
 	writeLease(b, v.Lease)
 	writeWhy(b, "  ", v.Reason, v.Advice)
 	for i := range v.Replicas {
