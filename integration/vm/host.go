@@ -75,6 +75,8 @@ type Spec struct {
 	Console io.Writer
 	// KernelSilent keeps the kernel's own messages off the console.
 	KernelSilent bool
+	// OwnClock has a Set's guest have a clock that can stand still (ContinueUnaware).
+	OwnClock bool
 	// Collect, if set, is called before the guest's files are removed, with
 	// the host's path of what the program sees as Dir.
 	Collect func(dir string) error
@@ -104,6 +106,9 @@ type Machine struct {
 	// no network.
 	Card        string
 	CardModules []string
+	// OwnClock makes, in a folder, a library which, preloaded into a guest's kernel, has
+	// its clock go behind the host's by as many nanoseconds as stand in its file 3.
+	OwnClock func(dir string) (library string, err error)
 	// Shared is what the guest mounts on Dir: the folder that Guest names so.
 	Shared func(Guest) Mount
 	// Modules is the host's folder that holds what a machine has in /lib/modules.
@@ -297,6 +302,7 @@ type body struct {
 	dir, shared  string
 	disks        []string
 	console      *console
+	clock        *os.File // says what is hidden of the time; nil: it has the host's
 	boots        int
 
 	mu      sync.Mutex
@@ -326,7 +332,12 @@ func (h *Host) newBody(spec Spec) (b *body, err error) {
 	return b, nil
 }
 
-func (b *body) remove() { os.RemoveAll(b.dir) }
+func (b *body) remove() {
+	if b.clock != nil {
+		b.clock.Close()
+	}
+	os.RemoveAll(b.dir)
+}
 
 // live boots the guest, over as many boots as it asks for, and waits until its
 // program has ended; exit is its status.
@@ -392,6 +403,13 @@ func (b *body) boot(ctx context.Context) (endMark, error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	cmd.Env = []string{"TMPDIR=" + b.dir, "HOME=" + b.dir, "PATH=" + os.Getenv("PATH")}
+	if spec.OwnClock {
+		library, err := b.ownClock()
+		if err != nil {
+			return endMark{}, err
+		}
+		cmd.Env, cmd.ExtraFiles = append(cmd.Env, "LD_PRELOAD="+library), []*os.File{b.clock}
+	}
 	cmd.Stdout, cmd.Stderr = b.console, b.console
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -17,6 +18,77 @@ import (
 // stopWait is how long the processes of a guest may take to stop: until then each may
 // be in the middle of a call of the host's kernel.
 const stopWait = 20 * time.Second
+
+// Pause stops the guest between two of its instructions, and returns when nothing of it
+// runs any more; Continue has it go on as if nothing had been. To it this is the machine's
+// sleep: its clocks, of which all follow the host's, have gone on. What comes for it over
+// the network meanwhile waits, as far as there is room.
+func (m *Member) Pause() error {
+	m.body.mu.Lock()
+	process := m.body.process
+	m.body.mu.Unlock()
+	if process == nil || len(m.paused) > 0 {
+		return fmt.Errorf("guest %s can't be paused: it is already, or does not run", m.Name)
+	}
+	var err error
+	m.paused, err = stopAll(process.Pid)
+	m.since = time.Now()
+	if err != nil {
+		return errors.Join(fmt.Errorf("pause guest %s: %w", m.Name, err), m.Continue())
+	}
+	return nil
+}
+
+// Continue ends a pause.
+func (m *Member) Continue() error {
+	paused := m.paused
+	m.paused = nil
+	slices.Reverse(paused) // what the guest's kernel asks comes before that
+	return continueAll(paused)
+}
+
+// ContinueUnaware ends a pause in which the guest's clocks stood still, too, as under a
+// hypervisor that stops a guest with them. It must have an OwnClock.
+func (m *Member) ContinueUnaware() error {
+	if len(m.paused) == 0 {
+		return fmt.Errorf("guest %s is not paused", m.Name)
+	}
+	if err := m.body.hide(time.Since(m.since)); err != nil {
+		return fmt.Errorf("guest %s, its clock: %w", m.Name, err)
+	}
+	return m.Continue()
+}
+
+// ownClock has what a clock that can stand still needs.
+func (b *body) ownClock() (library string, err error) {
+	if b.host.machine.OwnClock == nil {
+		return "", fmt.Errorf("guest %s: guests of this kind have the host's clock", b.spec.Name)
+	}
+	if library, err = b.host.machine.OwnClock(b.host.dir); err == nil && b.clock == nil {
+		b.clock, err = os.Create(filepath.Join(b.dir, "clock"))
+		if err == nil {
+			err = b.clock.Truncate(clockBytes)
+		}
+	}
+	return library, err
+}
+
+// clockBytes is the size of the file, a number of 64 bits in the machine's order.
+const clockBytes = 8
+
+// hide has the guest's clock go further behind the host's.
+func (b *body) hide(more time.Duration) error {
+	if b.clock == nil {
+		return errors.New("it is the host's")
+	}
+	word := make([]byte, clockBytes)
+	if _, err := b.clock.ReadAt(word, 0); err != nil {
+		return err
+	}
+	binary.NativeEndian.PutUint64(word, binary.NativeEndian.Uint64(word)+uint64(more))
+	_, err := b.clock.WriteAt(word, 0)
+	return err
+}
 
 // stopAll stops the processes that a guest is made of, the first one's pid being known:
 // those in its PID namespace, but for the ones that it traces. Those are the guest's own

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"sync"
 	"time"
 )
@@ -38,7 +37,8 @@ type Member struct {
 	exit   int                // valid after that, as is err
 	err    error
 	line   *Line
-	paused []int // processes
+	paused []int     // processes
+	since  time.Time // when they had stopped
 }
 
 // WithSet has use work with guests of these Specs, of which none is booted yet, and
@@ -243,33 +243,6 @@ func (m *Member) Cut() {
 
 // Output is what the guest has said on its console.
 func (m *Member) Output() string { return m.body.console.String() }
-
-// Pause stops the guest between two of its instructions, and returns when nothing of it
-// runs any more; Continue has it go on as if nothing had been. To it this is the machine's
-// sleep: its clocks, of which all follow the host's, have gone on. What comes for it over
-// the network meanwhile waits, as far as there is room.
-func (m *Member) Pause() error {
-	m.body.mu.Lock()
-	process := m.body.process
-	m.body.mu.Unlock()
-	if process == nil || len(m.paused) > 0 {
-		return fmt.Errorf("guest %s can't be paused: it is already, or does not run", m.Name)
-	}
-	var err error
-	m.paused, err = stopAll(process.Pid)
-	if err != nil {
-		return errors.Join(fmt.Errorf("pause guest %s: %w", m.Name, err), m.Continue())
-	}
-	return nil
-}
-
-// Continue ends a pause.
-func (m *Member) Continue() error {
-	paused := m.paused
-	m.paused = nil
-	slices.Reverse(paused) // what the guest's kernel asks comes before that
-	return continueAll(paused)
-}
 
 // Unplug takes the guest off the network, for the others and for the host: it can't be
 // called until Plug has put it back.
