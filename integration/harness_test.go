@@ -27,6 +27,8 @@ type guest struct {
 	Modules []string
 	Timeout time.Duration // default 3 minutes
 	Env     []string
+	// OwnClock: in a set, the guest's clock can stand still in a pause.
+	OwnClock bool
 	// Systemd boots the guest by systemd and udevd, with blockferry, its units
 	// and its rules where a package puts them, and with these files.
 	Systemd bool
@@ -206,7 +208,7 @@ func guestSpec(name string, g guest) uml.Spec {
 		parts[i] = "^" + regexp.QuoteMeta(part) + "$"
 	}
 	spec := uml.Spec{
-		Name: name, Memory: g.Memory, Disks: g.Disks, Timeout: timeout,
+		Name: name, Memory: g.Memory, Disks: g.Disks, Timeout: timeout, OwnClock: g.OwnClock,
 		Modules: append(append([]string{}, defaultModules...), g.Modules...),
 		Args: []string{self, "-test.v", "-test.run", strings.Join(parts, "/"),
 			"-test.timeout", timeout.String()},

@@ -20,6 +20,9 @@ import (
 type history struct {
 	Seed uint64
 	Size int64 // of the device, in bytes; a multiple of 512
+	// At is where on the device the history's part of it begins, if it has only a
+	// part: Size bytes.
+	At int64
 	// MaxBytes is the largest write, at most maxWriteBytes; default that.
 	MaxBytes int64
 	// Span, if set, keeps all writes within the device's first Span bytes.
@@ -129,10 +132,10 @@ type writer struct {
 	stopping                  atomic.Bool
 	done                      chan struct{}
 	err                       error // valid after done
-	// first is the number of its first write, begun when each was begun; valid
-	// after done.
-	first uint64
-	begun []time.Time
+	// first is the number of its first write, begun when each was begun, ended when
+	// it was acknowledged; valid after done.
+	first        uint64
+	begun, ended []time.Time
 }
 
 // startWriter begins to write a history at number from (1 for a fresh device)
@@ -162,9 +165,10 @@ func (w *writer) writeAll(file *os.File, h history, from uint64) error {
 		h.fill(buffer, k, op)
 		w.begun = append(w.begun, time.Now())
 		w.issuedK.Store(k)
-		if _, err := file.WriteAt(buffer[:op.Length], op.Offset); err != nil {
+		if _, err := file.WriteAt(buffer[:op.Length], h.At+op.Offset); err != nil {
 			return fmt.Errorf("write %d: %w", k, err)
 		}
+		w.ended = append(w.ended, time.Now())
 		w.ackedK.Store(k)
 		w.slowest.Store(max(w.slowest.Load(), int64(time.Since(w.begun[len(w.begun)-1]))))
 		if h.FlushEvery > 0 && k%h.FlushEvery == 0 {
@@ -348,7 +352,7 @@ func judgeDevice(t *testing.T, device string, h history, atLeast, atMost uint64)
 		t.Fatal(err)
 	}
 	defer file.Close()
-	v, err := judgeImage(file, h)
+	v, err := judgeImage(io.NewSectionReader(file, h.At, h.Size), h)
 	if err != nil {
 		t.Fatalf("%s: %v", device, err)
 	}

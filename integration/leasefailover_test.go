@@ -3,8 +3,6 @@ package integration
 import (
 	"errors"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -34,21 +32,8 @@ func newLeaseTwins(t *testing.T) *leaseTwins {
 	l := &leaseTwins{twins: w, t: t, h: history{Seed: 53, Size: twinVolume, MaxBytes: 64 << 10, Span: 8 << 20, Pause: 10 * time.Millisecond}}
 	l.etcd = etcdtest.StartAt(t, w.a.inside, "10.9.0.1:2379")
 	for _, c := range []*cli{w.a, w.b} {
-		socket := filepath.Join(t.TempDir(), "dead-man.sock")
+		socket, _ := startDeadMan(t, c.binary)
 		c.agentFlags = []string{"--dead-man-socket", socket}
-		s, out := exec.Command(c.binary, "dead-man", "--listen", socket), &syncBuffer{}
-		s.Stdout, s.Stderr = out, out
-		if err := s.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			_ = s.Process.Kill()
-			_ = s.Wait()
-			if t.Failed() {
-				t.Logf("a dead-man's log:\n%s", out)
-			}
-		})
-		out.await(t, "dead-man serves")
 	}
 	w.b.start(t)
 	w.a.start(t)

@@ -28,6 +28,7 @@ import (
 	"blockferry/integration/qemu"
 	"blockferry/integration/rig"
 	"blockferry/integration/uml"
+	"blockferry/integration/vm"
 )
 
 // once has every figure run once, for a test.
@@ -199,16 +200,16 @@ func boot(ctx context.Context, f figure, quick bool) (r result, err error) {
 	if f.debian {
 		spec.Env = append(spec.Env, debianVar+"=1")
 	}
+	exit := 0
 	if f.peerDisks != nil {
-		endPeer, err := bootPeer(ctx, host, f, &spec)
-		if err != nil {
-			return r, err
-		}
-		defer endPeer()
+		exit, err = f.runBeside(ctx, host, spec)
+	} else {
+		var ran vm.Result
+		ran, err = host.Run(ctx, spec)
+		exit = ran.Exit
 	}
-	ran, err := host.Run(ctx, spec)
-	if err == nil && ran.Exit != 0 {
-		err = fmt.Errorf("exit status %d", ran.Exit)
+	if err == nil && exit != 0 {
+		err = fmt.Errorf("exit status %d", exit)
 	}
 	if err != nil {
 		return r, fmt.Errorf("in the guest: %w", err)

@@ -6,7 +6,6 @@ package qemu
 import (
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,12 +29,6 @@ const (
 // noise is what the kernel says on its way down, to no use.
 var noise = regexp.MustCompile(`(?m)^\[ *[0-9.]+\] (reboot: Power down|kvm: exiting hardware virtualization).*\n`)
 
-// Card is the guest's network card, once the module CardModule is loaded.
-const (
-	Card       = "eth0"
-	CardModule = "virtio_net"
-)
-
 // NewHost makes a Host for at most limit guests at once, which also count as
 // guests of the Host beside it, if there is one. Their disks are /dev/vda, /dev/vdb
 // and so on; they pass discards on to their files. Close removes what it keeps.
@@ -52,7 +45,7 @@ func NewHost(limit int, beside *vm.Host) (*vm.Host, error) {
 		return nil, fmt.Errorf("%w: %w (make deps)", vm.ErrNoGuest, err)
 	}
 	m := vm.Machine{
-		Modules: k.modules(), Networks: true, Noise: noise,
+		Modules: k.modules(), Card: "eth0", CardModules: []string{"virtio_net"}, Noise: noise,
 		Shared: func(vm.Guest) vm.Mount { return vm.Mount{Kind: "9p", From: tagShared, Data: plan9} },
 	}
 	initramfs := ""
@@ -92,17 +85,11 @@ func command(k kernel, initramfs string, g vm.Guest) []string {
 		args = append(args, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,discard=unmap,cache=writeback,file=%s", i, disk),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%[1]d,serial=disk%[1]d", i))
 	}
-	if g.Spec.Network != nil {
-		args = append(args, "-netdev", "tap,id=net,ifname="+g.Spec.Tap+",script=no,downscript=no",
-			"-device", "virtio-net-pci,netdev=net,mac="+cardAddress(g.Spec.Tap))
+	if g.Tap != "" {
+		args = append(args, "-netdev", "tap,id=net,ifname="+g.Tap+",script=no,downscript=no",
+			"-device", "virtio-net-pci,netdev=net,mac="+vm.CardAddress(g.Tap))
 	}
 	return args
-}
-
-// cardAddress is one of its own for each tap; all guests begin with the same.
-func cardAddress(tap string) string {
-	sum := crc32.ChecksumIEEE([]byte(tap))
-	return fmt.Sprintf("52:54:00:%02x:%02x:%02x", byte(sum>>16), byte(sum>>8), byte(sum))
 }
 
 // cacheDir is where the kernel is kept: .cache/qemu at the module's root.

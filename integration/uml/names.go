@@ -4,10 +4,11 @@ import "blockferry/integration/vm"
 
 // Names of package vm.
 type (
-	Host    = vm.Host
-	Spec    = vm.Spec
-	Disk    = vm.Disk
-	Network = vm.Network
+	Host   = vm.Host
+	Spec   = vm.Spec
+	Disk   = vm.Disk
+	Set    = vm.Set
+	Member = vm.Member
 )
 
 const (
@@ -17,8 +18,6 @@ const (
 
 var (
 	ErrNoGuest    = vm.ErrNoGuest
-	NewNetwork    = vm.NewNetwork
-	Address       = vm.Address
 	Init          = vm.Init
 	Inside        = vm.Inside
 	Boot          = vm.Boot

@@ -31,7 +31,7 @@ func NewHost(limit int) (*vm.Host, error) {
 		return nil, fmt.Errorf("%w: install the package user-mode-linux (make deps)", vm.ErrNoGuest)
 	}
 	return vm.NewHost(vm.Machine{
-		Command: command, OneCPU: true, Networks: true, Modules: "/usr/lib/uml/modules", Meanwhile: wakeOften, Noise: noise,
+		Command: command, OneCPU: true, Card: card, OwnClock: ownClock, Modules: "/usr/lib/uml/modules", Meanwhile: wakeOften, Noise: noise,
 		Shared: func(b vm.Guest) vm.Mount { return vm.Mount{Kind: "hostfs", From: "hostfs", Data: b.Shared} },
 	}, limit, nil)
 }
@@ -48,8 +48,8 @@ func command(b vm.Guest) []string {
 	for i, disk := range b.Disks {
 		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, disk))
 	}
-	if b.Spec.Network != nil {
-		args = append(args, cardArg(b.Spec))
+	if b.Tap != "" {
+		args = append(args, cardArg(b.Tap))
 	}
 	return args
 }

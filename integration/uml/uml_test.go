@@ -22,6 +22,10 @@ const hostVar = "BLOCKFERRY_TEST_HOST"
 
 func TestMain(m *testing.M) {
 	vm.Init()
+	if os.Getenv(serveVar) != "" {
+		fmt.Fprintln(os.Stderr, serveTests())
+		os.Exit(1)
+	}
 	if os.Getenv(hostVar) != "" {
 		h, err := NewHost(1)
 		if err == nil {

@@ -7,7 +7,6 @@
 package vm
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,8 +19,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -43,8 +40,6 @@ const (
 
 	dirPrefix = "blockferry-guests-"
 	lockName  = "lock"
-	// outputLimitBytes bounds what is kept of one guest's console.
-	outputLimitBytes = 8 << 20
 )
 
 // Disk is one of the guest's disks, /dev/ubda or /dev/vda, and so on. It is a
@@ -80,10 +75,8 @@ type Spec struct {
 	Console io.Writer
 	// KernelSilent keeps the kernel's own messages off the console.
 	KernelSilent bool
-	// Network, if set, has the guest's network card at the tap of that name.
-	// Only a machine with Networks can have it.
-	Network *Network
-	Tap     string
+	// OwnClock has a Set's guest have a clock that can stand still (ContinueUnaware).
+	OwnClock bool
 	// Collect, if set, is called before the guest's files are removed, with
 	// the host's path of what the program sees as Dir.
 	Collect func(dir string) error
@@ -108,8 +101,14 @@ type Machine struct {
 	// one of this machine's: it takes turns, and to hand over to another CPU takes
 	// longer than most of what is done in a turn.
 	OneCPU bool
-	// Networks says that Command joins a guest to its Spec's Network.
-	Networks bool
+	// Card is the guest's network card, which Command puts at the tap of a
+	// guest that has one; CardModules are loaded for it. "": such guests join
+	// no network.
+	Card        string
+	CardModules []string
+	// OwnClock makes, in a folder, a library which, preloaded into a guest's kernel, has
+	// its clock go behind the host's by as many nanoseconds as stand in its file 3.
+	OwnClock func(dir string) (library string, err error)
 	// Shared is what the guest mounts on Dir: the folder that Guest names so.
 	Shared func(Guest) Mount
 	// Modules is the host's folder that holds what a machine has in /lib/modules.
@@ -126,6 +125,7 @@ type Guest struct {
 	Dir    string   // for whatever the machine needs
 	Shared string   // what the guest sees as Dir
 	Disks  []string // files
+	Tap    string   // at which its network card is; "": it has none
 	Init   string   // the guest's first process; wants the environment Env
 	Env    []string
 }
@@ -148,8 +148,8 @@ type Host struct {
 }
 
 // NewHost makes a Host that runs at most limit guests at once; with another
-// Host beside it, each of its guests also counts as one of that one's. Close
-// removes what it keeps.
+// Host beside it, each of its guests also counts as one of that one's. A Set
+// larger than that runs when nothing else does. Close removes what it keeps.
 func NewHost(machine Machine, limit int, beside *Host) (*Host, error) {
 	if builtForRace() {
 		return nil, fmt.Errorf("%w: programs built with -race do not run in one (their address space is too large)", ErrNoGuest)
@@ -173,7 +173,7 @@ func NewHost(machine Machine, limit int, beside *Host) (*Host, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	all := []*places{{free: max(limit, 1)}}
+	all := []*places{newPlaces(limit)}
 	if beside != nil {
 		all = append(all, beside.places...)
 	}
@@ -220,6 +220,34 @@ func memoryDir() string {
 	return os.TempDir()
 }
 
+// longest is how long a guest's program may take.
+func longest(spec Spec) time.Duration {
+	if spec.Timeout == 0 {
+		return defaultTimeout
+	}
+	return spec.Timeout
+}
+
+// take waits until n guests may run at once that may take as long as that: for all
+// places, if there are not as many.
+func (h *Host) take(ctx context.Context, longest time.Duration, n int) (give func(), err error) {
+	var given []func()
+	give = func() {
+		for _, one := range given {
+			one()
+		}
+	}
+	for _, p := range h.places {
+		taken := min(n, p.all)
+		if err := p.take(ctx, longest, taken); err != nil {
+			give()
+			return nil, err
+		}
+		given = append(given, func() { p.give(taken) })
+	}
+	return give, nil
+}
+
 // Dir is a folder that lives as long as the Host, for files that guests read
 // (GuestPath says where they see it).
 func (h *Host) Dir() string { return h.dir }
@@ -233,21 +261,11 @@ func (h *Host) Close() error { return errors.Join(os.RemoveAll(h.dir), h.lock.Cl
 // however it ended, is not. The error is about the guest, Result.Exit about
 // the program; Result.Output is there in either case.
 func (h *Host) Run(ctx context.Context, spec Spec) (Result, error) {
-	if spec.Network != nil && !h.machine.Networks {
-		return Result{}, fmt.Errorf("guest %s: guests of this kind join no network", spec.Name)
+	release, err := h.take(ctx, longest(spec), 1)
+	if err != nil {
+		return Result{}, err
 	}
-	if spec.Memory == "" {
-		spec.Memory = defaultMemory
-	}
-	if spec.Timeout == 0 {
-		spec.Timeout = defaultTimeout
-	}
-	for _, p := range h.places {
-		if err := p.take(ctx, spec.Timeout); err != nil {
-			return Result{}, err
-		}
-		defer p.give()
-	}
+	defer release()
 	first, err := h.attempt(ctx, spec)
 	if !errors.Is(err, ErrNoEnd) || ctx.Err() != nil {
 		return first, err
@@ -264,47 +282,84 @@ var ErrNoEnd = errors.New("guest hung or never booted: no end mark")
 
 // attempt runs the program in one guest, over as many boots as it asks for.
 func (h *Host) attempt(ctx context.Context, spec Spec) (result Result, err error) {
-	dir, err := os.MkdirTemp(h.dir, "guest-")
+	b, err := h.newBody(spec)
 	if err != nil {
 		return Result{}, err
 	}
-	defer os.RemoveAll(dir)
-	shared := filepath.Join(dir, "shared")
-	if err := os.Mkdir(shared, 0o755); err != nil {
-		return Result{}, err
-	}
-	disks := make([]string, len(spec.Disks))
-	for i, disk := range spec.Disks {
-		disks[i] = filepath.Join(dir, fmt.Sprintf("disk%c", 'a'+i))
-		if err := makeSparse(disks[i], disk.Size); err != nil {
-			return Result{}, err
-		}
-	}
+	defer b.remove()
 	started := time.Now()
-	console := &console{live: spec.Console, noise: h.machine.Noise}
-	defer func() {
-		result.Output = console.String()
-		result.Elapsed = time.Since(started)
-	}()
-	for boot := 0; boot < maxBoots; boot++ {
-		ended, err := h.boot(ctx, spec, dir, shared, disks, boot, console)
+	exit, err := b.live(ctx)
+	return Result{Exit: exit, Output: b.console.String(), Elapsed: time.Since(started)}, err
+}
+
+// body is what of a guest outlives its boots: its disks, and what it said. One
+// boot at a time.
+type body struct {
+	host         *Host
+	spec         Spec
+	tap, address string // on network; the guest's own address
+	network      *Network
+	dir, shared  string
+	disks        []string
+	console      *console
+	clock        *os.File // says what is hidden of the time; nil: it has the host's
+	boots        int
+
+	mu      sync.Mutex
+	process *os.Process // nil: it does not run
+}
+
+func (h *Host) newBody(spec Spec) (b *body, err error) {
+	if spec.Memory == "" {
+		spec.Memory = defaultMemory
+	}
+	spec.Timeout = longest(spec)
+	b = &body{host: h, spec: spec, console: &console{live: spec.Console, noise: h.machine.Noise}}
+	if b.dir, err = os.MkdirTemp(h.dir, "guest-"); err != nil {
+		return nil, err
+	}
+	b.shared = filepath.Join(b.dir, "shared")
+	err = os.Mkdir(b.shared, 0o755)
+	for i, disk := range spec.Disks {
+		path := filepath.Join(b.dir, fmt.Sprintf("disk%c", 'a'+i))
+		b.disks = append(b.disks, path)
+		err = errors.Join(err, makeSparse(path, disk.Size))
+	}
+	if err != nil {
+		b.remove()
+		return nil, err
+	}
+	return b, nil
+}
+
+func (b *body) remove() {
+	if b.clock != nil {
+		b.clock.Close()
+	}
+	os.RemoveAll(b.dir)
+}
+
+// live boots the guest, over as many boots as it asks for, and waits until its
+// program has ended; exit is its status.
+func (b *body) live(ctx context.Context) (exit int, err error) {
+	for range maxBoots {
+		ended, err := b.boot(ctx)
 		if err != nil {
-			showLogs(console, shared)
-			return result, err
+			showLogs(b.console, b.shared)
+			return 0, err
 		}
 		if ended.Reboot {
 			continue
 		}
-		result.Exit = ended.Exit
 		if ended.Stuck {
-			return result, fmt.Errorf("guest %s: the program did not end within %v and could not be killed", spec.Name, spec.Timeout)
+			return ended.Exit, fmt.Errorf("guest %s: the program did not end within %v and could not be killed", b.spec.Name, b.spec.Timeout)
 		}
-		if spec.Collect != nil {
-			return result, spec.Collect(shared)
+		if b.spec.Collect != nil {
+			err = b.spec.Collect(b.shared)
 		}
-		return result, nil
+		return ended.Exit, err
 	}
-	return result, fmt.Errorf("guest %s rebooted %d times", spec.Name, maxBoots)
+	return 0, fmt.Errorf("guest %s rebooted %d times", b.spec.Name, maxBoots)
 }
 
 // showLogs adds the logs that a guest left which came to no end.
@@ -316,39 +371,55 @@ func showLogs(out io.Writer, shared string) {
 	}
 }
 
-// boot runs one guest to its end.
-func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []string, boot int, out io.Writer) (endMark, error) {
-	mark := filepath.Join(shared, endFile)
+// boot runs the guest to its end.
+func (b *body) boot(ctx context.Context) (endMark, error) {
+	h, spec, boot := b.host, &b.spec, b.boots
+	b.boots++
+	mark := filepath.Join(b.shared, endFile)
 	os.Remove(mark)
-	planPath := filepath.Join(dir, "plan.json")
-	b := Guest{
-		Spec: &spec, Dir: dir, Shared: shared, Disks: disks, Init: h.self,
+	planPath := filepath.Join(b.dir, "plan.json")
+	g := Guest{
+		Spec: spec, Dir: b.dir, Shared: b.shared, Disks: b.disks, Tap: b.tap, Init: h.self,
 		Env: []string{"PATH=" + guestPathVar, planVar + "=" + planPath},
 	}
-	plan, err := json.Marshal(bootPlan{
-		Shared: h.machine.Shared(b), ModulesFrom: h.machine.Modules, Modules: spec.Modules,
+	made := bootPlan{
+		Shared: h.machine.Shared(g), ModulesFrom: h.machine.Modules, Modules: spec.Modules,
 		Args: spec.Args, Env: spec.Env, Boot: boot, GiveUpAfter: spec.Timeout + stuckGrace,
 		Systemd: spec.Systemd, Files: spec.Files, Links: spec.Links,
-	})
+	}
+	if b.network != nil {
+		made.Modules = append(slices.Clone(spec.Modules), h.machine.CardModules...)
+		made.Card, made.Address = h.machine.Card, b.address
+	}
+	plan, err := json.Marshal(made)
 	if err != nil {
 		return endMark{}, err
 	}
 	if err := os.WriteFile(planPath, plan, 0o644); err != nil {
 		return endMark{}, err
 	}
-	command := h.machine.Command(b)
+	command := h.machine.Command(g)
 	ctx, cancel := context.WithTimeout(ctx, spec.Timeout+stuckGrace+bootGrace)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
-	cmd.Env = []string{"TMPDIR=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
-	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Env = []string{"TMPDIR=" + b.dir, "HOME=" + b.dir, "PATH=" + os.Getenv("PATH")}
+	if spec.OwnClock {
+		library, err := b.ownClock()
+		if err != nil {
+			return endMark{}, err
+		}
+		cmd.Env, cmd.ExtraFiles = append(cmd.Env, "LD_PRELOAD="+library), []*os.File{b.clock}
+	}
+	cmd.Stdout, cmd.Stderr = b.console, b.console
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	waitErr := runOnThread(cmd, h.machine.OneCPU, spec.Network, func() {
+	waitErr := runOnThread(cmd, h.machine.OneCPU, b.network, func() {
+		b.runs(cmd.Process)
 		if h.machine.Meanwhile != nil {
-			h.machine.Meanwhile(ctx, cmd.Process)
+			go h.machine.Meanwhile(ctx, cmd.Process)
 		}
 	})
+	b.runs(nil)
 
 	text, err := os.ReadFile(mark)
 	if err != nil {
@@ -364,11 +435,17 @@ func (h *Host) boot(ctx context.Context, spec Spec, dir, shared string, disks []
 	return ended, nil
 }
 
+func (b *body) runs(process *os.Process) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.process = process
+}
+
 // runOnThread runs a command on a thread that lives as long as the command and
 // then ends: Pdeathsig is sent when the thread that started the child ends, and
-// nothing else may run on one that entered namespaces or is kept on one CPU. meanwhile runs beside it,
-// on a goroutine of its own.
-func runOnThread(cmd *exec.Cmd, oneCPU bool, network *Network, meanwhile func()) error {
+// nothing else may run on one that entered namespaces or is kept on one CPU. started is
+// called once the command runs.
+func runOnThread(cmd *exec.Cmd, oneCPU bool, network *Network, started func()) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -393,7 +470,7 @@ func runOnThread(cmd *exec.Cmd, oneCPU bool, network *Network, meanwhile func())
 			if err := cmd.Start(); err != nil {
 				return err
 			}
-			go meanwhile()
+			started()
 			return cmd.Wait()
 		}()
 	}()
@@ -441,41 +518,4 @@ func makeSparse(path string, size int64) error {
 		return err
 	}
 	return errors.Join(file.Truncate(size), file.Close())
-}
-
-// console keeps what a guest prints, without the carriage returns of its tty.
-type console struct {
-	mu      sync.Mutex
-	text    bytes.Buffer
-	dropped int
-	live    io.Writer
-	noise   *regexp.Regexp
-}
-
-func (c *console) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	clean := bytes.ReplaceAll(p, []byte("\r"), nil)
-	if room := outputLimitBytes - c.text.Len(); len(clean) <= room {
-		c.text.Write(clean)
-	} else {
-		c.dropped += len(clean)
-	}
-	if c.live != nil {
-		c.live.Write(p) // with what a progress bar needs
-	}
-	return len(p), nil
-}
-
-func (c *console) String() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	text := strings.ToValidUTF8(c.text.String(), "?")
-	if c.noise != nil {
-		text = c.noise.ReplaceAllString(text, "")
-	}
-	if c.dropped > 0 {
-		text += "\n[" + strconv.Itoa(c.dropped) + " more bytes of console output dropped]\n"
-	}
-	return text
 }

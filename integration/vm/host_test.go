@@ -1,7 +1,9 @@
 package vm
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -51,8 +53,9 @@ func TestNetworkIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	if result, err := h.Run(t.Context(), Spec{Name: "x", Network: &Network{}}); err == nil || !strings.Contains(err.Error(), "guest x: guests of this kind join no network") {
-		t.Errorf("%+v, %v", result, err)
+	_, err = h.WithSet(t.Context(), []Spec{{Name: "x"}}, func(context.Context, *Set) error { return errors.New("used") })
+	if err == nil || !strings.Contains(err.Error(), "guests [x]: guests of this kind join no network") {
+		t.Error(err)
 	}
 }
 
@@ -61,37 +64,79 @@ func TestNetworkIsItsGuestsOwn(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("a network needs root")
 	}
-	network, err := NewNetwork("bf-left", "bf-right")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer network.Close()
 	log := filepath.Join(t.TempDir(), "log")
 	h, err := NewHost(Machine{
-		Networks: true, Shared: func(Guest) Mount { return Mount{} },
-		Command: func(Guest) []string { return []string{"/bin/sh", "-c", "ip -o link > " + log} },
+		Card: "card", Shared: func(Guest) Mount { return Mount{} },
+		Command: func(g Guest) []string {
+			return []string{"/bin/sh", "-c", "ip -o link > " + log + "; echo tap=" + g.Tap}
+		},
 	}, 1, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	links := func(spec Spec) string {
-		if result, err := h.Run(t.Context(), spec); !errors.Is(err, ErrNoEnd) {
-			t.Errorf("%+v, %v", result, err) // as above
-		}
+	links := func() string {
 		text, err := os.ReadFile(log)
 		if err != nil {
 			t.Error(err)
 		}
 		return string(text)
 	}
-	for _, tap := range []string{"bf-left", "bf-right"} {
-		if got := links(Spec{Network: network}); !strings.Contains(got, tap) {
-			t.Errorf("a guest of the network does not see %s: %s", tap, got)
+	_, err = h.WithSet(t.Context(), []Spec{{Name: "a"}, {Name: "b"}}, func(_ context.Context, s *Set) error {
+		for i, m := range s.Members {
+			m.Boot()
+			if _, err := m.Wait(); !errors.Is(err, ErrNoEnd) { // as above
+				t.Error(err)
+			}
+			if got := links(); !strings.Contains(got, "guest1") || !strings.Contains(got, "guest2") {
+				t.Errorf("a guest of the network does not see both taps: %s", got)
+			}
+			if got, want := m.Output(), fmt.Sprintf("tap=guest%d\n", i+1); got != want {
+				t.Errorf("%s says '%s', want '%s'", m.Name, got, want)
+			}
 		}
-		if got := links(Spec{}); strings.Contains(got, tap) {
-			t.Errorf("a guest without it sees %s: %s", tap, got)
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if result, err := h.Run(t.Context(), Spec{}); !errors.Is(err, ErrNoEnd) {
+		t.Errorf("%+v, %v", result, err)
+	}
+	if got := links(); strings.Contains(got, "guest1") {
+		t.Errorf("a guest without it sees the network: %s", got)
+	}
+}
+
+// What a set is used for is done once more if a guest hung, and for nothing else.
+func TestSetIsTriedOnceMore(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("a network needs root")
+	}
+	h, err := NewHost(Machine{
+		Card: "card", Shared: func(Guest) Mount { return Mount{} },
+		Command: func(Guest) []string { return []string{"/bin/true"} },
+	}, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	for name, c := range map[string]struct {
+		use   func(*Set) error
+		times int
+	}{
+		"never booted":   {func(s *Set) error { s.Members[0].Boot(); return s.Members[0].Answers() }, 2},
+		"failed":         {func(*Set) error { return errors.New("failed") }, 1},
+		"its power went": {func(s *Set) error { s.Members[0].Boot(); s.Members[0].Cut(); return nil }, 1},
+	} {
+		times := 0
+		again, err := h.WithSet(t.Context(), []Spec{{Name: "a"}}, func(_ context.Context, s *Set) error { times++; return c.use(s) })
+		if times != c.times || again != (c.times == 2) || errors.Is(err, ErrNoEnd) != (c.times == 2) {
+			t.Errorf("%s: %d times, again %v, %v", name, times, again, err)
 		}
+	}
+	if left, _ := os.ReadDir(h.Dir()); len(left) != 1 { // its lock
+		t.Errorf("left behind: %v", left)
 	}
 }
 

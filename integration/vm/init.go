@@ -15,6 +15,7 @@ const (
 	planVar      = "BLOCKFERRY_GUEST_PLAN" // the kernel hands it from its command line to init
 	insideVar    = "BLOCKFERRY_IN_GUEST"
 	bootVar      = "BLOCKFERRY_GUEST_BOOT"
+	addressVar   = "BLOCKFERRY_GUEST_ADDRESS"
 	guestPathVar = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	endFile      = "end.json"
 	hostRoot     = "/run/host"
@@ -36,6 +37,8 @@ type bootPlan struct {
 	Files       map[string]string `json:"files,omitempty"`
 	Links       map[string]string `json:"links,omitempty"`
 	GiveUpAfter time.Duration     `json:"give-up-after"`
+	Card        string            `json:"card,omitempty"` // "": it has none
+	Address     string            `json:"address,omitempty"`
 }
 
 // endMark is what init leaves behind. Powering off proves nothing: a guest
@@ -103,6 +106,11 @@ func asInit(planPath string) error {
 	os.Setenv("PATH", guestPathVar)
 	if err := Modprobe(plan.Modules...); err != nil {
 		return err
+	}
+	if plan.Card != "" {
+		if err := join(plan.Card, plan.Address); err != nil {
+			return err
+		}
 	}
 	if plan.Systemd {
 		return becomeSystemd(plan, planPath)
@@ -184,7 +192,7 @@ func runProgram(plan bootPlan) (endMark, error) {
 	}
 	env := append([]string{
 		"PATH=" + guestPathVar, "HOME=/run/root", "TMPDIR=/tmp", "TERM=dumb",
-		insideVar + "=1", fmt.Sprintf("%s=%d", bootVar, plan.Boot),
+		insideVar + "=1", fmt.Sprintf("%s=%d", bootVar, plan.Boot), addressVar + "=" + plan.Address,
 	}, plan.Env...)
 	if !plan.Systemd {
 		// No udevd here: libdevmapper makes its nodes itself.

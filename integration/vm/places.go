@@ -10,6 +10,7 @@ import (
 // places is how many guests may run at once. It may be used from several
 // goroutines.
 type places struct {
+	all     int
 	mu      sync.Mutex
 	free    int
 	waiting []*waiter // the next one first
@@ -17,14 +18,21 @@ type places struct {
 
 type waiter struct {
 	longest time.Duration
-	turn    chan struct{} // closed when the place is its own
+	need    int
+	turn    chan struct{} // closed when the places are its own
 }
 
-// take waits for a place. Of those that wait the one that may take longest is the
+func newPlaces(all int) *places {
+	all = max(all, 1)
+	return &places{all: all, free: all}
+}
+
+// take waits for places, no more than there are in all: it gets them at once, so that no
+// two have half of what they need. Of those that wait the one that may take longest is the
 // next, since whatever is long and begins last is waited for alone. An error is
 // the context's, and then there is nothing to give.
-func (p *places) take(ctx context.Context, longest time.Duration) error {
-	w := &waiter{longest: longest, turn: make(chan struct{})}
+func (p *places) take(ctx context.Context, longest time.Duration, need int) error {
+	w := &waiter{longest: longest, need: need, turn: make(chan struct{})}
 	p.mu.Lock()
 	at := slices.IndexFunc(p.waiting, func(other *waiter) bool { return other.longest < longest })
 	if at < 0 {
@@ -43,24 +51,25 @@ func (p *places) take(ctx context.Context, longest time.Duration) error {
 	if at := slices.Index(p.waiting, w); at >= 0 {
 		p.waiting = slices.Delete(p.waiting, at, at+1)
 	} else {
-		p.free++ // its turn came meanwhile
-		p.next()
+		p.free += need // its turn came meanwhile
 	}
+	p.next()
 	return ctx.Err()
 }
 
 // give ends what a take that succeeded began.
-func (p *places) give() {
+func (p *places) give(taken int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.free++
+	p.free += taken
 	p.next()
 }
 
-// next hands out what is free. The caller holds mu.
+// next hands out what is free, to one after another: who needs many would wait for ever
+// behind those that need one. The caller holds mu.
 func (p *places) next() {
-	for p.free > 0 && len(p.waiting) > 0 {
-		p.free--
+	for len(p.waiting) > 0 && p.free >= p.waiting[0].need {
+		p.free -= p.waiting[0].need
 		close(p.waiting[0].turn)
 		p.waiting = p.waiting[1:]
 	}
