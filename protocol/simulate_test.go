@@ -122,34 +122,40 @@ func parseSimMoves(text string) (moves []int, err error) {
 // that happens in them must be the same, to the byte.
 func TestSimulateAgain(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+	on := func(cpus int, k simWalk) simResult {
+		runtime.GOMAXPROCS(cpus)
+		return k.walk(t)
+	}
 	for seed := *simulateSeed; seed < *simulateSeed+*simulateAgain; seed++ {
 		k := simWalk{seed: seed, moves: allSimMoves(), slot: 1}
-		runtime.GOMAXPROCS(2)
-		first := k.walk(t)
+		first := on(2, k)
 		for _, cpus := range []int{1, 2} {
-			runtime.GOMAXPROCS(cpus)
-			k.slot++
-			if again := k.walk(t); again.trace != first.trace || again.turns != first.turns {
-				t.Errorf("seed %d: on %d CPUs another walk%s", seed, cpus, k.differs(t, first))
+			other := k
+			other.slot += cpus
+			if again := on(cpus, other); again.trace == first.trace && again.turns == first.turns {
+				continue
 			}
+			k.keep, other.keep = true, true
+			where := "but not once more"
+			for range 5 {
+				if at := differs(on(2, k).lines, on(cpus, other).lines); at != "" {
+					where = at
+					break
+				}
+			}
+			t.Fatalf("seed %d: on %d CPUs another walk: %s", seed, cpus, where)
 		}
 	}
 }
 
-// differs looks for the first line in which a walk went another way.
-func (k simWalk) differs(t *testing.T, first simResult) string {
-	k.keep = true
-	one := k.walk(t)
-	for range 20 {
-		other := k.walk(t)
-		for i := range min(len(one.lines), len(other.lines)) {
-			if one.lines[i] != other.lines[i] {
-				from := max(0, i-20)
-				return fmt.Sprintf(", at turn %d:\n  %s\nand\n  %s", i, strings.Join(one.lines[from:i+1], "\n  "), strings.Join(other.lines[from:i+1], "\n  "))
-			}
+// differs shows the first line in which two walks went different ways, and those before.
+func differs(one, other []string) string {
+	for i := range min(len(one), len(other)) {
+		if one[i] != other[i] {
+			return fmt.Sprintf("at turn %d\n  %s\n  and not\n  %s", i, strings.Join(one[max(0, i-20):i+1], "\n  "), other[i])
 		}
 	}
-	return ", but none of 20 since"
+	return ""
 }
 
 // TestSimulateShortens: a walk that fails is reduced to the moves that it takes.

@@ -17,7 +17,7 @@ import (
 var (
 	simulateSeeds = flag.Uint64("simulate-seeds", 25, "how many random walks")
 	simulateSeed  = flag.Uint64("simulate-seed", 1, "the first one's seed")
-	simulateAgain = flag.Uint64("simulate-again", 10, "how many random walks are gone several times")
+	simulateAgain = flag.Uint64("simulate-again", 5, "how many random walks are gone several times")
 	simulateMoves = flag.String("simulate-moves", "", "the moves to make of one walk, as a failure prints them; empty: all")
 )
 
