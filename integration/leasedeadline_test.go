@@ -46,9 +46,10 @@ func init() {
 // leaseTTL is long enough for a guest to begin what is to happen before its end.
 const leaseTTL = 3 * time.Second
 
-// leaseSlack is how long after a deadline a busy guest, which has one CPU and
-// does not preempt, may take to make a device fail.
-const leaseSlack = 3 * time.Second
+// leaseSlack is how long after a deadline a guest, which has one CPU and does not
+// preempt, may take to make a device fail, beside all else that its machine runs. How
+// long it took is logged.
+const leaseSlack = 30 * time.Second
 
 type leaseTest struct {
 	t       *testing.T
