@@ -119,10 +119,13 @@ bpf: # needs clang 14 and llvm-strip
 	$(call BPFCC,tracker.o)
 
 bpf-check: # the committed object must be what the source compiles to
-	@if clang --version 2>/dev/null | grep -q 'version $(CLANG_VERSION)\.' && command -v llvm-strip >/dev/null; then \
+	@if ! command -v clang >/dev/null; then echo "no clang: the programs of fine tracking not compared"; \
+	elif ! clang --version | grep -q 'version $(CLANG_VERSION)\.' || ! command -v llvm-strip >/dev/null; then \
+	  echo "the programs of fine tracking can't be compared: want clang $(CLANG_VERSION), as in Debian 12, and llvm-strip; this is $$(clang --version | head -1)"; exit 1; \
+	else \
 	  dir=$$(mktemp -d); trap 'rm -r "$$dir"' EXIT; ($(call BPFCC,"$$dir/tracker.o")); \
 	  cmp "$$dir/tracker.o" blockdev/bpf/program/tracker.o || { echo "blockdev/bpf/program/tracker.o is not what tracker.c compiles to: make bpf"; exit 1; }; \
-	else echo "no clang $(CLANG_VERSION) with llvm-strip: the programs of fine tracking not compared"; fi
+	fi
 
 clean:
 	rm -rf bin .cache

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -74,6 +75,10 @@ func fakeKernel(t *testing.T) (k kernel, dev string) {
 	device(ebs+"/nvme0n1p1", 259, 1, map[string]string{"size": "500", "start": "100", "partition": "1\n", "stat": "1 1 1 1 1 1 70 1 1 1 1 1 1 140 1"})
 	device(ebs+"/nvme0n1p2", 259, 2, map[string]string{"size": "400", "start": "600", "partition": "2\n"})
 	device(ebs+"/nvme0n1p5", 259, 5, map[string]string{"size": "100", "start": "700", "partition": "5\n"}) // within 2
+	// The disk that joins a namespace's paths: without requests.
+	device("virtual/nvme-subsystem/nvme-subsys1/nvme1n1", 259, 8, map[string]string{"size": "1000", "queue/iostats": "1\n",
+		"stat": "  11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27\n"})
+	device("virtual/nvme-subsystem/nvme-subsys1/nvme1n1/nvme1n1p2", 259, 9, map[string]string{"size": "400", "start": "600", "partition": "2\n", "stat": "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"})
 	device("pci0000:00/virtio1/block/vda", 254, 0, map[string]string{"size": "8", "serial": "disk-7", "queue/iostats": "0\n"})
 	device("pci0000:00/host0/block/sda", 8, 0, map[string]string{
 		"size": "16", "device/model": "QEMU HARDDISK\n", "device/wwid": "naa.5000\n", "device/vpd_pg80": "\x00\x80\x00\x08  ABC123junk",
@@ -132,6 +137,7 @@ func TestPlacement(t *testing.T) {
 		"nvme0n1":   {Major: 259, Sequence: 11, Requests: true},
 		"nvme0n1p2": {Major: 259, Sequence: 11, Requests: true, StartBytes: 600 * SectorSize},
 		"dm-0":      {Major: 253},
+		"nvme1n1p2": {Major: 259, Minor: 8, StartBytes: 600 * SectorSize},
 	} {
 		got, err := k.placement(filepath.Join(dev, name))
 		if err != nil {
@@ -141,7 +147,11 @@ func TestPlacement(t *testing.T) {
 		if disk := filepath.Base(got.Dir); disk != strings.TrimSuffix(name, "p2") {
 			t.Errorf("%s stands on %s", name, disk)
 		}
-		if want.Dir = got.Dir; got != want {
+		// Only there is counted what is written to such a partition.
+		if stat := map[string]string{"nvme1n1p2": "nvme1n1"}[name]; filepath.Base(got.StatDir) != cmp.Or(stat, name) {
+			t.Errorf("%s: statistics of %s", name, got.StatDir)
+		}
+		if want.Dir, want.StatDir = got.Dir, got.StatDir; got != want {
 			t.Errorf("%s is at\n%+v, want\n%+v", name, got, want)
 		}
 	}
@@ -224,6 +234,7 @@ func TestTraffic(t *testing.T) {
 	for name, want := range map[string]Traffic{
 		"nvme0n1":   {17 * 512, 24 * 512},
 		"nvme0n1p1": {70 * 512, 140 * 512},
+		"nvme1n1p2": {17 * 512, 24 * 512}, // the whole disk's
 	} {
 		if got, err := k.traffic(filepath.Join(dev, name)); err != nil || got != want {
 			t.Errorf("%s: %+v, %v; want %+v", name, got, err, want)

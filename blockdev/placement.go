@@ -24,6 +24,11 @@ type Placement struct {
 	// Requests says that the disk has a request queue. One without takes each
 	// request as it was made: device-mapper, md, RAM disks.
 	Requests bool
+	// StatDir is the folder whose files 'stat' and 'inflight' tell of all that is
+	// written to the device: its own, but for a partition of an NVMe namespace with
+	// several paths that of the disk. The kernel counts what goes to one of those on
+	// the disk alone; what is written to other partitions is then counted, too.
+	StatDir string
 }
 
 // PlacementOf says where the block device at path, a whole disk or a partition,
@@ -57,12 +62,35 @@ func (k kernel) placement(path string) (Placement, error) {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fail(err)
 	}
-	if entries, err := os.ReadDir(filepath.Join(n.disk, "mq")); err == nil {
-		p.Requests = len(entries) > 0
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	if p.Requests, err = n.requests(); err != nil {
+		return fail(err)
+	}
+	p.StatDir, err = n.statDir()
+	if err != nil {
 		return fail(err)
 	}
 	return p, nil
+}
+
+// requests says whether the disk has a request queue.
+func (n sysNode) requests() (bool, error) {
+	entries, err := os.ReadDir(filepath.Join(n.disk, "mq"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return len(entries) > 0, nil
+}
+
+// statDir is Placement.StatDir. The disk that joins the paths of an NVMe namespace
+// has no requests of its own.
+func (n sysNode) statDir() (string, error) {
+	if n.dir == n.disk || !strings.HasPrefix(filepath.Base(n.disk), "nvme") {
+		return n.dir, nil
+	}
+	if requests, err := n.requests(); requests || err != nil {
+		return n.dir, err
+	}
+	return n.disk, nil
 }
 
 // BootID is the random id of this boot.

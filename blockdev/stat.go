@@ -16,7 +16,8 @@ type Traffic struct {
 
 // ReadTraffic reads the kernel's statistics of the block device at path. It
 // is an error when the kernel does not keep them (queue/iostats is 0), since
-// they would then look like a device that nothing is written to.
+// they would then look like a device that nothing is written to. Of some partitions
+// they are the whole disk's; see Placement.StatDir.
 func ReadTraffic(path string) (Traffic, error) { return hostKernel.traffic(path) }
 
 // KeepStatistics has the kernel keep the statistics of the disk that the block
@@ -61,7 +62,11 @@ func (k kernel) traffic(path string) (Traffic, error) {
 	case on == 0:
 		return fail(fmt.Errorf("they are switched off: write 1 to %s", filepath.Join(n.disk, "queue/iostats")))
 	}
-	text, err := os.ReadFile(filepath.Join(n.dir, "stat"))
+	dir, err := n.statDir()
+	if err != nil {
+		return fail(err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "stat"))
 	if err != nil {
 		return fail(err)
 	}

@@ -136,6 +136,12 @@ func fsck(t *testing.T, kind, device string) {
 // checkCopy checks a copy of the device's first size bytes.
 func checkCopy(t *testing.T, kind, device string, size int64) (string, error) {
 	t.Helper()
+	return lookIntoCopy(t, kind, device, size, func(string) {})
+}
+
+// lookIntoCopy is checkCopy, and look is called while the copy is mounted.
+func lookIntoCopy(t *testing.T, kind, device string, size int64, look func(dir string)) (string, error) {
+	t.Helper()
 	copyPath := filepath.Join(t.TempDir(), "image")
 	defer os.Remove(copyPath) // it stands in the guest's memory
 	copyDevice(t, device, copyPath, size)
@@ -145,6 +151,7 @@ func checkCopy(t *testing.T, kind, device string, size int64) (string, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer os.Remove(dir)
 	options := ""
 	if kind == "xfs" {
 		options = "nouuid" // the original may be mounted
@@ -152,7 +159,11 @@ func checkCopy(t *testing.T, kind, device string, size int64) (string, error) {
 	if err := unix.Mount(loop, dir, kind, 0, options); err != nil {
 		return "", fmt.Errorf("mount the copy: %w", err)
 	}
-	if err := unix.Unmount(dir, 0); err != nil {
+	func() {
+		defer func() { err = unix.Unmount(dir, 0) }() // also when look ends the test
+		look(dir)
+	}()
+	if err != nil {
 		return "", fmt.Errorf("unmount the copy: %w", err)
 	}
 	if kind == "xfs" {

@@ -63,9 +63,7 @@ type Options struct {
 	// StallLimit is how long a freeze may last, what the kernel takes to freeze
 	// included; then the dead-man thaws and the cut is void. 0: 1 s.
 	StallLimit time.Duration
-	// MemoryBytes bounds what a cut may hold; 0: 256 MiB.
-	MemoryBytes int64
-	Log         *slog.Logger // nil: discarded
+	Log        *slog.Logger // nil: discarded
 
 	// openTracker stands in for bpf.Open in tests.
 	openTracker func(bpf.Target) (Tracker, error)
@@ -229,7 +227,7 @@ func (a *Attached) open() (err error) {
 		a.log.Warn("tracking begins anew: replicas will be compared in full", "reason", a.lost)
 	}
 	a.engine, err = precopy.New(precopy.Options{Source: a.disk, Tracker: a.tracker,
-		MemoryBytes: o.MemoryBytes, StallBudget: o.StallBudget, StallLimit: o.StallLimit})
+		StallBudget: o.StallBudget, StallLimit: o.StallLimit})
 	if err != nil {
 		return err
 	}

@@ -172,14 +172,6 @@ func (c *Cut) View() io.ReaderAt {
 	return c.image
 }
 
-// Holds lists what View can be asked for, ascending and disjoint.
-func (c *Cut) Holds() []blockdev.Extent {
-	if c.image == nil {
-		return nil
-	}
-	return c.image.Extents()
-}
-
 // At is when it was, for people only.
 func (c *Cut) At() time.Time { return c.at }
 

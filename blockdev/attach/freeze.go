@@ -63,7 +63,11 @@ type freezer struct {
 func newFreezer(a *Attached) (f *freezer, err error) {
 	f = &freezer{attached: a}
 	f.rescue = func() error { return a.options.Guard.Thaw(f.files...) }
-	dir := "/sys/class/block/" + a.device
+	place, err := blockdev.PlacementOf(a.options.Device)
+	if err != nil {
+		return nil, err
+	}
+	dir := place.StatDir
 	if f.stat, err = os.Open(dir + "/stat"); err != nil {
 		return nil, err
 	}

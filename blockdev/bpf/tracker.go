@@ -205,9 +205,6 @@ func (t *Tracker) Adopted() (first, last uint64, ok bool) { return t.adoptFirst,
 // Fresh says why tracking began anew at Open, "" if it did not.
 func (t *Tracker) Fresh() string { return t.fresh }
 
-// GrainBytes is the size of a block that is marked as one.
-func (t *Tracker) GrainBytes() int64 { return t.where.grain }
-
 // MarkedBytes is how much is marked and was not exchanged yet. It reads little
 // more than the marks.
 func (t *Tracker) MarkedBytes() int64 { return t.coverage.active.count() * t.where.grain }

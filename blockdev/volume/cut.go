@@ -365,7 +365,7 @@ func (v *Volume) prepareSnapshot() error {
 	v.devices[roleSnap] = info
 	origin := v.originTable()
 	snapshot := dm.Target{Length: origin.Length, Type: "snapshot", Params: fmt.Sprintf("%s %s N %d",
-		v.devices[roleData].Dev(), v.devices[roleCow].Dev(), v.options.ChunkBytes/blockdev.SectorSize)}
+		v.devices[roleData].Dev(), v.devices[roleCow].Dev(), chunkBytes/blockdev.SectorSize)}
 	if err := v.ctl.Load(name, []dm.Target{snapshot}); err != nil {
 		return err
 	}

@@ -20,9 +20,9 @@ import (
 )
 
 const (
-	defaultChunkBytes = 16 << 10
+	// chunkBytes is the grain in which a frozen view keeps what is overwritten.
+	chunkBytes        = 16 << 10
 	defaultStallLimit = time.Second
-	maxChunkBytes     = 1 << 20
 )
 
 // ErrTrackingLost says that what changed since a cut can't be known. It never
@@ -45,9 +45,6 @@ type Options struct {
 	// EraBlockBytes is the grain of tracking; 0: as the label says. Another
 	// grain than the label's begins tracking anew.
 	EraBlockBytes int64
-	// ChunkBytes is the grain in which a frozen view keeps what is overwritten,
-	// a power of two from 4 KiB to 1 MiB; 0: 16 KiB.
-	ChunkBytes int64
 	// StallLimit is how long writers may be stopped for a cut; 0: 1 s.
 	StallLimit time.Duration
 	// FinePins is a folder on a bpffs in which fine tracking is pinned; "": the
@@ -79,9 +76,6 @@ type Options struct {
 }
 
 func (o *Options) check() error {
-	if o.ChunkBytes == 0 {
-		o.ChunkBytes = defaultChunkBytes
-	}
 	if o.StallLimit == 0 {
 		o.StallLimit = defaultStallLimit
 	}
@@ -94,8 +88,6 @@ func (o *Options) check() error {
 	switch {
 	case o.Name == "" || len(o.Name) > 100:
 		return fmt.Errorf("a volume's name has 1 to 100 characters, not '%s'", o.Name)
-	case o.ChunkBytes < blockdev.BlockSize || o.ChunkBytes > maxChunkBytes || o.ChunkBytes&(o.ChunkBytes-1) != 0:
-		return fmt.Errorf("volume %s: chunks of %d bytes: want a power of two from 4 KiB to 1 MiB", o.Name, o.ChunkBytes)
 	case o.StallLimit < 10*time.Millisecond || o.StallLimit > deadman.MaxLimit:
 		return fmt.Errorf("volume %s: a stall limit of %s: want 10 ms to %s", o.Name, o.StallLimit, deadman.MaxLimit)
 	case o.EraBlockBytes != 0 && checkEraBlock(o.EraBlockBytes) != nil:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"blockferry/blockdev/attach"
@@ -19,6 +20,13 @@ func (b busy) Cut(_ context.Context, _ uint64, want attach.Want) (*attach.Cut, e
 		return nil, fmt.Errorf("volume data: %w", b.why)
 	}
 	return &attach.Cut{}, nil
+}
+
+// trimmed is a disk without requests while it is trimmed: there is no cut at all.
+type trimmed struct{}
+
+func (trimmed) Cut(context.Context, uint64, attach.Want) (*attach.Cut, error) {
+	return nil, attach.ErrDiscards
 }
 
 // With 'when-busy: stall' writers are stopped for longer after some rounds in a row
@@ -46,6 +54,16 @@ func TestWhenBusy(t *testing.T) {
 	take := takeFrozen(busy{attach.ErrTrackingLost}, false)
 	if c, err := take(t.Context(), 1, protocol.CutWish{View: true}); err != nil || !errors.Is(c.NoView(), attach.ErrTrackingLost) || c.other != nil {
 		t.Errorf("with tracking lost: %v, %v, %v", err, c.noView, c.other)
+	}
+	s := &source{take: takeFrozen(busy{attach.ErrDiscards}, false)}
+	if c, err := s.Cut(t.Context(), 1, protocol.CutWish{View: true}); err != nil || !errors.Is(c.NoView(), attach.ErrDiscards) {
+		t.Errorf("while it is trimmed: %v, %v", c, err)
+	} else if said := s.lastCutStatus().Reason; !strings.Contains(said, "fstrim runs") {
+		t.Errorf("while it is trimmed status says '%s'", said)
+	}
+	take = takeFrozen(trimmed{}, false)
+	if _, err := take(t.Context(), 1, protocol.CutWish{View: true}); !errors.Is(err, protocol.ErrPasses) {
+		t.Errorf("no cut at all while it is trimmed: %v", err)
 	}
 	take = takeFrozen(busy{errors.New("anything else")}, true)
 	if _, err := take(t.Context(), 1, protocol.CutWish{View: true}); err == nil {
