@@ -34,6 +34,7 @@ var goals = []struct {
 	{"tracked-vs-drbd-a/*/*-over-drbd-a", goal{AtLeast: 1}},
 	{"tracked-vs-drbd-a-debian/*/*-over-drbd-a", goal{AtLeast: 1}},
 	{"primary-to-first-write/forced", goal{AtMost: 2}},
+	{"primary-to-first-write/forced/pending", goal{AtMost: 2}},
 }
 
 // goalOf is what a row should reach; nil if nothing is wanted of it.
