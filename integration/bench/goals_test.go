@@ -25,6 +25,8 @@ func TestGoals(t *testing.T) {
 		{"lag-natively-4k", "lsyncd-p99", ""},
 		{"tracked-vs-drbd-a-debian", "4k-qd1/pre-copy-over-drbd-a", "at least 1.00"},
 		{"tracked-vs-drbd-a-debian", "4k-qd1/pre-copy-over-raw", ""},
+		{"primary-to-first-write", "forced/pending", "at most 2.00"},
+		{"primary-to-first-write", "forced/pending/journal", ""},
 	} {
 		if got := goalOf(c.figure, c.row).String(); got != c.want {
 			t.Errorf("%s/%s: wanted '%s', is '%s'", c.figure, c.row, c.want, got)

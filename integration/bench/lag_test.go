@@ -140,7 +140,7 @@ func TestHighest(t *testing.T) {
 // Writers keep to their rate together, and remember writes in the order in which they
 // became durable.
 func TestNumberedWrites(t *testing.T) {
-	n := &numbered{dir: t.TempDir(), pages: 1024}
+	n := &numbered{dir: t.TempDir(), pages: 256}
 	if err := n.prepare(); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func TestNumberedWrites(t *testing.T) {
 // A target holds a write when all of it is there, or something later is in
 // its place; a file that was replaced is looked at anew.
 func TestLagOfTarget(t *testing.T) {
-	n, to := &numbered{dir: t.TempDir(), pages: 1024, mixed: true}, &target{dir: t.TempDir()}
+	n, to := &numbered{dir: t.TempDir(), pages: 256, mixed: true}, &target{dir: t.TempDir()}
 	if err := n.prepare(); err != nil {
 		t.Fatal(err)
 	}
