@@ -38,7 +38,7 @@ func TestBootDrain(t *testing.T) {
 			t.Errorf("drain to a slow replica: exit code %d after %v\n%s%s", code, took, out, errs)
 		}
 		lines := regexp.MustCompile(`(?m)^data: replica 'ebs' is [0-9.ms]+ and [0-9.]+[KM]iB behind, .+/s$`).FindAllString(errs, -1)
-		if len(lines) < 4 {
+		if len(lines) < 2 { // one a second, on a machine that is not busy
 			t.Errorf("%d lines of progress in 5 s:\n%s", len(lines), errs)
 		}
 		if !regexp.MustCompile(`(?m)^data: replica 'ebs' did not get there: if the disk goes now, the last [0-9.ms]+ and [0-9.]+[KM]iB of writes are lost`).MatchString(out) ||
