@@ -18,7 +18,7 @@ func TestMakePlan(t *testing.T) {
 		{"blank with a history", PlanInput{Disk: DiskBlank, Replica: line(1, 3)}, Plan{Action: Refuse, Rule: "names one"}},
 		{"first sync broken off", PlanInput{Disk: DiskInconsistent}, Plan{Action: CompareAll, InPlace: true, Rule: "first sync"}},
 		{"consistent without a history", PlanInput{Disk: DiskConsistent}, Plan{Action: Refuse, Rule: "no history in common"}},
-		{"same", PlanInput{Disk: DiskConsistent, Replica: primary}, Plan{Action: Nothing, Rule: "same cut"}},
+		{"same", PlanInput{Disk: DiskConsistent, Replica: primary}, Plan{Action: Nothing, Since: 15, Rule: "same cut"}},
 		{"same but inconsistent", PlanInput{Disk: DiskInconsistent, Replica: primary}, Plan{Action: CompareAll, InPlace: true, Rule: "not finished"}},
 		{"behind, tracked", PlanInput{Disk: DiskConsistent, Replica: line(1, 7), Tracked: true}, Plan{Action: Incremental, Since: 7, Rule: "is known"}},
 		{"behind, not tracked", PlanInput{Disk: DiskConsistent, Replica: line(1, 7)}, Plan{Action: CompareAll, Rule: "not known"}},
