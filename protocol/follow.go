@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 )
@@ -259,7 +260,10 @@ func (c *replicaCut) WrittenBytes() uint64   { return c.written }
 // else what the change map says.
 func (c *replicaCut) Changed(since uint64) ([]Range, error) {
 	if since >= c.mapBase {
-		if fine, ok := c.fine(since); ok {
+		c.r.mu.Lock()
+		fine, ok := c.r.fine.between(since, c.Epoch())
+		c.r.mu.Unlock()
+		if ok {
 			return fine.within(nil, Range{0, c.SizeBytes()}), nil
 		}
 	}
@@ -267,14 +271,9 @@ func (c *replicaCut) Changed(since uint64) ([]Range, error) {
 }
 
 func (c *replicaCut) ChangedExact(since uint64) bool {
-	_, ok := c.fine(since)
-	return ok && since >= c.mapBase
-}
-
-func (c *replicaCut) fine(since uint64) (*blockSet, bool) {
 	c.r.mu.Lock()
 	defer c.r.mu.Unlock()
-	return c.r.fine.between(since, c.Epoch())
+	return since >= c.mapBase && c.r.fine.exact(since, c.Epoch())
 }
 
 // Valid: nothing is written to the data while its image is held, unless by somebody else,
@@ -307,7 +306,10 @@ type fineLog struct {
 
 type fineEpoch struct {
 	epoch  uint64
-	blocks blockSet
+	blocks blockSet // those that came, and those that were compared and are equal
+	// narrowed: some were compared. Such a one may have been something else at a cut that this
+	// copy was never at, so whoever is fed has to compare it, too, and note that.
+	narrowed bool
 }
 
 // size is in pages, one at least.
@@ -319,14 +321,13 @@ func (r *Replica) came(o *openEpoch, epoch uint64) {
 	switch {
 	case r.fine == nil:
 	case o.fine:
-		r.fine.add(epoch, o.blocks)
+		r.fine.add(fineEpoch{epoch, o.blocks, o.narrowed})
 	default: // it may have changed what its frames do not name
 		*r.fine = fineLog{from: epoch}
 	}
 }
 
-func (l *fineLog) add(epoch uint64, blocks blockSet) {
-	e := fineEpoch{epoch, blocks}
+func (l *fineLog) add(e fineEpoch) {
 	l.epochs = append(l.epochs, e)
 	l.pages += e.size()
 	for l.pages > maxFinePages {
@@ -343,7 +344,14 @@ func (l *fineLog) forget(upTo uint64) {
 	}
 }
 
-// between is what changed after one epoch up to another; false: that is not known.
+// exact says that what changed after one epoch up to another is known, and need not be compared.
+func (l *fineLog) exact(since, upTo uint64) bool {
+	return since >= l.from && !slices.ContainsFunc(l.epochs, func(e fineEpoch) bool {
+		return e.epoch > since && e.epoch <= upTo && e.narrowed
+	})
+}
+
+// between is what may have changed after one epoch up to another; false: that is not known.
 func (l *fineLog) between(since, upTo uint64) (*blockSet, bool) {
 	if since < l.from {
 		return nil, false

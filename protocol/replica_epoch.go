@@ -9,16 +9,17 @@ import (
 
 // openEpoch is the epoch whose frames are coming in; epochMu guards it.
 type openEpoch struct {
-	start   EpochStart
-	digests [MaxStreams]*StreamDigest
-	frames  uint64
-	length  int64 // of the frames with their headers
-	touched *touched
-	rounds  roundSet
-	broken  error    // why it can't be committed any more
-	bytes   uint64   // that the frames describe
-	blocks  blockSet // what it describes, if that may be the only copy, or is fine
-	fine    bool     // its blocks are all that it changes, and somebody may ask for them
+	start    EpochStart
+	digests  [MaxStreams]*StreamDigest
+	frames   uint64
+	length   int64 // of the frames with their headers
+	touched  *touched
+	rounds   roundSet
+	broken   error    // why it can't be committed any more
+	bytes    uint64   // that the frames describe
+	blocks   blockSet // what it describes, if that may be the only copy, or is fine
+	fine     bool     // its blocks are all that it changes, and somebody may ask for them
+	narrowed bool     // of a fine one some were compared
 
 	writer *segmentWriter // of a journal epoch
 	first  cursor
@@ -288,6 +289,9 @@ func (r *Replica) append(ctx context.Context, o *openEpoch, stream int, b *bundl
 			o.blocks.add(f.Range())
 		}
 	}
+	if o.fine && len(o.blocks.pages) > maxFinePages {
+		o.fine, o.blocks = false, blockSet{}
+	}
 	if o.pipe != nil {
 		return r.appendInPlace(o, b)
 	}
@@ -471,6 +475,10 @@ func (r *Replica) compared(ranges []Range) {
 	}
 	for _, c := range ranges {
 		r.open.touched.compared(c)
+		if r.open.fine {
+			r.open.blocks.add(c)
+			r.open.narrowed = true
+		}
 	}
 }
 
