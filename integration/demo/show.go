@@ -17,8 +17,13 @@ import (
 	"blockferry/integration/rig"
 )
 
-// clockSlack is what may lie between a cut and the time noted for it.
-const clockSlack = 300 * time.Millisecond
+const (
+	// clockSlack is what may lie between a cut and the time noted for it.
+	clockSlack = 300 * time.Millisecond
+	// keptWithin is how much longer the writers write, at most, until the replica has a
+	// cut with some of it: on a busy machine a cut may be given up, and made anew.
+	keptWithin = time.Minute
+)
 
 // stage is the machine that the demo is shown on.
 type stage interface {
@@ -45,6 +50,8 @@ type demo struct {
 	ledger *load.Ledger
 	load   *load.Load
 	cutAt  map[uint64]time.Duration // of each epoch seen in a status, by the ledger's clock
+	wrote  time.Duration            // when durable writes were seen first, by the ledger's clock; 0: not yet
+	kept   bool                     // the replica has a cut from after that
 }
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
@@ -122,7 +129,10 @@ func (d *demo) writeUntilWiped(ctx context.Context, seconds int) (time.Duration,
 	}
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
-	for d.ledger.Now() < time.Duration(seconds)*time.Second {
+	for written := time.Duration(seconds) * time.Second; d.ledger.Now() < written || !d.kept; {
+		if d.ledger.Now() > written+keptWithin {
+			return 0, fmt.Errorf("the replica has no cut of what was written within %v", written+keptWithin)
+		}
 		<-ticker.C
 		if err := d.showLag(ctx); err != nil {
 			return 0, err
@@ -159,6 +169,9 @@ func (d *demo) showLag(ctx context.Context) error {
 	}
 	v, now := document.Volumes[0], d.ledger.Now()
 	records, bytes := d.ledger.Totals()
+	if records > 0 && d.wrote == 0 {
+		d.wrote = now
+	}
 	line := fmt.Sprintf("%5.1fs  %6d writes %5d MiB", now.Seconds(), records, bytes>>20)
 	if cut := v.LastCut; cut != nil {
 		if cut.At != nil {
@@ -171,6 +184,9 @@ func (d *demo) showLag(ctx context.Context) error {
 	r := v.Replicas[0]
 	if r.Position != nil {
 		line += fmt.Sprintf("  ebs has %d", r.Position.Epoch)
+		for epoch, at := range d.cutAt {
+			d.kept = d.kept || d.wrote > 0 && at > d.wrote+clockSlack && epoch <= r.Position.Epoch
+		}
 	}
 	if r.BehindSeconds != nil {
 		line += fmt.Sprintf(", behind %.1f s", *r.BehindSeconds)

@@ -50,15 +50,41 @@ func TestJudgeFindsTheMoment(t *testing.T) {
 	}
 }
 
-// loaded runs the demo's writers on an ordinary folder for a moment.
-func loaded(t *testing.T) *Load {
+// loaded runs the demo's writers on an ordinary folder until there is enough of
+// each of the kinds named, and of all.
+func loaded(t *testing.T, kinds ...string) *Load {
 	t.Helper()
 	l := &Load{Dir: t.TempDir(), Ledger: NewLedger()}
-	ctx, cancel := context.WithTimeout(t.Context(), 700*time.Millisecond)
-	defer cancel()
+	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(func() { cancel(); _ = l.Wait() })
 	if err := l.Start(ctx); err != nil {
 		t.Fatal(err)
 	}
+	enough := func() bool {
+		records, _ := l.Ledger.Totals()
+		l.Ledger.mu.Lock()
+		defer l.Ledger.mu.Unlock()
+		for _, kind := range kinds {
+			of := 0
+			for key := range l.Ledger.keys {
+				if strings.HasPrefix(key, kind) {
+					of++
+				}
+			}
+			if of < 20 {
+				return false
+			}
+		}
+		return records >= 200
+	}
+	for !enough() {
+		if l.Ledger.Now() > time.Minute {
+			records, _ := l.Ledger.Totals()
+			t.Fatalf("only %d writes", records)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	cancel()
 	if err := l.Wait(); err != nil {
 		t.Fatal(err)
 	}
@@ -75,21 +101,24 @@ func (l *Load) verdict() error {
 }
 
 func TestDamageIsSeen(t *testing.T) {
-	l := loaded(t)
+	pages, log, files := "pages/2", segmentName(0, 0), "files/"
+	l := loaded(t, pages+"#", log+"@", files)
 	if err := l.verdict(); err != nil {
 		t.Fatalf("an undamaged image: %v", err)
-	}
-	if records, _ := l.Ledger.Totals(); records < 100 {
-		t.Fatalf("only %d writes", records)
 	}
 	found, err := ReadBack(l.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A key in the file that was overwritten, and not the last write of all.
+	var last time.Duration // when the last write of all was issued
+	for _, versions := range l.Ledger.keys {
+		last = max(last, versions[len(versions)-1].issued)
+	}
+	// A key in the file that was written, and not by the last write of all: an image
+	// without that is good.
 	overwritten := func(prefix string) string {
 		for _, key := range slices.Sorted(maps.Keys(found)) {
-			if strings.HasPrefix(key, prefix) && found[key] >= 1 {
+			if strings.HasPrefix(key, prefix) && found[key] >= 1 && l.Ledger.keys[key][0].committed < last {
 				return key
 			}
 		}
@@ -121,7 +150,6 @@ func TestDamageIsSeen(t *testing.T) {
 		}
 		return b[at*pageBytes : (at+1)*pageBytes]
 	}
-	pages := "pages/2"
 	key := overwritten(pages + "#")
 	damage("a torn page", pages, func(b []byte) []byte { clear(page(b, key)[2048:]); return b })
 	damage("a lost page", pages, func(b []byte) []byte { clear(page(b, key)); return b })
@@ -133,9 +161,9 @@ func TestDamageIsSeen(t *testing.T) {
 		sealBlock(page(b, key), key, found[key]+5)
 		return b
 	})
-	damage("a damaged log", segmentName(0, 0), func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
-	damage("a log cut short", segmentName(0, 0), func(b []byte) []byte { return b[:len(b)/2] })
-	name := overwritten("files/")
+	damage("a damaged log", log, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
+	damage("a log cut short", log, func(b []byte) []byte { return b[:len(b)/2] })
+	name := overwritten(files)
 	damage("a torn file", name, func(b []byte) []byte { return b[:len(b)-8] })
 	damage("an empty file", name, func(b []byte) []byte { return nil })
 	if err := l.verdict(); err != nil {
