@@ -129,8 +129,8 @@ func (f *freezer) discarding(ctx context.Context) error {
 			return err
 		}
 		if now.discarded != f.began.discarded {
-			return fmt.Errorf("%w: %d bytes on %s since this cut began; nothing was frozen for it", ErrDiscards,
-				(now.discarded-f.began.discarded)*blockdev.SectorSize, f.attached.options.Device)
+			return fmt.Errorf("%w: %d bytes on %s since this cut began; %w", ErrDiscards,
+				(now.discarded-f.began.discarded)*blockdev.SectorSize, f.attached.options.Device, precopy.ErrUntried)
 		}
 		if look == 0 {
 			select {

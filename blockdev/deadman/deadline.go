@@ -91,10 +91,19 @@ func (s *striker) lookAt(n *leaseNote) (how condition, ours bool, is identity, e
 	return how, err == nil && n.identity.matches(is), is, err
 }
 
+// passed says that a device's deadline has passed, or can't be told; it strikes nothing.
+func (s *striker) passed(device string) (bool, error) {
+	n, err := leaseOf(s.folder, device)
+	if errors.Is(err, errTorn) {
+		return true, nil
+	}
+	return err == nil && n != nil && s.now() >= n.until, err
+}
+
 // overdue says that a device's deadline has passed: it must not be resumed, as
 // what a suspend holds back would be written, nor after an error. A suspended one
-// it strikes; that is done at once. A running one it leaves to the service's
-// watch: that waits for what is in flight, and whoever waits there must neither
+// it strikes, which waits for a flush of its disk, for some seconds at most. A running
+// one it leaves to the service's watch: that waits for what is in flight, and whoever waits there must neither
 // have anything else to do nor be killed, which would let through what is held.
 func (s *striker) overdue(device string) (ended bool, err error) {
 	n, err := leaseOf(s.folder, device)

@@ -28,6 +28,7 @@ type fakeDevices struct {
 	sequence map[string]uint64
 	notNow   int                      // so many fails don't work
 	hang     map[string]chan struct{} // fail waits for its end, unless the device is suspended
+	flush    map[string]chan struct{} // fail waits for its end
 	looks    map[string]chan struct{} // identify waits until it was received from twice
 	struck   chan string              // each that fails, if there is room
 }
@@ -81,7 +82,7 @@ func (f *fakeDevices) ready() error {
 
 // newDevices are devices none of which is suspended.
 func newDevices() *fakeDevices {
-	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, looks: map[string]chan struct{}{}, struck: make(chan string, 100)}
+	return &fakeDevices{suspended: map[string]bool{}, failing: map[string]bool{}, sequence: map[string]uint64{}, hang: map[string]chan struct{}{}, flush: map[string]chan struct{}{}, looks: map[string]chan struct{}{}, struck: make(chan string, 100)}
 }
 
 func (f *fakeDevices) identify(name string) (identity, condition, error) {
@@ -100,10 +101,13 @@ func (f *fakeDevices) identify(name string) (identity, condition, error) {
 // fail lets nothing through that was held back: it is none of resumed.
 func (f *fakeDevices) fail(name string) error {
 	f.mu.Lock()
-	hang, held := f.hang[name], f.suspended[name]
+	hang, flush, held := f.hang[name], f.flush[name], f.suspended[name]
 	f.mu.Unlock()
 	if hang != nil && !held {
 		<-hang
+	}
+	if flush != nil {
+		<-flush
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

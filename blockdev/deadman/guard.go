@@ -294,7 +294,8 @@ func (g *Guard) Freeze() error {
 
 // Resume has the devices resumed and the file systems thawed. Its error is
 // ErrLate when the dead-man was faster, or is dead; in the latter case rescue
-// was called, which has to resume them. ErrStopped: that failed.
+// was called, which has to resume them. ErrStopped: that failed. It is called
+// within Quiet.
 func (g *Guard) Resume(rescue func() error) error {
 	defer g.window.Unlock()
 	limit := time.Now()
@@ -336,7 +337,11 @@ func (g *Guard) ended() (runs bool, err error) {
 	if g.top == "" || g.fence.now() < g.armed+g.limit { // until then the dead-man made sure, and no file is read
 		return false, nil
 	}
-	over, err := g.fence.overdue(g.top)
+	over, err := g.fence.passed(g.top)
+	if err != nil || !over {
+		return false, err
+	}
+	loudly(func() { over, err = g.fence.overdue(g.top) }) // a flush may take seconds, and this stop is void
 	if err != nil || !over {
 		return false, err
 	}
@@ -397,19 +402,33 @@ var noCollections struct {
 // Quiet runs f without garbage collection. Those of several guards may overlap:
 // the last to end restores the setting.
 func Quiet(f func()) {
+	quiet()
+	defer unquiet()
+	f()
+}
+
+// loudly runs f, within Quiet, as if that had ended.
+func loudly(f func()) {
+	unquiet()
+	defer quiet()
+	f()
+}
+
+func quiet() {
 	n := &noCollections
 	n.Lock()
+	defer n.Unlock()
 	if n.count == 0 {
 		n.percent = debug.SetGCPercent(-1) // waits for a collection under way
 	}
 	n.count++
-	n.Unlock()
-	defer func() {
-		n.Lock()
-		defer n.Unlock()
-		if n.count--; n.count == 0 {
-			debug.SetGCPercent(n.percent)
-		}
-	}()
-	f()
+}
+
+func unquiet() {
+	n := &noCollections
+	n.Lock()
+	defer n.Unlock()
+	if n.count--; n.count == 0 {
+		debug.SetGCPercent(n.percent)
+	}
 }

@@ -422,7 +422,8 @@ func TestLeaseEndsWithoutADeadMan(t *testing.T) {
 	}
 	a.devices.set(func() { a.devices.failing["vol"] = false })
 	a.devices.suspend("vol")
-	orphansOf(t, a).resume()
+	o := orphansOf(t, a)
+	o.await(t.Context(), o.resume())
 	if !a.devices.fails("vol") || len(a.devices.resumedSoFar()) > 0 {
 		t.Errorf("the next service: fails %v, resumed %v", a.devices.fails("vol"), a.devices.resumedSoFar())
 	}

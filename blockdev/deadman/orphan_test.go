@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -48,7 +49,7 @@ func orphansOf(t *testing.T, a *agent) *orphans {
 	}
 	t.Cleanup(h.close)
 	ours := func(uuid string) bool { return !strings.HasSuffix(uuid, "foreign") }
-	return &orphans{mapperOf{a.devices}, ours, h, a.fence, slog.New(slog.DiscardHandler), bootTime, ""}
+	return &orphans{devices: mapperOf{a.devices}, ours: ours, holds: h, fence: a.fence, log: slog.New(slog.DiscardHandler), now: bootTime}
 }
 
 // A service that starts in the middle of a window of another dead-man leaves it.
@@ -101,4 +102,42 @@ func TestArmWaitsForALook(t *testing.T) {
 	}
 	a.devices.suspend("vol")
 	a.say("RESUME", "IN-TIME")
+}
+
+// A volume whose lease has ended, and whose disk takes long to be flushed before it fails,
+// keeps no other's writers waiting: neither one that runs on nor one that fails, too.
+func TestOrphansWaitForNoOther(t *testing.T) {
+	a := newAgent(t)
+	flush := make(chan struct{})
+	a.devices.set(func() { a.devices.flush["a-slow"] = flush })
+	for _, name := range []string{"a-slow", "b-ended", "c-torn"} {
+		is, _, _ := a.devices.identify(name)
+		n := leaseNote{device: name, identity: is, holder: "h", until: BootTime() - time.Second}
+		if err := n.write(a.notes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(leasePath(a.notes, "c-torn"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.devices.suspend("a-slow", "b-ended", "c-torn", "left")
+	o := orphansOf(t, a)
+	left := o.resume()
+	if got := a.devices.resumedSoFar(); !slices.Equal(got, []string{"left"}) || !slices.Equal(left, []string{"a-slow", "b-ended", "c-torn"}) {
+		t.Fatalf("resumed %v, left %v", got, left)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		o.await(t.Context(), left)
+	}()
+	struck := []string{<-a.devices.struck, <-a.devices.struck}
+	if slices.Sort(struck); !slices.Equal(struck, []string{"b-ended", "c-torn"}) {
+		t.Errorf("%v fail while the flush of another goes on", struck)
+	}
+	close(flush)
+	<-done
+	if !a.devices.fails("a-slow") || !a.devices.running() || len(a.devices.resumedSoFar()) != 1 {
+		t.Errorf("fails %v, resumed %v", a.devices.fails("a-slow"), a.devices.resumedSoFar())
+	}
 }

@@ -34,10 +34,11 @@ const (
 // locked in memory and ignores the signals that end others. Only processes of
 // its own user, root, are answered. Devices that were left suspended and whose
 // device-mapper UUID is ours are resumed first, unless another dead-man looks
-// after them; then ready is called, and it is about to accept. What killed
-// dead-men froze, of whom notes stand beside the socket, is thawed. The leases
-// that the service before it held it holds on; those that ended meanwhile come
-// first of all. The listener is closed.
+// after them, or their lease has ended; then ready is called, and it is about to
+// accept. What killed dead-men froze, of whom notes stand beside the socket, is
+// thawed. The leases that the service before it held it holds on; those that ended
+// meanwhile come first of all, and what fails for that is not waited for. The
+// listener is closed.
 func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool, log *slog.Logger, ready func()) error {
 	defer l.Close()
 	// Caught to the end: a second signal must not end it any sooner.
@@ -59,11 +60,11 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 		if err != nil {
 			log.Warn("whether a suspend is under way can't be told: one may be ended, and its cut void", "error", err)
 		}
-		o := &orphans{mapper.control, ours, h, &s.leases.striker, log, bootTime, ""}
-		held := o.resume()
+		o := &orphans{devices: mapper.control, ours: ours, holds: h, fence: &s.leases.striker, log: log, now: bootTime}
+		left := o.resume()
 		var looks sync.WaitGroup
 		defer looks.Wait() // before the mapper is closed
-		looks.Go(func() { o.await(ctx, held) })
+		looks.Go(func() { o.await(ctx, left) })
 	}
 	ready()
 	s.serve(l, ctx.Done())

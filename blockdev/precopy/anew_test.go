@@ -108,6 +108,13 @@ func TestMarkWithoutAStop(t *testing.T) {
 				if c.tries == 0 {
 					gone = 2 * maxStops
 				}
+				g.untried = c.covered // does not count
+				for try := 0; g.untried && try < maxStops; try++ {
+					if err := mark(); !errors.Is(err, ErrUntried) || m.newest != first {
+						t.Fatalf("not tried: %v, sealed to %d", err, m.newest)
+					}
+				}
+				g.untried = false
 				for try := range gone {
 					if err := mark(); !errors.Is(err, fail) || m.newest != first {
 						t.Fatalf("try %d: %v, sealed to %d", try, err, m.newest)

@@ -41,6 +41,9 @@ var ErrTooMuch = errors.New("too much changes for a cut within the stall budget"
 // still: the cut is void.
 var ErrWritten = errors.New("written to while writers were stopped")
 
+// ErrUntried says of a stop that it was not tried, as it would have been in vain.
+var ErrUntried = errors.New("nobody was stopped for it")
+
 // ErrNotWhole says that a cut lacks what was marked before it and not sealed: most
 // often an earlier process had taken it and ended before its own seal.
 // It is void, the next is not.
@@ -122,7 +125,7 @@ type Stopper interface {
 	// writers go on, all within limit. nil says that they stood still from
 	// before inside was called until it returned, and that inside returned nil.
 	// stalled is how long writers may have waited, also when it failed. inside may
-	// not be called.
+	// not be called. ErrUntried: it was not tried.
 	Stop(ctx context.Context, limit time.Duration, inside func() error) (stalled time.Duration, err error)
 }
 
@@ -260,7 +263,9 @@ func (e *Engine) Mark(ctx context.Context, number uint64, stop Stopper) (stalled
 			if called {
 				e.o.Tracker.Unheld()
 			}
-			e.vain++
+			if !errors.Is(err, ErrUntried) {
+				e.vain++
+			}
 			if _, _, covered := e.o.Tracker.Covered(); !possible || ctx.Err() != nil || covered && e.vain < maxStops {
 				return stalled, err
 			}

@@ -195,6 +195,7 @@ type gate struct {
 	draining func()
 	after    func() // inside has returned, writers are still out
 	fail     error
+	untried  bool
 	late     error  // the same, when inside has run
 	image    []byte // of the disk at the last stop
 	stops    int
@@ -209,6 +210,9 @@ func (g *gate) Prepare(context.Context) error {
 }
 
 func (g *gate) Stop(_ context.Context, limit time.Duration, inside func() error) (time.Duration, error) {
+	if g.untried {
+		return 0, ErrUntried
+	}
 	start := time.Now()
 	g.Lock()
 	defer g.Unlock()

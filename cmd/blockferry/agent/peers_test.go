@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -211,26 +212,54 @@ func TestKeptEpochIsTold(t *testing.T) {
 	}
 }
 
-// Before its replica is closed a copy that takes over waits for what it has committed, for a while.
+// When its serving ends a replica applies what it has committed before it is closed, once what
+// feeds from it has ended; for one whose image is held on that is waited for a while only.
 func TestCommittedIsAppliedFirst(t *testing.T) {
-	l := replicaAt(t, "here", history(1, 10))
-	r := l.replica
-	image, err := r.Hold(t.Context())
-	if err != nil {
+	formatted, _, _ := eitherRole(t)
+	raw := make([]byte, formatted.Size())
+	if _, err := formatted.ReadAt(raw, 0); err != nil {
 		t.Fatal(err)
 	}
-	start := protocol.EpochStart{Epoch: 20, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 20)}
-	if err := errors.Join(r.Begin(t.Context(), start), r.Commit(t.Context(), protocol.EpochCommit{Epoch: 20, Attempt: 1})); err != nil {
-		t.Fatal(err)
+	for _, held := range []bool{false, true} {
+		if held {
+			applyPatience = time.Millisecond
+			t.Cleanup(func() { applyPatience = 5 * time.Second })
+		}
+		s := aSwitching(t, raw)
+		l := s.copy.replica
+		var log bytes.Buffer
+		l.log = slog.New(slog.NewTextHandler(&log, nil))
+		var image *protocol.Image
+		l.feeds = func(*protocol.Replica) (end func()) {
+			return func() {
+				if !held {
+					time.AfterFunc(50*time.Millisecond, image.Release)
+				}
+			}
+		}
+		_, end := serveCopy(t, s)
+		l.mu.Lock()
+		r := l.replica
+		l.mu.Unlock()
+		var err error
+		if image, err = r.Hold(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		start := protocol.EpochStart{Epoch: 6, Attempt: 1, Mode: protocol.ModeJournal, Lineage: history(1, 6)}
+		if err := errors.Join(r.Begin(t.Context(), start), r.Commit(t.Context(), protocol.EpochCommit{Epoch: 6, Attempt: 1})); err != nil {
+			t.Fatal(err)
+		}
+		end()
+		disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := protocol.PeekReplica(disk)
+		if err = errors.Join(err, disk.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if st.Committed.Epoch != 6 || (st.Applied.Epoch == 6) == held || strings.Contains(log.String(), "not all is applied") != held {
+			t.Errorf("held on %v: applied is %v of %v; log:\n%s", held, st.Applied, st.Committed, log.String())
+		}
 	}
-	l.applied(t.Context(), time.Millisecond)
-	if st := r.Status(); st.PendingEpochs != 1 {
-		t.Fatalf("the image is held: %+v", st)
-	}
-	time.AfterFunc(20*time.Millisecond, image.Release)
-	l.applied(t.Context(), time.Minute)
-	if st := r.Status(); st.PendingEpochs != 0 || st.Applied.Epoch != 20 {
-		t.Errorf("%+v", st)
-	}
-	(&localReplica{}).applied(t.Context(), time.Minute) // not open
 }

@@ -165,7 +165,6 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 			return "", err
 		}
 	}
-	s.copy.replica.applied(ctx, applyPatience)
 	s.copy.replica.park("it takes over")
 	if err := s.lease.proved(ctx); err != nil { // what was before may have taken longer than it lives
 		s.copy.replica.unpark()

@@ -101,25 +101,6 @@ func (l *localReplica) park(why string) {
 	l.turn.Unlock() // whoever has the turn next sees that it is parked
 }
 
-// applyPatience is how long taking over waits before the replica is closed.
-const applyPatience = 5 * time.Second
-
-// applied waits for a while until what is committed now is applied. A replica that is opened
-// again applies the rest, but does not know for other copies what else that was about.
-func (l *localReplica) applied(ctx context.Context, patience time.Duration) {
-	l.mu.Lock()
-	r := l.replica
-	l.mu.Unlock()
-	if r == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	if err := r.WaitApplied(ctx, r.Status().Committed.Epoch); err != nil {
-		l.log.Info("not all is applied before the replica is closed", "error", err)
-	}
-}
-
 func (l *localReplica) unpark() {
 	l.mu.Lock()
 	l.parked = false
@@ -184,6 +165,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	if err := l.receiver.Add(l.name, replica); err != nil {
 		return nil, err
 	}
+	defer l.applied(replica)
 	defer l.receiver.Remove(s.VolumeUUID, l.name)
 	l.recallWord(replica)
 	l.set(replica, "", "")
@@ -215,6 +197,24 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 			l.usedWord(now)
 			l.dropKept(replica, keepFor)
 		}
+	}
+}
+
+// applyPatience is how long the end of the serving may wait. Tests give it less.
+var applyPatience = 5 * time.Second
+
+// applied waits for a while until what is committed is applied, once nobody feeds or reads the
+// replica any more. One that is opened again applies the rest, but does not know for other
+// copies what else that was about.
+func (l *localReplica) applied(r *protocol.Replica) {
+	s := r.Status()
+	if s.PendingEpochs == 0 || s.Err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyPatience)
+	defer cancel()
+	if err := r.WaitApplied(ctx, s.Committed.Epoch); err != nil {
+		l.log.Info("not all is applied before the replica is closed", "epochs", r.Status().PendingEpochs, "error", err)
 	}
 }
 
