@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -43,12 +44,25 @@ func TestFaultPrimarySide(t *testing.T) {
 		c.must(t, "sync", "--timeout", "60s")
 		h := history{Seed: 61, Size: span, MaxBytes: 64 << 10, Pause: 3 * time.Millisecond}
 		w := startWriter(t, v.Path, h, 1)
-		files := func() (n uint64) {
-			list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.agent.Process.Pid))
-			if err != nil {
-				t.Fatal(err)
+		// taken is the first descriptor that the agent does not have all the time: below
+		// it none is ever free.
+		taken := func() (n uint64) {
+			always := map[string]int{}
+			const looks = 100 // a cut, and a command's connection, have some open for a moment
+			for range looks {
+				list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.agent.Process.Pid))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, file := range list {
+					always[file.Name()]++
+				}
+				time.Sleep(10 * time.Millisecond)
 			}
-			return uint64(len(list))
+			for always[strconv.FormatUint(n, 10)] == looks {
+				n++
+			}
+			return n
 		}
 		var before unix.Rlimit
 		limit := func(n uint64) {
@@ -82,12 +96,7 @@ func TestFaultPrimarySide(t *testing.T) {
 				if err := unix.Prlimit(c.agent.Process.Pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
 					t.Fatal(err)
 				}
-				least := files()
-				for range 100 { // a cut, and a command's connection, have some open for a moment
-					time.Sleep(10 * time.Millisecond)
-					least = min(least, files())
-				}
-				limit(least - 2)
+				limit(taken())
 				time.Sleep(3 * time.Second)
 			},
 			logs: []string{"too many open files", "cut failed"},

@@ -230,7 +230,13 @@ func endedInTheFreeze(t *testing.T, signal unix.Signal) {
 		_ = blocktest.Thaw(r.dir)
 		t.Fatalf("it stays frozen: %s", r.note())
 	}
-	// What somebody else freezes from now on is not thawed any more.
+	// That it is thawed is noted right after. What somebody else freezes from then on is not
+	// thawed any more.
+	for deadline := time.Now().Add(20 * time.Second); strings.Contains(r.note(), noteFreezing) || strings.Contains(r.note(), noteFrozen); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it is thawed, and its note says otherwise: %s", r.note())
+		}
+	}
 	if err := blocktest.Freeze(r.dir); err != nil {
 		t.Fatal(err)
 	}
