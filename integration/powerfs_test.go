@@ -54,6 +54,7 @@ func (p *powerRig) loseFilesystem(t *testing.T, path string, at powerPoint) {
 	synced := l.Ledger.Now()
 	p.must(t, "sync", "--timeout", "60s")
 	epoch := p.awaitLoss(t, at, p.lose(at, p.all()...))
+	gone := l.Ledger.Now() - time.Since(p.lostAt)
 	stop()
 	_ = l.Wait() // it failed, or was stopped before it saw
 	if err := unix.Unmount(dir, 0); err != nil {
@@ -68,14 +69,17 @@ func (p *powerRig) loseFilesystem(t *testing.T, path string, at powerPoint) {
 	if err != nil || m.Held == 0 || m.Before <= synced {
 		t.Fatalf("the replica: %v; it lacks what was durable at %v, before the sync at %v: %+v", err, m.Before, synced, m)
 	}
-	t.Logf("the replica is of a moment between %v and %v; synced at %v, power lost before %v", m.After, m.Before, synced, l.Ledger.Now())
+	t.Logf("the replica is of a moment between %v and %v; synced at %v, power lost at %v", m.After, m.Before, synced, gone)
 
 	p.powerOn(t)
 	p.start(t)
 	p.caughtUp(t)
 	m, err = judgeFileSystem(t, l, path)
-	if err != nil || m.Held == 0 || m.Lost != 0 {
-		t.Fatalf("the SSD: %v; %d durable records are lost: %+v", err, m.Lost, m)
+	// The machine outlives its disks here. Until ext4 has noticed that its journal was given
+	// up, which is at the next write, it answers a folder's fsync with yes (it forces a commit,
+	// and there is none): what was acknowledged once the power had gone does not count.
+	if err != nil || m.Held == 0 || m.Before < gone {
+		t.Fatalf("the SSD, whose power went at %v: %v; %d durable records are lost: %+v", gone, err, m.Lost, m)
 	}
 }
 
