@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -68,7 +69,7 @@ func TestCascade(t *testing.T) {
 			middle, last := newNode(t, "middle", testVolumeSize, 32<<20), newNode(t, "last", testVolumeSize, 32<<20)
 			up := startRig(t, src, &memState{}, []*node{middle}, nil)
 			up.sync()
-			stop := src.busyWithin(t, uint64(grain), 500*time.Microsecond, 700)
+			stop := src.busyWithin(t, uint64(grain), time.Millisecond, 200)
 			down := startFollower(t, middle, []*node{last}, nil)
 			watchM, watchL := middle.watch(src), last.watch(src)
 			eventually(t, "some epochs came to the last", func() bool { return len(down.epochs("last")) > 5 })
@@ -88,7 +89,8 @@ func TestCascade(t *testing.T) {
 				t.Errorf("it began with %+v", first)
 			}
 			// What was compared on the way to the copy, as all is of this source, is compared again.
-			if got := down.brought("last", before, st.Committed.Epoch); got.SentBytes < 3*BlockSize || got.SentBytes > 64*BlockSize || got.ComparedBytes > uint64(2*max(grain, 3*BlockSize)) {
+			// One of three blocks in a row may be zeros.
+			if got := down.brought("last", before, st.Committed.Epoch); got.SentBytes < 2*BlockSize || got.SentBytes > 64*BlockSize || got.ComparedBytes > uint64(2*max(grain, 3*BlockSize)) {
 				t.Errorf("for three blocks: %+v", got)
 			}
 			for _, e := range down.epochs("last")[1:] {
@@ -165,22 +167,15 @@ func TestCascadeToSlow(t *testing.T) {
 	middle, last := newNode(t, "middle", testVolumeSize, 32<<20), newNode(t, "last", testVolumeSize, 32<<20)
 	up := startRig(t, src, &memState{}, []*node{middle}, nil)
 	up.sync()
-	rate := make(chan int64, 1)
-	now := int64(0)
-	pace := NewPace(func() int64 {
-		select {
-		case now = <-rate:
-		default:
-		}
-		return now
-	}, nil)
+	var rate atomic.Int64
+	pace := NewPace(rate.Load, nil)
 	down := startFollower(t, middle, []*node{last}, func(c *PrimaryConfig) {
 		c.CutLimit = 50 * time.Millisecond
 		l := &c.Replicas[0].Link
 		l.Pace, l.Codec, l.BatchBytes = pace, CodecNone, 64<<10 // an epoch is more than what is read ahead
 	})
 	was := level(t, last, middle).Committed
-	rate <- 1
+	rate.Store(1)
 	wroteSome(src, 0, 1500)
 	for n := range int64(10) {
 		wroteSome(src, 100*n, 100)
@@ -198,7 +193,7 @@ func TestCascadeToSlow(t *testing.T) {
 	if r.LagSeconds <= 0 || r.LagBytes < 900*BlockSize {
 		t.Errorf("it does not say how far it is behind: %+v", r)
 	}
-	rate <- 0
+	rate.Store(0)
 	level(t, last, middle)
 	last.check(src)
 }
