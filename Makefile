@@ -1,5 +1,5 @@
 # make demo   a disk is wiped under load and comes back        (3 minutes)
-# make test   lint, unit tests with -race, 1,000 random walks, tests on real kernels (25 minutes)
+# make test   lint, unit tests with -race, 1,000 random walks, tests on real kernels (30 minutes)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
