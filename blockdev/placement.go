@@ -106,3 +106,18 @@ func BootID() (id [16]byte, err error) {
 	}
 	return [16]byte(b), nil
 }
+
+// Node is the kernel's own node, in /dev, of a block device given as "major:minor"; "": the
+// kernel names none. fs.ErrNotExist: there is no such device.
+func Node(number string) (path string, err error) {
+	uevent, err := os.ReadFile("/sys/dev/block/" + number + "/uevent")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(uevent)) {
+		if node, found := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); found {
+			return "/dev/" + node, nil
+		}
+	}
+	return "", nil
+}

@@ -2,7 +2,6 @@ package integration
 
 import (
 	"encoding/json"
-	"fmt"
 	"math"
 	"os"
 	"os/exec"
@@ -170,18 +169,8 @@ func farTwins(g *guests, top, more string) (a, b *farNode) {
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	node := func(n, other int, role string) *farNode {
 		name := func(n int) string { return "node-" + string(rune('a'+n)) }
-		return &farNode{g, string(rune('a' + n)), top + fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
-volumes:
-  data:
-    role: %s
-    device: %s
-    size: %d
-    interval: 300ms
-    %s
-    peers: [%s]
-    replicas:
-      other: {address: "%s:7070", peer: %[9]s}
-`, name(n), uml.GuestPath(folders[name(n)]), vm.MemberAddress(n), farRescue, role, ubd(0), farVolume, more, name(other), vm.MemberAddress(other))}
+		return &farNode{g, string(rune('a' + n)), twinFile(top, name(n), uml.GuestPath(folders[name(n)]), vm.MemberAddress(n), farRescue,
+			role, ubd(0), farVolume, more, name(other), vm.MemberAddress(other))}
 	}
 	a, b = node(0, 1, "primary"), node(1, 0, "secondary")
 	b.begin(true)

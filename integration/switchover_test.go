@@ -44,14 +44,10 @@ func newTwinsOn(t *testing.T, diskA, diskB string) *twins {
 	return w
 }
 
-// madeTwins are those whose agents were not started. Their files have top at the top
-// level, and more for the volume.
-func madeTwins(t *testing.T, diskA, diskB, top, more string) *twins {
-	t.Helper()
-	zoneA, zoneB := twoZones(t)
-	folders := issue(t, blockferry(t), "node-a", "node-b")
-	file := func(me, other, role, here, there, device string) *cli {
-		return newCLI(t, top+fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
+// twinFile is the file of one of two nodes with a volume that either can write: with top at the
+// top level, and more for the volume.
+func twinFile(top, me, certs, here, rescue, role, device string, size int64, more, other, there string) string {
+	return top + fmt.Sprintf(`node: {name: %s, certs: %s, listen: "%s:7070", rescue: %s}
 volumes:
   data:
     role: %s
@@ -62,7 +58,17 @@ volumes:
     peers: [%s]
     replicas:
       other: {address: "%s:7070", peer: %[9]s}
-`, me, folders[me], here, t.TempDir(), role, device, twinVolume, more, other, there))
+`, me, certs, here, rescue, role, device, size, more, other, there)
+}
+
+// madeTwins are those whose agents were not started. Their files have top at the top
+// level, and more for the volume.
+func madeTwins(t *testing.T, diskA, diskB, top, more string) *twins {
+	t.Helper()
+	zoneA, zoneB := twoZones(t)
+	folders := issue(t, blockferry(t), "node-a", "node-b")
+	file := func(me, other, role, here, there, device string) *cli {
+		return newCLI(t, twinFile(top, me, folders[me], here, t.TempDir(), role, device, twinVolume, more, other, there))
 	}
 	w := &twins{wire: zoneB}
 	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", diskA)

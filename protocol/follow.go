@@ -356,19 +356,12 @@ func (l *fineLog) between(since, upTo uint64) (*blockSet, bool) {
 	if since < l.from {
 		return nil, false
 	}
-	all := &blockSet{pages: map[int64]*[blockSetWords]uint64{}}
+	all := &blockSet{}
 	for _, e := range l.epochs {
 		if e.epoch <= since || e.epoch > upTo {
 			continue
 		}
-		for key, page := range e.blocks.pages {
-			if all.pages[key] == nil {
-				all.pages[key] = new([blockSetWords]uint64)
-			}
-			for i, word := range page {
-				all.pages[key][i] |= word
-			}
-		}
+		all.unite(&e.blocks)
 	}
 	return all, true
 }

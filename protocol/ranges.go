@@ -129,22 +129,36 @@ const (
 )
 
 func (s *blockSet) add(r Range) {
-	if s.pages == nil {
-		s.pages = map[int64]*[blockSetWords]uint64{}
-	}
 	for at := r.Offset; at < r.End(); {
 		key := at / blockSetPageBytes
-		page := s.pages[key]
-		if page == nil {
-			page = new([blockSetWords]uint64)
-			s.pages[key] = page
-		}
+		page := s.page(key)
 		end := min(r.End(), (key+1)*blockSetPageBytes)
 		for ; at < end; at += BlockSize {
 			bit := at % blockSetPageBytes / BlockSize
 			page[bit/64] |= 1 << (bit % 64)
 		}
 	}
+}
+
+// unite adds what another set has.
+func (s *blockSet) unite(other *blockSet) {
+	for key, words := range other.pages {
+		page := s.page(key)
+		for i, word := range words {
+			page[i] |= word
+		}
+	}
+}
+
+// page is there afterwards.
+func (s *blockSet) page(key int64) *[blockSetWords]uint64 {
+	if s.pages == nil {
+		s.pages = map[int64]*[blockSetWords]uint64{}
+	}
+	if s.pages[key] == nil {
+		s.pages[key] = new([blockSetWords]uint64)
+	}
+	return s.pages[key]
 }
 
 // within lists which parts of r are in the set.

@@ -410,15 +410,9 @@ func (s *sweeper) one(f *os.File) (done bool) {
 
 // thaw thaws by any mount of the file system.
 func (s *sweeper) thaw(e *noteEntry) error {
-	uevent, err := os.ReadFile(sysfs(e.number) + "/uevent")
+	device, err := blockdev.Node(e.number)
 	if err != nil {
 		return err // the device is gone
-	}
-	device := ""
-	for line := range strings.Lines(string(uevent)) {
-		if node, found := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); found {
-			device = "/dev/" + node
-		}
 	}
 	mounts, _, err := blockdev.Usage(device)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
 )
 
 // flushPatience is how long a flush may take before a device is made to fail without
@@ -85,15 +87,12 @@ func openNumber(number string) (*os.File, error) {
 	if _, err := fmt.Sscanf(number, "%d:%d", &major, &minor); err != nil {
 		return nil, fmt.Errorf("block device '%s': %w", number, err)
 	}
-	uevent, err := attribute("/sys/dev/block/"+number, "uevent")
+	path, err := blockdev.Node(number)
 	if err != nil {
 		return nil, err
 	}
-	for line := range strings.Lines(uevent) {
-		node, found := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME=")
-		if path := "/dev/" + node; found && isNode(path, unix.Mkdev(major, minor)) {
-			return os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-		}
+	if isNode(path, unix.Mkdev(major, minor)) {
+		return os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
 	return nil, fmt.Errorf("block device %s has no node of its own in /dev", number)
 }

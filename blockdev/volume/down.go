@@ -83,16 +83,11 @@ func lockOf(ctl *dm.Control, name string) (*blockdev.DeviceLock, error) {
 		return nil, err
 	}
 	number, _, _ := strings.Cut(table[0].Params, " ")
-	uevent, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%s/uevent", number))
-	if err != nil {
+	node, err := blockdev.Node(number)
+	if err != nil || node == "" {
 		return nil, nil // an unplugged disk has no node to lock either
 	}
-	for line := range strings.Lines(string(uevent)) {
-		if node, found := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); found {
-			return blockdev.Lock("/dev/" + node)
-		}
-	}
-	return nil, nil
+	return blockdev.Lock(node)
 }
 
 func refuseOpen(ctl *dm.Control, name string) error {

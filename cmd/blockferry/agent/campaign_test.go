@@ -63,6 +63,21 @@ func withLease(t *testing.T, disk []byte) (*switching, *fakeLeases) {
 	return s, f
 }
 
+// primaryWithLease is one whose disk says that it is primary, from a history on.
+func primaryWithLease(t *testing.T) (s *switching, f *fakeLeases, at protocol.Lineage) {
+	t.Helper()
+	disk, at, _ := eitherRole(t)
+	if err := takeOverHere(disk, at); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s, f = withLease(t, raw)
+	return s, f, at
+}
+
 func copyAt(epoch uint64) lease.Copy {
 	return lease.Copy{Generation: fmt.Sprintf("%x", protocol.Generation{1}), Epoch: epoch}
 }
@@ -247,15 +262,7 @@ func TestAgentWithoutAuthority(t *testing.T) {
 
 // What has a lease does not come up without it, and says why.
 func TestWaitsForItsLease(t *testing.T) {
-	disk, at, _ := eitherRole(t)
-	if err := takeOverHere(disk, at); err != nil {
-		t.Fatal(err)
-	}
-	raw := make([]byte, disk.Size())
-	if _, err := disk.ReadAt(raw, 0); err != nil {
-		t.Fatal(err)
-	}
-	s, f := withLease(t, raw)
+	s, f, _ := primaryWithLease(t)
 	s.config.Attach = true // needs no mapper
 	uuid := volume.UUID{7}
 	s.know(uuid)
@@ -304,15 +311,7 @@ func TestWaitsForItsLease(t *testing.T) {
 // A stack that may be written is made to fail, whether or not a dead-man knows of its deadline, before
 // its node follows another or forgets its lease; while it can't be it does neither.
 func TestStackFailsFirst(t *testing.T) {
-	disk, at, _ := eitherRole(t)
-	if err := takeOverHere(disk, at); err != nil {
-		t.Fatal(err)
-	}
-	raw := make([]byte, disk.Size())
-	if _, err := disk.ReadAt(raw, 0); err != nil {
-		t.Fatal(err)
-	}
-	s, f := withLease(t, raw)
+	s, f, _ := primaryWithLease(t)
 	s.config.Attach = true // needs no mapper
 	s.know(volume.UUID{7})
 	hangs := errors.New("what is in flight has not ended")
@@ -347,15 +346,7 @@ func TestStackFailsFirst(t *testing.T) {
 // What is up and can't be managed may be written, and nothing replicates that: no copy stays on
 // record. From before a volume comes up its own disk is.
 func TestRecordOfUnmanaged(t *testing.T) {
-	disk, at, _ := eitherRole(t)
-	if err := takeOverHere(disk, at); err != nil {
-		t.Fatal(err)
-	}
-	raw := make([]byte, disk.Size())
-	if _, err := disk.ReadAt(raw, 0); err != nil {
-		t.Fatal(err)
-	}
-	s, f := withLease(t, raw)
+	s, f, at := primaryWithLease(t)
 	cut := func(r *lease.Record) bool {
 		return r != nil && r.Node == "node-a" && r.Disk != nil && r.Disk.Epoch == at.Tip().Epoch && r.Disk.Generation == fmt.Sprintf("%x", at.Tip().Generation) && len(r.Copies) == 0
 	}
