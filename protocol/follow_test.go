@@ -460,9 +460,10 @@ func TestCascadePowerCuts(t *testing.T) {
 			t.Run(fmt.Sprintf("%v %d", op, k), func(t *testing.T) {
 				// Of a middle that failed nobody asks any more, so this is no node.
 				nm, nl := openNode(t, "middle", m, ReceiverConfig{}), openNode(t, "last", l, ReceiverConfig{})
+				// Nobody can begin to follow what failed already.
+				down := startFollower(t, nm, []*node{nl}, func(c *PrimaryConfig) { c.Interval = time.Millisecond })
 				m.FailAt(op, k, errors.New("broken on purpose"))
 				up := startRig(t, src, state, []*node{nm}, func(c *PrimaryConfig) { c.Interval = 2 * time.Millisecond })
-				down := startFollower(t, nm, []*node{nl}, func(c *PrimaryConfig) { c.Interval = time.Millisecond })
 				for n := range 2 {
 					wroteSome(src, int64(100*n), 2)
 					want := nl.rep.Status().Committed
