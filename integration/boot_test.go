@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -371,5 +372,11 @@ func TestBootWrongConfiguration(t *testing.T) {
 				t.Fatalf("it did not come back: it is '%s', was restarted %s times", property("ActiveState"), property("NRestarts"))
 			}
 		}
+		// What its unit leaves the dead-man suffices for what that wants.
+		pid, err := strconv.Atoi(strings.TrimSpace(run(t, "systemctl", "show", "--property=MainPID", "--value", "blockferry-deadman.service")))
+		if err != nil || pid == 0 {
+			t.Fatalf("the dead-man's service does not run: %v", err)
+		}
+		realTime(t, pid)
 	})
 }

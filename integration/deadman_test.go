@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -343,8 +344,8 @@ func TestDeadManStopped(t *testing.T) {
 	})
 }
 
-// lockedAndSpared checks that the service does not depend on a disk or on the
-// memory that others leave.
+// lockedAndSpared checks that the service does not depend on a disk, on the memory
+// that others leave, or on the CPUs that they leave.
 func (d *deadManTest) lockedAndSpared() {
 	d.t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", d.service.Process.Pid)
@@ -368,6 +369,29 @@ func (d *deadManTest) lockedAndSpared() {
 	d.t.Logf("the dead-man's service: %d KiB resident, %d KiB of addresses locked, oom_score_adj %s", resident, locked, strings.TrimSpace(string(adjust)))
 	if locked < resident || resident > 64<<10 || strings.TrimSpace(string(adjust)) != "-1000" {
 		d.t.Error("its memory is not locked or too large, or the kernel may take it")
+	}
+	realTime(d.t, d.service.Process.Pid)
+}
+
+// realTime fails unless every thread of a process is real-time.
+func realTime(t *testing.T, pid int) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	if err != nil || len(tasks) == 0 {
+		t.Fatalf("no threads of process %d: %v", pid, err)
+	}
+	for _, task := range tasks {
+		tid, err := strconv.Atoi(filepath.Base(task))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := unix.SchedGetAttr(tid, 0)
+		if errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil || a.Policy != unix.SCHED_RR || a.Priority != 1 {
+			t.Errorf("thread %d of dead-man %d: %+v, %v, want SCHED_RR, priority 1", tid, pid, a, err)
+		}
 	}
 }
 

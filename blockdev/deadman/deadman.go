@@ -73,13 +73,14 @@ type resumer interface {
 
 // Run is the whole life of a dead-man that one agent started: it serves the
 // Unix socket (Guard's other end of it) until that closes. It is the only
-// thing its process should do. The process is locked in memory and ignores the
-// signals that end an agent. In the folder notes it writes what it freezes, and
+// thing its process should do. The process is locked in memory, real-time where
+// that is permitted, and ignores the signals that end an agent. In the folder notes it writes what it freezes, and
 // thaws what a killed dead-man noted there; without one it freezes nothing.
 func Run(socket *os.File, notes string) error {
 	// An answer that nobody takes must not end it: there may be devices to resume.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
-	if err := becomeDeadMan(); err != nil {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if err := becomeDeadMan(log); err != nil {
 		return err
 	}
 	conn, err := net.FileConn(socket)
@@ -91,7 +92,6 @@ func Run(socket *os.File, notes string) error {
 	if !ok {
 		return fmt.Errorf("dead-man: a %T, want a Unix socket", conn)
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	mapper := dmResumer{log: log}
 	defer mapper.close()
 	_ = mapper.ready() // at ARM it is tried again
@@ -106,7 +106,8 @@ func Run(socket *os.File, notes string) error {
 }
 
 // becomeDeadMan makes this process one that waits for nothing.
-func becomeDeadMan() error {
+func becomeDeadMan(log *slog.Logger) error {
+	rush(log)
 	debug.SetGCPercent(-1) // it allocates some hundred bytes a cut
 	debug.SetMemoryLimit(64 << 20)
 	// A kernel short of memory should take anybody else. Not every place allows it.

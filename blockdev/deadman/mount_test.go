@@ -19,14 +19,21 @@ import (
 const deadmanVar = "BLOCKFERRY_TEST_DEADMAN"
 
 func TestMain(m *testing.M) {
-	if notes := os.Getenv(deadmanVar); notes != "" {
-		if err := Run(os.Stdin, notes); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
+	var err error
+	if notes, socket := os.Getenv(deadmanVar), os.Getenv(serviceVar); notes != "" {
+		err = Run(os.Stdin, notes)
+	} else if socket != "" {
+		err = serveAt(socket)
+	} else if os.Getenv(threadsVar) != "" {
+		err = makeThreads()
+	} else {
+		os.Exit(m.Run())
 	}
-	os.Exit(m.Run())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // fakeMounts are file systems that can be frozen, by the name they are opened by.

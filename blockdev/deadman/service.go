@@ -31,7 +31,7 @@ const (
 // Serve is the whole life of a dead-man that is a service of its own: it
 // serves any number of agents' guards until ctx ends; then it returns as soon
 // as nothing is stopped. It is the only thing its process should do, which is
-// locked in memory and ignores the signals that end others. Only processes of
+// locked in memory, real-time where that is permitted, and ignores the signals that end others. Only processes of
 // its own user, root, are answered. Devices that were left suspended and whose
 // device-mapper UUID is ours are resumed first, unless another dead-man looks
 // after them, or their lease has ended; then ready is called, and it is about to
@@ -44,7 +44,7 @@ func Serve(ctx context.Context, l *net.UnixListener, ours func(uuid string) bool
 	// Caught to the end: a second signal must not end it any sooner.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
-	if err := becomeDeadMan(); err != nil {
+	if err := becomeDeadMan(log); err != nil {
 		return err
 	}
 	notes := filepath.Dir(l.Addr().String())
