@@ -107,7 +107,7 @@ var figures = []figure{
 			"with the loop devices' own threads, and a write to these disks takes as long as copying it in memory: what the agent does in the meantime shows as it would on no real disk.",
 		disks:   []uml.Disk{{Size: attachedBytes + 160<<20}, {Size: attachedBytes + 512<<20}, {Size: attachedBytes + 160<<20}},
 		native:  true,
-		picture: ratios("attach-vs-raw-randwrite", "Writers on an attached device, over the bare one"),
+		picture: ratios("attach-vs-raw-randwrite", "Writers on an attached device, over the bare one", ""),
 		measure: attachedVersusRaw,
 	},
 	{
@@ -125,7 +125,7 @@ var figures = []figure{
 		note: "The volume of 1 GiB holds an ext4 with 864 MiB of files; a first sync copies all of it, rsync of the files only those. Source and target are forgotten by the page cache before each run. " +
 			"rsync and nbdcopy only copy: what changes meanwhile makes theirs no point in time, and they need no checksums.",
 		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
-		picture: ratios("first-sync-vs-rsync", "How many times as fast a first sync is"),
+		picture: ratios("first-sync-vs-rsync", "How many times as fast a first sync is", ""),
 		limit:   20 * time.Minute,
 		measure: firstSyncVersusRsync,
 	},
@@ -134,7 +134,7 @@ var figures = []figure{
 		about:   "CPU time and memory that the first copy takes, beside rsync and nbdcopy",
 		note:    "The whole guest's CPU time counts all that is not idle, the kernel's threads included, in ticks of 10 ms. nbdcopy and a first sync read and write past the page cache or not as they please; memory is that of the processes, not of the page cache.",
 		disks:   []uml.Disk{{Size: syncBytes + 256<<20}, {Size: syncBytes + 256<<20}},
-		picture: ratios("cpu-per-gib", "What a first sync takes, over what others take"),
+		picture: ratios("cpu-per-gib", "What a first sync takes, over what others take", ""),
 		limit:   20 * time.Minute,
 		measure: cpuPerGiB,
 	},
@@ -173,13 +173,15 @@ var figures = []figure{
 	},
 	{
 		name:  "tracked-vs-drbd-a",
-		about: "a volume written at full speed while it is replicated, against DRBD 8.4 and md RAID1 with write-behind in the same guest",
-		note: "DRBD replicates to a second guest, with a CPU of its own, over a bridge; blockferry to a second disk in the guest itself, whose one CPU the writer, the agent and the replica share. " +
-			"md writes to a second disk, too. On the other side is what a commit holds, for blockferry, and what was written to the other disk, flushed or not, for the others.",
+		about: "writers on a volume, while its changes are marked and while it is replicated, against DRBD 8.4 and md RAID1 with write-behind in the same guest",
+		note: "DRBD has no state in which it marks and does not send but that without a connection. Beside a volume whose changes are marked (all are) while its replication is paused there are both: drbd-a, which replicates, and drbd-alone, which marks. " +
+			"DRBD replicates to a second guest, with a CPU of its own, over a bridge; blockferry to a second disk in the guest itself, whose one CPU the writer, the agent and the replica share. " +
+			"md writes to a second disk, too. On the other side is what a commit holds, for blockferry, and what was written to the other disk, flushed or not, for the others. " +
+			"A latency at a part of the bare disk's rate is one write's, without waiting for its turn at that rate; where the rate was not reached it is that of a writer at its limit, and says so.",
 		disks:     peerDisks,
 		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},
 		limit:     30 * time.Minute,
-		picture:   ratios("tracked-vs-drbd-a", "Writers at full speed on a volume that is replicated, over the same on"),
+		picture:   ratios("tracked-vs-drbd-a", "Writers at full speed on a volume, over DRBD 8.4 protocol A", "-over-drbd-a"),
 		measure:   trackedVersusDRBD,
 	},
 	{
@@ -191,7 +193,7 @@ var figures = []figure{
 		peerDisks: []uml.Disk{{Size: volumeBytes + 32<<20}},
 		debian:    true,
 		limit:     60 * time.Minute,
-		picture:   ratios("tracked-vs-drbd-a-debian", "Writers at full speed on a volume that is replicated, over the same on"),
+		picture:   ratios("tracked-vs-drbd-a-debian", "Writers at full speed on a volume, over DRBD 8.4 protocol A", "-over-drbd-a"),
 		measure:   trackedVersusDRBD,
 	},
 	{

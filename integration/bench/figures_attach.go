@@ -87,6 +87,9 @@ func (s *stand) attachedLatency(ctx context.Context, m *measured, ours, bare str
 	return nil
 }
 
+// peerLoads are written at full speed.
+var peerLoads = []int{0, 1, 3} // of loads: 4 KiB at random with 1 and 16 at once, 256 KiB in sequence
+
 // attachedFullSpeed says also what was committed when the writer ended, and how
 // long the rest took.
 func (s *stand) attachedFullSpeed(ctx context.Context, m *measured, ours, bare string) error {

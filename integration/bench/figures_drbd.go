@@ -2,41 +2,38 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
-	"regexp"
-	"strconv"
-	"strings"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev/volume"
 	"blockferry/integration/rig"
-	"blockferry/integration/uml"
 )
 
-// Disks of the figure besides those of every stand.
-var (
-	drbdDisk     = guestDisk('d') // in both guests' words: the first guest's
-	drbdPeerDisk = guestDisk('a') // the second guest's
-	mdDisk       = guestDisk('e')
-	mdMirror     = guestDisk('f')
-)
+// fullLoads are the loads, of loads, that are written at full speed while the volume is
+// replicated, and those that are written beside it, the bare disk last.
+var fullLoads = []struct {
+	load   int
+	beside []string
+}{
+	{0, []string{"drbd-a", "drbd-c", "md", "raw"}},
+	{1, []string{"drbd-a", "raw"}},
+	{2, []string{"drbd-a", "drbd-c", "raw"}},
+	{3, []string{"drbd-a", "drbd-c", "md", "raw"}},
+}
 
-const (
-	drbdDevice = "/dev/drbd0"
-	mdDevice   = "/dev/md0"
-	drbdPort   = ":7789"
-)
-
-// peerDisks are the first guest's.
-var peerDisks = []uml.Disk{{Size: volumeBytes + 512<<20}, {Size: volumeBytes + 512<<20}, {Size: volumeBytes},
-	{Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}, {Size: volumeBytes + 32<<20}}
-
-// peerLoads are written at full speed.
-var peerLoads = []int{0, 1, 3} // of loads: 4 KiB at random with 1 and 16 at once, 256 KiB in sequence
+// heldLoads are those that are held at a part of the rate that the bare disk takes.
+var heldLoads = []struct {
+	load, part  int
+	name, words string
+}{
+	{0, 2, "half", "half"},
+	{1, 2, "half", "half"},
+	{0, 10, "tenth", "a tenth of"}, // where half is more than either takes
+}
 
 // images are the ways to take a cut that are compared in this guest. Without fine
 // tracking there is but one.
@@ -47,8 +44,8 @@ func images() []string {
 	return []string{"snapshot"}
 }
 
-// trackedVersusDRBD writes at full speed to a volume that is replicated meanwhile, and to
-// what others replicate: DRBD to a second guest, md to a second disk.
+// trackedVersusDRBD has writers on a volume and on what others replicate take turns: DRBD
+// to a second guest, md to a second disk.
 func trackedVersusDRBD(ctx context.Context, s *stand, m *measured) error {
 	there, leave, err := peer(ctx)
 	if err != nil {
@@ -62,108 +59,235 @@ func trackedVersusDRBD(ctx context.Context, s *stand, m *measured) error {
 	if err := d.prepare(); err != nil {
 		return err
 	}
+	if err := aloneDRBD(); err != nil {
+		return err
+	}
 	if err := makeMD(); err != nil {
 		return err
 	}
 	if err := s.replicated(ctx, volumeSpec{}); err != nil {
 		return err
 	}
-	for _, device := range []string{drbdDevice, mdDevice} {
+	for _, device := range []string{drbdDevice, aloneDevice, mdDevice} {
 		if err := fill(device, volumeBytes, 3); err != nil {
 			return err
 		}
 	}
-	lasting := m.lasting(5*time.Second, 3*time.Second)
-	for _, i := range peerLoads {
-		l := loads[i]
-		l.load.lasting = lasting
-		if err := s.againstPeers(ctx, m, d, l.name, l.what, l.unit, l.load, l.bytes); err != nil {
-			return fmt.Errorf("%s: %w", l.name, err)
+	for _, part := range []func(context.Context, *measured, *drbd) error{s.trackingVersusDRBD, s.fullVersusPeers, s.heldVersusDRBD} {
+		if err := part(ctx, m, d); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// ended is how a run at full speed ended.
+// ended is how a run ended.
 type ended struct {
-	rate      float64
+	written
 	committed float64 // bytes known to be on the other side at its end
 	lag       float64 // seconds until all of it was, after its end
 	growing   bool    // it fell behind more and more
 }
 
-func (s *stand) againstPeers(ctx context.Context, m *measured, d *drbd, name, what, unit string, l load, bytes bool) error {
-	type side struct {
-		name, what string
-		run        func() (ended, error)
-		results    []ended
+// contender is one of those that a load is put on in turns.
+type contender struct {
+	name, what string
+	run        func(ctx context.Context, l load) (ended, error)
+	results    []ended
+}
+
+// values is one number of each of its runs.
+func (c *contender) values(of func(ended) float64) (v []float64) {
+	for _, e := range c.results {
+		v = append(v, of(e))
 	}
-	var sides []side
-	ours := images()
-	for _, image := range ours {
-		sides = append(sides, side{name: image, what: "blockferry, image: " + image, run: func() (ended, error) {
-			return s.fullSpeed(ctx, image, l, bytes)
+	return v
+}
+
+// throughput is a run's, in bytes or in writes.
+func throughput(bytes bool) func(ended) float64 {
+	if bytes {
+		return func(e ended) float64 { return e.bytesPerSecond }
+	}
+	return func(e ended) float64 { return e.iops }
+}
+
+// ours are blockferry's, one for each image.
+func (s *stand) ours() (c []*contender) {
+	for _, image := range images() {
+		c = append(c, &contender{name: image, what: "blockferry, image: " + image, run: func(ctx context.Context, l load) (ended, error) {
+			return s.whileReplicated(ctx, image, l)
 		}})
 	}
-	sides = append(sides, []side{
-		{name: "drbd-a", what: "DRBD 8.4 protocol A", run: func() (ended, error) { return d.fullSpeed(ctx, "A", l, bytes) }},
-		{name: "drbd-c", what: "DRBD 8.4 protocol C", run: func() (ended, error) { return d.fullSpeed(ctx, "C", l, bytes) }},
-		{name: "md", what: "md RAID1 write-mostly, write-behind", run: func() (ended, error) {
-			return mdFullSpeed(ctx, l, bytes)
-		}},
-		{name: "raw", what: "the bare disk", run: func() (ended, error) {
-			rate, err := rate(ctx, raw, volumeBytes, l, bytes)
-			return ended{rate: rate}, err
-		}},
-	}...)
-	count := m.runs(5, 2)
+	return c
+}
+
+// on is a device that is only written.
+func on(name, what, device string) *contender {
+	return &contender{name: name, what: what, run: func(ctx context.Context, l load) (ended, error) {
+		w, err := fio(ctx, device, volumeBytes, l)
+		return ended{written: w}, err
+	}}
+}
+
+// beside are the others, by name.
+func beside(d *drbd, names []string) (c []*contender) {
+	for _, name := range names {
+		switch name {
+		case "drbd-a", "drbd-c":
+			protocol := map[string]string{"drbd-a": "A", "drbd-c": "C"}[name]
+			c = append(c, &contender{name: name, what: "DRBD 8.4 protocol " + protocol, run: func(ctx context.Context, l load) (ended, error) {
+				return d.run(ctx, protocol, l)
+			}})
+		case "md":
+			c = append(c, &contender{name: name, what: "md RAID1 write-mostly, write-behind", run: runMD})
+		case "raw":
+			c = append(c, on(name, "the bare disk", raw))
+		}
+	}
+	return c
+}
+
+// turns puts a load on each of them, over and over. Each other time the last begins: what
+// comes later may find warmer caches, and no image and no protocol is changed twice in a round.
+func turns(ctx context.Context, name string, count int, l load, sides []*contender) error {
 	for n := range count {
-		for i := range sides {
-			// Each begins a round in turn.
-			side := &sides[(i+n)%len(sides)]
-			e, err := side.run()
+		order := slices.Clone(sides)
+		if n%2 == 1 {
+			slices.Reverse(order)
+		}
+		for _, side := range order {
+			e, err := side.run(ctx, l)
 			if err != nil {
-				return fmt.Errorf("%s: %w", side.name, err)
+				return fmt.Errorf("%s, %s: %w", name, side.name, err)
 			}
 			fmt.Printf("%s, %s, run %d of %d: %+v\n", name, side.name, n+1, count, e)
 			side.results = append(side.results, e)
 		}
 	}
-	values := func(i int, of func(ended) float64) (v []float64) {
-		for _, e := range sides[i].results {
-			v = append(v, of(e))
-		}
-		return v
+	return nil
+}
+
+// trackingVersusDRBD has the volume's changes marked only, replication being paused.
+func (s *stand) trackingVersusDRBD(ctx context.Context, m *measured, d *drbd) error {
+	if err := s.trackingAlone(ctx, volumeBytes); err != nil {
+		return err
 	}
-	rateOf := func(e ended) float64 { return e.rate }
-	for i, image := range ours {
-		for j, other := range sides[len(ours):] {
-			m.add(row{Name: name + "/" + image + "-over-" + other.name, Unit: unit, Ours: values(i, rateOf), Theirs: values(len(ours)+j, rateOf),
-				What: what + ", at full speed on a volume that is replicated meanwhile, image: " + image + ", over " + other.what})
+	from := s.log.Len()
+	for _, l := range loads {
+		l.load.lasting = m.lasting(time.Second, 500*time.Millisecond)
+		ours, others := on("tracking", "", top), beside(d, []string{"drbd-a", "raw"})
+		others[0].what += ", which replicates meanwhile, as it has no pause"
+		others = append(others, on("drbd-alone", "DRBD 8.4 without a peer, which marks what changed and sends nothing", aloneDevice))
+		if err := turns(ctx, "tracking/"+l.name, m.runs(5, 2), l.load, append([]*contender{ours}, others...)); err != nil {
+			return err
+		}
+		for _, other := range others {
+			m.add(row{Name: "tracking/" + l.name + "-over-" + other.name, Unit: l.unit, Ours: ours.values(throughput(l.bytes)), Theirs: other.values(throughput(l.bytes)),
+				What: l.what + ", at full speed on a volume whose changes are marked while its replication is paused, over " + other.what})
 		}
 	}
-	for i, side := range sides[:len(sides)-1] {
-		who := side.what
-		lag := row{Name: name + "/" + side.name + "-lag", Unit: "s", Ours: values(i, func(e ended) float64 { return e.lag }),
-			What: fmt.Sprintf("seconds after %v of it until all was on the other side, %s", l.lasting, who)}
-		grew := 0
-		for _, e := range side.results {
-			if e.growing {
-				grew++
+	if err := s.uncut(from); err != nil {
+		return err
+	}
+	if err := s.rig.Run(ctx, "resume", "data"); err != nil {
+		return s.withLog(err)
+	}
+	return s.settle(ctx)
+}
+
+// fullVersusPeers writes at full speed to what is replicated meanwhile.
+func (s *stand) fullVersusPeers(ctx context.Context, m *measured, d *drbd) error {
+	lasting := m.lasting(5*time.Second, 3*time.Second)
+	for _, full := range fullLoads {
+		l := loads[full.load]
+		l.load.lasting = lasting
+		count, ours, others := m.runs(5, 2), s.ours(), beside(d, full.beside)
+		sides := slices.Concat(ours, others)
+		if err := turns(ctx, l.name, count, l.load, sides); err != nil {
+			return err
+		}
+		for _, side := range ours {
+			for _, other := range others {
+				m.add(row{Name: l.name + "/" + side.name + "-over-" + other.name, Unit: l.unit, Ours: side.values(throughput(l.bytes)), Theirs: other.values(throughput(l.bytes)),
+					What: l.what + ", at full speed on a volume that is replicated meanwhile, image: " + side.name + ", over " + other.what})
 			}
 		}
-		if grew > 0 {
-			lag.What += fmt.Sprintf("; the lag was GROWING in %d of %d runs: had the load gone on, it would have grown on", grew, count)
+		for _, side := range sides[:len(sides)-1] {
+			lag := row{Name: l.name + "/" + side.name + "-lag", Unit: "s", Ours: side.values(func(e ended) float64 { return e.lag }),
+				What: fmt.Sprintf("seconds after %v of it until all was on the other side, %s", lasting, side.what)}
+			grew := 0
+			for _, e := range side.results {
+				if e.growing {
+					grew++
+				}
+			}
+			if grew > 0 {
+				lag.What += fmt.Sprintf("; the lag was GROWING in %d of %d runs: had the load gone on, it would have grown on", grew, count)
+			}
+			m.add(lag)
+			m.add(row{Name: l.name + "/" + side.name + "-committed", Unit: "bytes", Ours: side.values(func(e ended) float64 { return e.committed }),
+				What: "bytes known to be on the other side when the writer ended, " + side.what})
 		}
-		m.add(lag)
-		m.add(row{Name: name + "/" + side.name + "-committed", Unit: "bytes", Ours: values(i, func(e ended) float64 { return e.committed }),
-			What: "bytes known to be on the other side when the writer ended, " + who})
 	}
 	return nil
 }
 
-// fullSpeed is blockferry's side.
-func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool) (e ended, err error) {
+// heldVersusDRBD measures the latency of writers that are held at a part of the rate that the
+// bare disk takes, while what they write is replicated.
+func (s *stand) heldVersusDRBD(ctx context.Context, m *measured, d *drbd) error {
+	for _, held := range heldLoads {
+		l := loads[held.load]
+		l.load.lasting = m.lasting(time.Second, time.Second)
+		var full []float64
+		for range m.runs(3, 1) {
+			w, err := fio(ctx, raw, volumeBytes, l.load)
+			if err != nil {
+				return err
+			}
+			full = append(full, w.iops)
+		}
+		l.load.rate, l.load.lasting = int(percentile(full, 50))/held.part, m.lasting(4*time.Second, 3*time.Second)
+		name := held.name + "-" + l.name
+		ours, others := s.ours(), beside(d, []string{"drbd-a", "raw"})
+		sides := slices.Concat(ours, others)
+		if err := turns(ctx, name, m.runs(5, 2), l.load, sides); err != nil {
+			return err
+		}
+		m.addHeld(name, fmt.Sprintf("%s, at %s the bare disk's rate while it is replicated", l.what, held.words), ours, others[0], others[1])
+	}
+	return nil
+}
+
+// addHeld adds the latencies under a load, over those on the bare disk and over DRBD's, and what
+// of its rate was reached.
+func (m *measured) addHeld(name, what string, ours []*contender, drbd, bare *contender) {
+	latencies := []struct {
+		name, what string
+		of         func(ended) float64
+	}{
+		{"p50", "median latency, ", func(e ended) float64 { return e.p50 }},
+		{"p99", "99th percentile of the latency, ", func(e ended) float64 { return e.p99 }},
+	}
+	for _, side := range append(slices.Clone(ours), drbd) {
+		for _, latency := range latencies {
+			m.add(row{Name: name + "/" + side.name + "-" + latency.name, Unit: "ms", Ours: side.values(latency.of), Theirs: bare.values(latency.of),
+				What: latency.what + what + ", " + side.what + ", over the same on the bare disk"})
+		}
+		m.add(row{Name: name + "/" + side.name + "-rate", Unit: "writes/s", Ours: side.values(throughput(false)), Theirs: bare.values(throughput(false)),
+			What: "writes per second that were reached then, " + side.what + ", over the same on the bare disk"})
+	}
+	for _, side := range ours {
+		for _, latency := range latencies {
+			m.add(row{Name: name + "/" + side.name + "-over-" + drbd.name + "-" + latency.name, Unit: "ms", Ours: side.values(latency.of), Theirs: drbd.values(latency.of),
+				What: latency.what + what + ", " + side.what + ", over that on " + drbd.what})
+		}
+	}
+}
+
+// whileReplicated puts a load on the volume, which begins and ends with all of it at the
+// replica.
+func (s *stand) whileReplicated(ctx context.Context, image string, l load) (e ended, err error) {
 	if err := s.withImage(ctx, volumeSpec{image: image}); err != nil {
 		return e, err
 	}
@@ -176,10 +300,10 @@ func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool)
 		}
 	}
 	from, began := s.log.Len(), time.Now()
-	if e.rate, err = rate(ctx, top, volumeBytes, l, bytes); err != nil {
+	if e.written, err = fio(ctx, top, volumeBytes, l); err != nil {
 		return e, err
 	}
-	ended := time.Now()
+	end := time.Now()
 	found, err := s.entries("epoch committed", from)
 	if err != nil {
 		return e, err
@@ -190,9 +314,9 @@ func (s *stand) fullSpeed(ctx context.Context, image string, l load, bytes bool)
 	if err := s.settle(ctx); err != nil {
 		return e, err
 	}
-	e.lag = time.Since(ended).Seconds()
+	e.lag = time.Since(end).Seconds()
 	commits, _, err := s.commits(from)
-	e.growing = growing(commits, began, ended)
+	e.growing = growing(commits, began, end)
 	return e, err
 }
 
@@ -233,171 +357,4 @@ func (s *stand) marked(ctx context.Context) error {
 		}
 	}
 	return s.settle(ctx)
-}
-
-// drbd is a DRBD resource on both guests.
-type drbd struct {
-	there    runner
-	protocol string
-}
-
-// prepare makes it on both, equal as both disks are all zeros.
-func (d *drbd) prepare() error {
-	for _, guest := range []struct {
-		run  runner
-		disk string
-	}{{here, drbdDisk}, {d.there, drbdPeerDisk}} {
-		for _, command := range []string{
-			// The handlers of a machine are not here, and without one DRBD drops
-			// the connection at the first resync.
-			"modprobe -d /run/modules drbd usermode_helper=/bin/true",
-			"drbdmeta --force 0 v08 " + guest.disk + " internal create-md",
-			"drbdsetup new-resource bench",
-			"drbdsetup new-minor bench 0 0",
-			"drbdsetup attach 0 " + guest.disk + " " + guest.disk + " internal",
-		} {
-			if _, err := guest.run(strings.Fields(command)...); err != nil {
-				return err
-			}
-		}
-	}
-	if err := d.connect("C"); err != nil {
-		return err
-	}
-	if _, err := here("drbdsetup", "new-current-uuid", "--clear-bitmap", "0"); err != nil {
-		return err
-	}
-	if _, err := here("drbdsetup", "primary", "0"); err != nil {
-		return err
-	}
-	return d.await("UpToDate/UpToDate")
-}
-
-// connect joins the two with a protocol.
-func (d *drbd) connect(protocol string) error {
-	if d.protocol == protocol {
-		return nil
-	}
-	for _, guest := range []struct {
-		run       runner
-		own, peer string
-	}{{here, ownAddress, peerAddress}, {d.there, peerAddress, ownAddress}} {
-		own, peer := "ipv4:"+guest.own+drbdPort, "ipv4:"+guest.peer+drbdPort
-		if d.protocol != "" {
-			if _, err := guest.run("drbdsetup", "disconnect", own, peer); err != nil {
-				return err
-			}
-		}
-	}
-	for _, guest := range []struct {
-		run       runner
-		own, peer string
-	}{{here, ownAddress, peerAddress}, {d.there, peerAddress, ownAddress}} {
-		own, peer := "ipv4:"+guest.own+drbdPort, "ipv4:"+guest.peer+drbdPort
-		if _, err := guest.run("drbdsetup", "connect", "bench", own, peer, "--protocol="+protocol); err != nil {
-			return err
-		}
-	}
-	d.protocol = protocol
-	return d.await("cs:Connected")
-}
-
-// await waits until DRBD says so.
-func (d *drbd) await(what string) error {
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		said, err := here("cat", "/proc/drbd")
-		if err != nil || strings.Contains(said, what) {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("DRBD is not %s within 30 s: %s", what, said)
-		}
-	}
-}
-
-var drbdWritten = regexp.MustCompile(`\bdw:(\d+)`)
-
-// written is what DRBD has written to its disk, in bytes, as one of the guests
-// says.
-func (d *drbd) written(run runner) (float64, error) {
-	said, err := run("cat", "/proc/drbd")
-	if err != nil {
-		return 0, err
-	}
-	found := drbdWritten.FindStringSubmatch(said)
-	if found == nil || !strings.Contains(said, "cs:Connected") || !strings.Contains(said, "ds:UpToDate/UpToDate") {
-		return 0, fmt.Errorf("DRBD does not replicate: %s", said)
-	}
-	kib, err := strconv.ParseFloat(found[1], 64)
-	return kib * 1024, err
-}
-
-func (d *drbd) fullSpeed(ctx context.Context, protocol string, l load, bytes bool) (e ended, err error) {
-	if err := d.connect(protocol); err != nil {
-		return e, err
-	}
-	ownBefore, err := d.written(here)
-	if err != nil {
-		return e, err
-	}
-	peerBefore, err := d.written(d.there)
-	if err != nil {
-		return e, err
-	}
-	if e.rate, err = rate(ctx, drbdDevice, volumeBytes, l, bytes); err != nil {
-		return e, err
-	}
-	began := time.Now()
-	own, err := d.written(here)
-	if err != nil {
-		return e, err
-	}
-	for first := true; ; first = false {
-		there, err := d.written(d.there)
-		if err != nil {
-			return e, err
-		}
-		if first {
-			e.committed = there - peerBefore
-		}
-		if e.lag = time.Since(began).Seconds(); there-peerBefore >= own-ownBefore {
-			return e, nil
-		}
-		if e.lag > 60 {
-			return e, errors.New("the second guest's disk has not got all of it a minute after the last write")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-}
-
-// makeMD makes a mirror whose second half may be behind.
-func makeMD() error {
-	if err := uml.Modprobe("raid1"); err != nil {
-		return err
-	}
-	return rig.Do("mdadm", "--create", mdDevice, "--run", "--assume-clean", "--level=1", "--raid-devices=2", "--metadata=1.2", "--bitmap=internal",
-		"--write-behind=16383", mdDisk, "--write-mostly", mdMirror)
-}
-
-// mdFullSpeed counts what was written to the second disk; when that stands still
-// it has all of it.
-func mdFullSpeed(ctx context.Context, l load, bytes bool) (e ended, err error) {
-	_, before, err := diskBytes(mdMirror)
-	if err != nil {
-		return e, err
-	}
-	if e.rate, err = rate(ctx, mdDevice, volumeBytes, l, bytes); err != nil {
-		return e, err
-	}
-	began := time.Now()
-	_, last, err := diskBytes(mdMirror)
-	e.committed = last - before
-	for still := began; err == nil && time.Since(still) < 200*time.Millisecond; time.Sleep(10 * time.Millisecond) {
-		var now float64
-		if _, now, err = diskBytes(mdMirror); now != last {
-			last, still = now, time.Now()
-			e.lag = still.Sub(began).Seconds()
-		}
-	}
-	return e, err
 }

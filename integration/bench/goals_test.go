@@ -25,6 +25,13 @@ func TestGoals(t *testing.T) {
 		{"lag-natively-4k", "lsyncd-p99", ""},
 		{"tracked-vs-drbd-a-debian", "4k-qd1/pre-copy-over-drbd-a", "at least 1.00"},
 		{"tracked-vs-drbd-a-debian", "4k-qd1/pre-copy-over-raw", ""},
+		{"tracked-vs-drbd-a", "tracking/4k-fdatasync-over-drbd-a", "at least 1.00"},
+		{"tracked-vs-drbd-a-debian", "tracking/4k-qd1-over-drbd-alone", "at least 1.00"},
+		{"tracked-vs-drbd-a", "tracking/4k-qd1-over-raw", ""},
+		{"tracked-vs-drbd-a", "half-4k-qd1/snapshot-over-drbd-a-p50", "at most 1.00"},
+		{"tracked-vs-drbd-a-debian", "half-4k-qd16/pre-copy-over-drbd-a-p99", "at most 1.00"},
+		{"tracked-vs-drbd-a", "half-4k-qd1/snapshot-p50", ""},
+		{"tracked-vs-drbd-a", "half-4k-qd1/snapshot-rate", ""},
 		{"primary-to-first-write", "forced/pending", "at most 2.00"},
 		{"primary-to-first-write", "forced/pending/journal", ""},
 	} {
@@ -77,11 +84,16 @@ func TestPageSaysWhatRowsAreOf(t *testing.T) {
 	}
 	r := report{Figures: []result{
 		{Figure: "latency", About: "x", Rows: []row{one("half-p50", 3), one("half-rate", 0.2), one("tenth-p99", 4), one("tenth-rate", 0.97), one("other-p50", 5)}},
+		{Figure: "tracked-vs-drbd-a", About: "x", Rows: []row{one("half/a-p50", 3), one("half/a-rate", 0.2), one("half/b-p50", 3), one("half/b-rate", 0.5), one("half/a-over-b-p50", 6),
+			one("tenth/a-rate", 0.99), one("tenth/b-rate", 0.3), one("tenth/a-over-b-p99", 7), one("slow/a-rate", 0.96), one("slow/b-rate", 1), one("slow/a-over-b-p99", 8)}},
 		{Figure: "cut-stall", About: "x", Rows: []row{one("load/both-p99", 15)}, Extra: map[string]any{"load-cuts-per-run": []int{6, 8}, "other": []int{9}}},
 	}}
 	page := r.page()
 	for _, want := range []string{
 		"| half-p50: ; NOT AT THAT RATE: the writer reached 0.200 of what the bare one did | 3.00 |", "| tenth-p99:  | 4.00 |", "| other-p50:  | 5.00 |",
+		"| half/b-p50: ; NOT AT THAT RATE: the writer reached 0.500 of what the bare one did | 3.00 |",
+		"| half/a-over-b-p50: ; NOT AT THAT RATE: a reached 0.200 of what the bare one did, b reached 0.500 of what the bare one did | 6.00 |",
+		"| tenth/a-over-b-p99: ; NOT AT THAT RATE: b reached 0.300 of what the bare one did | 7.00 |", "| slow/a-over-b-p99:  | 8.00 |",
 		"\nCuts in each run: load 6 8. Of fewer",
 	} {
 		if !strings.Contains(page, want) {

@@ -61,8 +61,9 @@ func (r *result) row(name string) *row {
 	return nil
 }
 
-// ratios shows each ratio of a figure with the smallest and largest of its runs.
-func ratios(figure, title string) *picture {
+// ratios shows each ratio of a figure, of those whose names end so, with the smallest and
+// largest of its runs.
+func ratios(figure, title, suffix string) *picture {
 	return &picture{file: figure + ".png", script: func(r report) string {
 		f := r.find(figure)
 		if f == nil {
@@ -71,7 +72,7 @@ func ratios(figure, title string) *picture {
 		var data strings.Builder
 		n := 0
 		for _, row := range f.Rows {
-			if row.Theirs == nil {
+			if row.Theirs == nil || !strings.HasSuffix(row.Name, suffix) {
 				continue
 			}
 			n++

@@ -26,6 +26,7 @@ func TestPictures(t *testing.T) {
 			row{Name: "0.01%/memory", Ours: []float64{1}}, row{Name: "1%/memory", Ours: []float64{3}}),
 		some("lag-vs-lsyncd", row{Name: "blockferry", Ours: []float64{1}}),
 		some("lag-natively-4k", row{Name: "blockferry", Ours: []float64{1}}),
+		some("tracked-vs-drbd-a", row{Name: "x-over-raw", Ours: []float64{1}, Theirs: []float64{4}}, row{Name: "x-over-drbd-a", Ours: []float64{1}, Theirs: []float64{2}}),
 	}}
 	inGuest, natively := figures[figureIndex("lag-vs-lsyncd")].picture, figures[figureIndex("lag-natively-4k")].picture
 	lag := full.find("lag-vs-lsyncd")
@@ -36,6 +37,7 @@ func TestPictures(t *testing.T) {
 	full.find("lag-natively-4k").Extra = map[string]any{"lag-per-second": map[string][]float64{"blockferry": {5, 6}, "rsync-loop": {7, 8}}}
 	for _, want := range []struct{ picture, data string }{
 		{"first-sync-vs-rsync.png", `-1 0.75 0.5 1 "rsync-files"`},
+		{"tracked-vs-drbd-a.png", "$rows << END\n-1 0.5 0.5 0.5 \"x-over-drbd-a\"\nEND"},
 		{"plan.png", "1 1.5 1 2\n"},
 		{"lag-vs-lsyncd.png", "0 3\n1 4\n"},
 		{"lag-natively-4k.png", "$lag0 << END\n0 5\n1 6\nEND\n"},

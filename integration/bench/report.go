@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -159,18 +160,33 @@ func compact(text []byte) []byte {
 	return []byte(out.String())
 }
 
-// unreached says so of latencies under a load that the writer did not reach: they are
-// those of a writer at its limit.
+// unreached says so of latencies under a load that a writer did not reach: they are those of
+// a writer at its limit. In a row named A-over-B-p50 there are two.
 func (r *result) unreached(name string) string {
 	of, found := strings.CutSuffix(name, "-p50")
 	if !found {
 		of, found = strings.CutSuffix(name, "-p99")
 	}
-	i := slices.IndexFunc(r.Rows, func(other row) bool { return other.Name == of+"-rate" })
-	if !found || i < 0 || r.Rows[i].Median >= reachedWanted {
+	if !found {
 		return ""
 	}
-	return fmt.Sprintf("; NOT AT THAT RATE: the writer reached %s of what the bare one did", short(r.Rows[i].Median))
+	load, who := path.Split(of)
+	writers := strings.Split(who, "-over-")
+	var said []string
+	for _, writer := range writers {
+		reached := r.row(load + writer + "-rate")
+		if reached == nil || reached.Median >= reachedWanted {
+			continue
+		}
+		if len(writers) == 1 {
+			writer = "the writer"
+		}
+		said = append(said, fmt.Sprintf("%s reached %s of what the bare one did", writer, short(reached.Median)))
+	}
+	if said == nil {
+		return ""
+	}
+	return "; NOT AT THAT RATE: " + strings.Join(said, ", ")
 }
 
 // cutsPerRunSuffix is that of notes of how many cuts there were in each run.
