@@ -25,6 +25,7 @@ const (
 // from the third to the second, and dd from the third to the fourth.
 type lagLoad struct {
 	mixed bool
+	peers []lagging
 	dir   string // where the replicated file system is mounted
 	// end ends the replication and unmounts it.
 	end func(ctx context.Context) error
@@ -42,18 +43,18 @@ func lagVersusLsyncd(ctx context.Context, s *stand, m *measured) error {
 	if err != nil {
 		return err
 	}
-	return s.lags(ctx, m, lagLoad{mixed: true, dir: lagSource, end: func(ctx context.Context) error {
+	return s.lags(ctx, m, lagLoad{mixed: true, peers: laggings, dir: lagSource, end: func(ctx context.Context) error {
 		return errors.Join(unmount(), s.gone(ctx))
 	}})
 }
 
 // lagNatively puts the load on an attached device.
-func lagNatively(mixed bool) func(context.Context, *stand, *measured) error {
+func lagNatively(mixed bool, peers []lagging) func(context.Context, *stand, *measured) error {
 	return func(ctx context.Context, s *stand, m *measured) error {
 		if err := s.attach(ctx, "ext4", 0, time.Second, false); err != nil {
 			return err
 		}
-		return s.lags(ctx, m, lagLoad{mixed: mixed, dir: attachedFolder, end: s.detach})
+		return s.lags(ctx, m, lagLoad{mixed: mixed, peers: peers, dir: attachedFolder, end: s.detach})
 	}
 }
 
@@ -130,7 +131,7 @@ func (s *stand) lags(ctx context.Context, m *measured, l lagLoad) error {
 		return fmt.Errorf("the replica: %w", err)
 	}
 
-	for _, peer := range laggings {
+	for _, peer := range l.peers {
 		theirs, wrote, err := s.lagOf(ctx, peer, l.mixed, lasting, rate)
 		if err != nil {
 			return fmt.Errorf("%s: %w", peer.name, err)
@@ -248,6 +249,9 @@ func lagPicture(figure string) *picture {
 		}
 		var data, plots strings.Builder
 		for i, name := range []string{"blockferry", "lsyncd", "lsyncd-tuned", "rsync-loop"} {
+			if len(series[name]) == 0 {
+				continue
+			}
 			fmt.Fprintf(&data, "$lag%d << END\n", i)
 			for second, lag := range series[name] {
 				fmt.Fprintf(&data, "%d %g\n", second, max(lag, 0.01))

@@ -30,8 +30,10 @@ var laggings = []lagging{
 	{"lsyncd-tuned", "lsyncd with delay = 1 and rsync's inplace", func(ctx context.Context) (func() error, error) {
 		return lsyncd(fmt.Sprintf("sync{default.rsync, source=%q, target=%q, delay=1, rsync={inplace=true}}", lagSource, lagTarget))
 	}},
-	{"rsync-loop", "rsync -a --inplace, again as soon as it is done, but not more than once a second", rsyncLoop},
+	rsyncInALoop,
 }
+
+var rsyncInALoop = lagging{"rsync-loop", "rsync -a --inplace, again as soon as it is done, but not more than once a second", rsyncLoop}
 
 // lagOf puts the load on a file system that is copied to another one in some
 // way.
