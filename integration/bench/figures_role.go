@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -298,8 +299,13 @@ func copyWithin(device string, size int64) (float64, error) {
 
 // removeStack takes away what a machine that lost its power has no more.
 func removeStack(name string) error {
+	// Inner devices need not have a name in /dev.
+	there, err := here("dmsetup", "info", "-c", "--noheadings", "-o", "name")
+	if err != nil {
+		return err
+	}
 	for _, inner := range []string{"", "-era", "-snap", "-base", "-cow", "-meta", "-data"} {
-		if _, err := os.Stat("/dev/mapper/" + name + inner); errors.Is(err, fs.ErrNotExist) {
+		if !slices.Contains(strings.Fields(there), name+inner) {
 			continue
 		}
 		if err := errors.Join(rig.Do("dmsetup", "resume", name+inner), rig.Do("dmsetup", "remove", "--retry", name+inner)); err != nil {
