@@ -13,7 +13,8 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs mkfs.xfs=xfsprogs xfs_repair=xfsprogs era_dump=thin-provisioning-tools \
 	systemctl=systemd udevadm=udev fio=fio ip=iproute2 etcd=etcd-server
 # What demo and benchmarks do without.
-TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm
+TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm \
+	rpm=rpm mandoc=mandoc zsh=zsh fish=fish
 # What benchmarks compare with and draw with. Tests do without.
 BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev
@@ -25,20 +26,27 @@ RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault|TestTak
 FULL_SPEED := ./blockdev/attach ./blockdev/bpf
 FUZZTIME ?= 20s
 
-.PHONY: build demo test lint unit race unraced simulate soak integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
+.PHONY: build packages demo test lint unit race unraced simulate soak integration bench bench-list bench-report fuzz deps uml-deps generate proto proto-check bpf bpf-check rules clean
 
 build: # bin/blockferry
 	CGO_ENABLED=0 go build -trimpath -o bin/blockferry ./cmd/blockferry
+
+packages: $(TOOLS)/nfpm # bin/packages: .deb and .rpm. VERSION=1.2.3 if not git's, GOARCH=arm64, OUT=FOLDER
+	deploy/package/build $(or $(OUT),bin/packages)
 
 demo: uml-deps # ends in one line; not 0 on any difference
 	go run ./integration/demo
 
 test: deps lint race unraced simulate integration
 
+SCRIPTS = $(shell git ls-files deploy/ec2 deploy/package integration/deps | xargs grep -lE '^\#!.*sh$$|^\# shellcheck shell')
+
 lint: rules proto-check bpf-check $(TOOLS)/staticcheck
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
 	go vet ./...
 	$(TOOLS)/staticcheck ./...
+	@integration/deps shellcheck=shellcheck
+	shellcheck -x $(SCRIPTS)
 
 rules: # who may import whom, unsafe, file sizes
 	go test -count=1 ./integration/rules
@@ -84,7 +92,7 @@ fuzz: # each fuzz test for FUZZTIME
 	    echo "== $$package $$name"; go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$package"; \
 	  done; done
 
-deps: uml-deps # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
+deps: uml-deps $(TOOLS)/nfpm # all that 'make test' needs; the kernel for qemu is unpacked in .cache, not installed
 	@integration/deps $(TEST_DEPS) $(PROTO_DEPS)
 	go run ./integration/qemu/kernel
 
