@@ -33,6 +33,8 @@ type guest struct {
 	// and its rules where a package puts them, and with these files.
 	Systemd bool
 	Files   map[string]string
+	// Bare is such a guest without blockferry.
+	Bare bool
 }
 
 type disk = uml.Disk
@@ -119,7 +121,8 @@ func runWithHost(m *testing.M) (int, error) {
 // builtBinary builds the real binary, once per run.
 var builtBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(host.Dir(), "blockferry")
-	build := exec.Command("go", "build", "-o", path, "./cmd/blockferry")
+	// As for packages, so that the two compile everything once.
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", path, "./cmd/blockferry")
 	build.Dir = ".."
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -214,7 +217,10 @@ func guestSpec(name string, g guest) uml.Spec {
 		Args: []string{self, "-test.v", "-test.run", strings.Join(parts, "/"),
 			"-test.timeout", timeout.String()},
 	}
-	if g.Systemd {
+	switch {
+	case g.Systemd && g.Bare:
+		spec.Systemd, spec.Files = true, g.Files
+	case g.Systemd:
 		installed(&spec, g.Files)
 	}
 	// Only tests that use the binary fail when it does not build.
