@@ -147,9 +147,11 @@ func TestPackageContents(t *testing.T) {
 		"/usr/lib/blockferry/ec2/address": 0o755, "/usr/lib/blockferry/ec2/fence-peer": 0o755, "/usr/lib/blockferry/ec2/common.sh": 0o644,
 		"/usr/share/bash-completion/completions/blockferry": 0o644, "/usr/share/fish/vendor_completions.d/blockferry.fish": 0o644,
 		"/usr/share/doc/blockferry/copyright": 0o644, "/usr/share/doc/blockferry/CHANGELOG.md": 0o644,
+		"/usr/share/doc/blockferry/examples/ec2/user-data.yaml.tftpl": 0o644,
 	}
 	for folder, target := range map[string]string{
 		"../deploy/systemd": "/usr/lib/systemd/system", "../deploy/udev": "/usr/lib/udev/rules.d", "../docs/config/valid": "/usr/share/doc/blockferry/examples",
+		"../deploy/ec2/terraform": "/usr/share/doc/blockferry/examples/ec2/terraform",
 		"../deploy/ocf": "", // its one file has another name there
 	} {
 		entries, err := os.ReadDir(folder)
