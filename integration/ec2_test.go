@@ -48,7 +48,7 @@ describe-instances)
   # What is stopping has stopped some looks later.
   if [ -e stops-after ]; then
     n=$(cat stops-after)
-    if [ "$n" = 0 ]; then sed -i 's/ stopping / stopped /; s/ shutting-down / terminated /' instances; else grep -Eq ' (stopping|shutting-down) ' instances && echo $((n - 1)) >stops-after; fi
+    if [ "$n" = 0 ]; then sed -i 's/ stopping / stopped /; s/ shutting-down / terminated /' instances; elif grep -Eq ' (stopping|shutting-down) ' instances; then echo $((n - 1)) >stops-after; fi
   fi ;;
 stop-instances)
   [[ "$*" == *--force* ]] || exit 252

@@ -152,7 +152,7 @@ func TestPackageContents(t *testing.T) {
 	for folder, target := range map[string]string{
 		"../deploy/systemd": "/usr/lib/systemd/system", "../deploy/udev": "/usr/lib/udev/rules.d", "../docs/config/valid": "/usr/share/doc/blockferry/examples",
 		"../deploy/ec2/terraform": "/usr/share/doc/blockferry/examples/ec2/terraform",
-		"../deploy/ocf": "", // its one file has another name there
+		"../deploy/ocf":           "", // its one file has another name there
 	} {
 		entries, err := os.ReadDir(folder)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -263,6 +263,10 @@ func TestPackageManualAndCompletions(t *testing.T) {
 	pages, err := filepath.Glob(root + "/usr/share/man/man8/*")
 	if err != nil || len(pages) < 20 {
 		t.Fatalf("%d pages, %v", len(pages), err)
+	}
+	run(t, "gzip", append([]string{"-d"}, pages...)...)
+	for i := range pages {
+		pages[i] = strings.TrimSuffix(pages[i], ".gz")
 	}
 	if out := run(t, "mandoc", append([]string{"-T", "lint", "-W", "warning"}, pages...)...); out != "" {
 		t.Errorf("mandoc says:\n%s", out)

@@ -28,12 +28,15 @@ metadata=http://169.254.169.254/latest
 # self sets what this instance is: instance, interface (that of its first address) and region.
 self() {
   local token mac
-  token=$(curl -sf --max-time 3 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/api/token") &&
-    instance=$(read_metadata "$token" instance-id) &&
-    region=$(read_metadata "$token" placement/region) &&
-    mac=$(read_metadata "$token" mac) &&
-    interface=$(read_metadata "$token" "network/interfaces/macs/$mac/interface-id") ||
+  if ! {
+    token=$(curl -sf --max-time 3 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/api/token") &&
+      instance=$(read_metadata "$token" instance-id) &&
+      region=$(read_metadata "$token" placement/region) &&
+      mac=$(read_metadata "$token" mac) &&
+      interface=$(read_metadata "$token" "network/interfaces/macs/$mac/interface-id")
+  }; then
     die "the instance's metadata service does not say which instance this is (IMDSv2)"
+  fi
   case $instance/$region/$interface in
   i-*/*-*/eni-*) ;;
   *) die "the metadata service says instance '$instance', region '$region', interface '$interface': not what they look like" ;;
