@@ -203,6 +203,9 @@ func TestPackageContents(t *testing.T) {
 	if got := string(control["/conffiles"].content); got != config+"\n" || !slices.Equal(rpmConfig, []string{config}) {
 		t.Errorf("configuration: %q, %v", got, rpmConfig)
 	}
+	if out := run(t, "rpm", "-qp", "--qf", "%{BUILDHOST} %{BUILDTIME}", packageFile(dir, "rpm", olderPackage)); out != fmt.Sprintf("localhost %d", packageEpoch) {
+		t.Errorf("the rpm names where or when it was made: '%s'", out)
+	}
 	if out := run(t, program, "version"); !strings.Contains(out, "blockferry "+olderPackage+" ") {
 		t.Errorf("it says it is '%s'", out)
 	}
