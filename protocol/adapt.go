@@ -260,7 +260,8 @@ func (l *Link) roundEnds(err error) {
 	}
 }
 
-// allStored is called when the replica has, or has committed, all that was sent.
+// allStored is called when the replica has granted anew, or answered what came after,
+// all that was sent.
 func (l *Link) allStored() {
 	if l.packing != nil {
 		l.chose(l.packing.stored(time.Now()))

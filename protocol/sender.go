@@ -345,6 +345,8 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 			l.mu.Lock()
 			l.freeRoom = c.JournalFreeBytes
 			l.mu.Unlock()
+		}
+		if m.GetCommitted() != nil || m.GetAborted() != nil {
 			l.allStored()
 		}
 		select {
