@@ -414,7 +414,7 @@ func TestSlowLinkIsPackedHarder(t *testing.T) {
 
 // A first sync is one long round: it adapts in the middle of it.
 func TestLongRoundAdapts(t *testing.T) {
-	src := slices.Repeat(packWords(), 14)
+	src := slices.Repeat(packWords(), 8)
 	got := runAdapt(t, 80*time.Microsecond, packSpeed, LinkConfig{Codec: CodecNone, Adapt: true}, src)
 	if got.last == CodecNone || got.wire > uint64(len(src))*3/4 {
 		t.Errorf("it sent %d bytes of %d, with %v at the end", got.wire, len(src), got.last)
