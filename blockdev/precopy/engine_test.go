@@ -581,6 +581,14 @@ func TestFreedSpaceNeedsNoMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	write(9, 1, 77)
+	c, err := e.Cut(t.Context(), Request{Number: 9, Since: 7}, g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.Extents(); blockdev.Total(got) != block {
+		t.Errorf("the next cut holds %v, one block was written", got)
+	}
 }
 
 // To find out that what changed is no freed space takes little reading.
