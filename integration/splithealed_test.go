@@ -84,7 +84,6 @@ func TestSplitBrainHealed(t *testing.T) {
 			r := replicaNamed(t, v, "other")
 			return strings.Contains(r.Reason, "both went on separately") && strings.Contains(r.Reason, "split brain") && strings.Contains(r.Advice, "at node 'node-b': blockferry discard")
 		})
-		const dataOffset = 1 << 20
 		if !bytes.Equal(image(t, ubd(1), dataOffset, twinVolume), strayed) {
 			t.Fatal("the copy was written to, and nobody gave it up")
 		}

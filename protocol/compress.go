@@ -47,6 +47,7 @@ type Compressor struct {
 	tried   int // bytes, since it last judged
 	saved   int // of them
 	letPass int // bytes still to pass unpacked
+	given   int // bytes, since it was last set to 0
 }
 
 // Packing pays if it saves one part in packWorthwhile. It is judged after
@@ -76,10 +77,15 @@ func NewCompressor(codec Codec) (*Compressor, error) {
 	return c, nil
 }
 
+// use has it pack with another codec from now on, one that is not stronger than
+// what it was made for.
+func (c *Compressor) use(codec Codec) { c.codec = codec }
+
 // appendTo appends data's packed form to dst and says with what; CodecNone
 // means that it would not shrink, and that nothing of use was appended.
 func (c *Compressor) appendTo(dst, data []byte) ([]byte, Codec) {
 	at := len(dst)
+	c.given += len(data)
 	if c.letPass > 0 {
 		c.letPass -= len(data)
 		return dst, CodecNone

@@ -33,12 +33,15 @@ func BenchmarkLink(b *testing.B) {
 		src.b[i] = byte(rng.Uint32()) & 0x3f // packs to about three quarters
 	}
 	for _, transport := range []string{"local", "tcp"} {
-		for _, codec := range []Codec{CodecNone, CodecS2} {
+		for _, codec := range []string{"none", "s2", "auto"} {
 			for _, way := range []string{"in-place", "journal", "equal"} {
-				b.Run(fmt.Sprintf("%s/%v/%s", transport, codec, way), func(b *testing.B) {
+				b.Run(fmt.Sprintf("%s/%s/%s", transport, codec, way), func(b *testing.B) {
 					o := FormatOptions{VolumeUUID: testUUID, SizeBytes: size, JournalBytes: 2 * size}
 					rep, recv := servedReplicaOn(b, &ram{make([]byte, o.NeededBytes())}, o)
-					config := LinkConfig{VolumeUUID: testUUID, SizeBytes: size, Replica: "ebs", Codec: codec}
+					config := LinkConfig{VolumeUUID: testUUID, SizeBytes: size, Replica: "ebs", Codec: CodecS2, Adapt: codec == "auto"}
+					if codec == "none" {
+						config.Codec = CodecNone
+					}
 					client := LocalClient(recv)
 					if transport == "tcp" {
 						client = wireClient(b, recv, ServerOptions())

@@ -107,6 +107,7 @@ type PrimaryEvents struct {
 	Committed    func(replica string, e EpochStats)
 	Void         func(replica string, epoch uint64, err error) // an epoch that did not happen
 	Behind       func(replica, reason string, cause error)     // reason empty: not behind any more; cause: ReplicaReport.Cause
+	Packing      func(replica string, now Codec, why string)   // LinkConfig.Packing
 }
 
 // CutInfo describes a cut that was taken.

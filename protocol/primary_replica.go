@@ -67,6 +67,9 @@ func newReplicaWorker(p *Primary, rc ReplicaConfig) *replicaWorker {
 	if rc.Link.Replica == "" {
 		rc.Link.Replica = rc.Name
 	}
+	if ev := p.cfg.Events.Packing; ev != nil {
+		rc.Link.Packing = func(now Codec, why string) { ev(rc.Name, now, why) }
+	}
 	if rc.RetryMax <= 0 {
 		rc.RetryMax = p.cfg.RetryMax
 	}

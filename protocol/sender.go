@@ -37,12 +37,19 @@ type LinkConfig struct {
 	SizeBytes  int64
 	Replica    string
 	Codec      Codec
+	Adapt      bool // begins with Codec and goes on with what suits link and processor
 
 	BatchBytes    int           // read, compared and packed as one; a multiple of UnitSize up to MaxCompareBytes; 0: 4 MiB
 	Batches       int           // worked on at once; 0: 4
 	Readers       int           // reads at once over all batches; 0: 16
 	AnswerTimeout time.Duration // the replica must say something while it is waited for; 0: 2 min
 	Pace          *Pace         // of what is sent: frames, and questions of comparisons; nil: none
+
+	// Packing is told, with Adapt, what data is packed with from now on, and why;
+	// from several goroutines. It must not block. nil: nobody is.
+	Packing func(now Codec, why string)
+
+	packs func(c Codec, bytes int) // of tests: called as a part of packing
 }
 
 // buffersPerBatch is how many buffers there are for each batch worked on: one
@@ -101,6 +108,7 @@ type Link struct {
 	readers chan struct{}
 	buffers *buffers // what is read into, BatchBytes each: all the memory of data there is
 	packers chan *packer
+	packing *packing // nil: Codec it is
 	frames  *framePool
 	local   bool // the replica is of this process
 
@@ -206,6 +214,10 @@ func Connect(ctx context.Context, client proto.ReplicationClient, cfg LinkConfig
 	codec := cfg.Codec
 	if codec != CodecNone && !slices.Contains(l.welcome.Features, codec.String()) {
 		codec = CodecNone
+	}
+	if cfg.Adapt {
+		l.packing = newPacking(codec, l.welcome.Features)
+		codec = l.packing.strongest() // one that can do the others, too
 	}
 	for range cfg.Batches {
 		p, err := NewCompressor(codec)
@@ -313,16 +325,7 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 	case m.GetRefused() != nil:
 		return refusedFromProto(m.GetRefused())
 	case m.GetWindow() != nil:
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.credit += m.GetWindow().Bytes
-		l.granted += m.GetWindow().Bytes
-		l.log.granted(l.granted)
-		if l.credit > l.welcome.WindowBytes {
-			return fmt.Errorf("it granted more than its window of %d bytes", l.welcome.WindowBytes)
-		}
-		close(l.more)
-		l.more = make(chan struct{})
+		return l.window(m.GetWindow().Bytes)
 	case m.GetDifferences() != nil:
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -343,6 +346,9 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 			l.freeRoom = c.JournalFreeBytes
 			l.mu.Unlock()
 		}
+		if m.GetCommitted() != nil || m.GetAborted() != nil {
+			l.allStored()
+		}
 		select {
 		case l.answers <- m:
 		default:
@@ -350,6 +356,26 @@ func (l *Link) dispatch(m *proto.FromReplica) error {
 		}
 	default:
 		return errors.New("an unknown message came; the replica may be newer than this node")
+	}
+	return nil
+}
+
+// window takes what the replica has stored, and grants anew.
+func (l *Link) window(bytes uint64) error {
+	l.mu.Lock()
+	l.credit += bytes
+	l.granted += bytes
+	l.log.granted(l.granted)
+	if l.credit > l.welcome.WindowBytes {
+		l.mu.Unlock()
+		return fmt.Errorf("it granted more than its window of %d bytes", l.welcome.WindowBytes)
+	}
+	close(l.more)
+	l.more = make(chan struct{})
+	all := l.granted == l.left
+	l.mu.Unlock()
+	if all {
+		l.allStored()
 	}
 	return nil
 }

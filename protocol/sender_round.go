@@ -6,6 +6,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	pb "google.golang.org/protobuf/proto"
 
@@ -41,9 +42,12 @@ func (l *Link) SendRound(ctx context.Context, r Round) (rest []Range, err error)
 		return r.Ranges, fmt.Errorf("replica %q: round %d of epoch %d, at most %d are allowed", l.cfg.Replica, r.Number, l.start.Epoch, MaxRounds)
 	}
 	meta := FrameMeta{Epoch: l.start.Epoch, Attempt: l.start.Attempt, Round: r.Number}
-	return l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, p *packer) error {
+	l.roundBegins(totalBytes(r.Ranges))
+	rest, err = l.pass(ctx, r, func(ctx context.Context, batch []Range, data *lent, p *packer) error {
 		return l.sendBatch(ctx, r, meta, batch, data, p)
 	})
+	l.roundEnds(err)
+	return rest, err
 }
 
 // CompareRound compares ranges of a frozen image with the replica's committed
@@ -66,6 +70,13 @@ type packer struct {
 	codec *Compressor
 	out   *bundle // the next message; nil: nothing is packed
 	todo  []Range // of the batch: neither sent nor known to be equal
+	begun time.Time
+	cost  packCost // of the batch
+}
+
+// begin is called before a batch is worked on.
+func (p *packer) begin() {
+	p.begun, p.cost, p.codec.given = time.Now(), packCost{}, 0
 }
 
 // drop forgets what is packed and not sent.
@@ -158,7 +169,9 @@ func (l *Link) pass(ctx context.Context, r Round, do batchFunc) (rest []Range, e
 			pk := <-l.packers
 			defer func() { l.packers <- pk }()
 			for {
+				pk.begin()
 				data, err := l.buffer(ctx)
+				pk.cost.link = time.Since(pk.begun)
 				if err != nil {
 					cancel(err)
 					return
@@ -334,6 +347,10 @@ func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []R
 		send = uniteRanges(differ, again)
 	}
 	p.todo = send
+	if l.packing != nil {
+		p.cost.codec = l.packing.codec()
+		p.codec.use(p.cost.codec)
+	}
 	if totalBytes(send) < int64(len(data)/2) {
 		in = nil // copied: a little must not keep a whole buffer busy
 	}
@@ -350,7 +367,11 @@ func (l *Link) sendBatch(ctx context.Context, r Round, meta FrameMeta, batch []R
 			return err
 		}
 	}
-	return l.flush(ctx, p)
+	err := l.flush(ctx, p)
+	if err == nil {
+		l.packed(p)
+	}
+	return err
 }
 
 // pack makes frames of data, which lies in a buffer if in is not nil.
@@ -369,7 +390,12 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, i
 		if p.out == nil {
 			p.out = &bundle{memory: l.frames.get(), pool: l.frames, summed: l.local}
 		}
+		begun := time.Now()
 		p.out.add(meta, r.Offset, data[:n], p.codec, in)
+		if l.cfg.packs != nil {
+			l.cfg.packs(p.codec.codec, n)
+		}
+		p.cost.pack += time.Since(begun)
 		data = data[n:]
 		r.Offset += int64(n)
 	}
@@ -381,6 +407,8 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 	if p.out == nil {
 		return nil
 	}
+	waits := time.Now()
+	defer func() { p.cost.link += time.Since(waits) }()
 	// Before the window: what is held back here must not look like an answer
 	// that the replica owes.
 	if err := l.cfg.Pace.take(ctx, p.out.bytes); err != nil {
@@ -406,6 +434,7 @@ func (l *Link) flush(ctx context.Context, p *packer) error {
 	l.mu.Unlock()
 	l.count.frames.Add(uint64(len(p.out.frames)))
 	l.count.wire.Add(uint64(p.out.bytes))
+	p.cost.wire += int64(p.out.bytes)
 	b := p.out
 	p.out = nil // the receiver's, or the codec's
 	return l.sendLocked(b.message())

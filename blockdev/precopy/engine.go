@@ -31,6 +31,10 @@ const (
 	extraWeight = 0.3
 	// maxEntries bounds the lists used in the stop: extents taken, and reads.
 	maxEntries = 64 << 10
+	// longRun is how long what was freed is at least, if that is why much changed, in bytes;
+	// lookParts is what part of the memory it is looked at in.
+	longRun   = 1 << 20
+	lookParts = 8
 )
 
 // ErrTooMuch says that there is no cut because too much was changed or goes on
@@ -140,7 +144,7 @@ type Source interface {
 type Options struct {
 	Source  Source
 	Tracker Tracker
-	// MemoryBytes bounds what a cut may hold, a multiple of 4096: 256 MiB.
+	// MemoryBytes bounds what a cut may hold, long runs of zeros not counted, a multiple of 4096: 256 MiB.
 	MemoryBytes int64
 	// StallBudget is how long the reads with writers stopped may take: 20 ms,
 	// or half of the stall limit if that is less.
@@ -425,28 +429,62 @@ func (e *Engine) sinceBase(since uint64) (blockdev.Extents, error) {
 	return blockdev.Union(changed, e.open).Clip(e.o.Source.Size()), nil
 }
 
-// round reads extents while writes go on.
+// round reads extents while writes go on. More of them than there is memory for may have
+// been freed: that shows, part by part, when it is read.
 func (e *Engine) round(ctx context.Context, extents blockdev.Extents, c *Cut) error {
-	news, pieces, reads := e.pool.news(extents)
-	if need := e.pool.used + news; need > e.pool.limit {
-		return &TooMuchError{ReasonMemory, need, e.pool.limit, c.rounds - 1}
+	var long, short blockdev.Extents
+	for _, x := range extents {
+		if x.Length >= longRun {
+			long = append(long, x)
+		} else {
+			short = append(short, x)
+		}
 	}
+	for {
+		news, _, _ := e.pool.news(long)
+		others, _, _ := e.pool.news(short)
+		if e.pool.used+news+others <= e.pool.limit {
+			_, err := e.readPart(ctx, blockdev.Union(long, short), c)
+			return err
+		}
+		tooMuch := &TooMuchError{ReasonMemory, e.pool.used + news + others, e.pool.limit, c.rounds - 1}
+		look := e.pool.limit / lookParts / blockdev.BlockSize * blockdev.BlockSize
+		if e.pool.used+look+others > e.pool.limit || news == 0 {
+			return tooMuch
+		}
+		part, rest := e.pool.upTo(long, look)
+		news, _, _ = e.pool.news(part)
+		zeros, err := e.readPart(ctx, part, c)
+		switch {
+		case err != nil:
+			return err
+		case zeros < news/2:
+			return tooMuch
+		}
+		long = rest
+	}
+}
+
+// readPart reads extents for which there is memory; zeros is how much of them needs none.
+func (e *Engine) readPart(ctx context.Context, extents blockdev.Extents, c *Cut) (zeros int64, err error) {
+	news, pieces, reads := e.pool.news(extents)
 	if err := e.pool.touch(news, pieces); err != nil {
-		return err
+		return 0, err
 	}
 	jobs := make([]job, 0, reads)
 	jobs, missing, full := e.pool.place(extents, jobs)
 	if missing > 0 || full {
-		return fmt.Errorf("%s: no room for %d extents in %d pieces (%d bytes missing)", e.o.Source.Name(), len(extents), len(e.pool.pieces), missing)
+		return 0, fmt.Errorf("%s: no room for %d extents in %d pieces (%d bytes missing)", e.o.Source.Name(), len(extents), len(e.pool.pieces), missing)
 	}
-	e.pool.merge()
 	start := time.Now()
 	if err := e.readers.read(ctx, e.pool.memory, jobs, time.Time{}); err != nil {
-		return err
+		return 0, err
 	}
 	e.speed.add(len(jobs), extents.Total(), time.Since(start))
 	c.read += extents.Total()
-	return nil
+	zeros = e.pool.dropZeros()
+	e.pool.merge()
+	return zeros, nil
 }
 
 // fitting is how many bytes, in reads as they were of late, can be read within

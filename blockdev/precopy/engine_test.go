@@ -179,7 +179,8 @@ func prepared(t *testing.T, o Options, size int64) (*Engine, *disk, *marks, *gat
 }
 
 func TestTooMuchForMemory(t *testing.T) {
-	e, _, m, g := prepared(t, Options{MemoryBytes: 1 << 20}, 8<<20)
+	e, d, m, g := prepared(t, Options{MemoryBytes: 1 << 20}, 8<<20)
+	d.write(0, 2<<20, 7) // zeros would need none
 	m.mark(0, 2<<20)
 	var much *TooMuchError
 	_, err := e.Cut(t.Context(), Request{Number: 2, Since: 1, Force: true}, g)
@@ -207,6 +208,7 @@ func TestTooMuchForMemory(t *testing.T) {
 // read into memory again, and holds what changed since, nothing else.
 func TestSealedWithoutTheEngine(t *testing.T) {
 	e, d, m, g := prepared(t, Options{MemoryBytes: 1 << 20}, 8<<20)
+	d.write(0, 2<<20, 7)
 	m.mark(0, 2<<20)
 	if _, err := e.Cut(t.Context(), Request{Number: 2, Since: 1}, g); !errors.Is(err, ErrTooMuch) {
 		t.Fatal(err)
@@ -511,5 +513,101 @@ func TestOptionsAreChecked(t *testing.T) {
 	e := newTestEngine(t, Options{Source: d, Tracker: newMarks(d.Size()), StallLimit: 10 * time.Millisecond})
 	if e.o.StallBudget != 5*time.Millisecond {
 		t.Errorf("a stall limit of 10 ms, and the budget is %s", e.o.StallBudget)
+	}
+}
+
+// What was freed, and reads as zeros, needs no memory: a cut may hold more of it than
+// that, and is the disk at the stop all the same, also where something is written to it
+// between two rounds or right before the stop.
+func TestFreedSpaceNeedsNoMemory(t *testing.T) {
+	d := newDisk(64 << 20)
+	m := newMarks(d.Size())
+	g := &gate{disk: d}
+	const memory = 8 << 20
+	e := newTestEngine(t, Options{Source: d, Tracker: m, MemoryBytes: memory, StallBudget: time.Second, StallLimit: 10 * time.Second})
+	write := func(at, blocks int64, n uint64) { d.write(at*block, blocks*block, n); m.mark(at*block, blocks*block) }
+	free := func(offset, length int64) {
+		d.sectors(offset, length, func(from, to int64) { clear(d.content[from:to]) })
+		m.mark(offset, length)
+	}
+	write(0, d.Size()/block, 1)
+	if _, err := e.Mark(t.Context(), 1, g); err != nil {
+		t.Fatal(err)
+	}
+	base := bytes.Clone(d.content)
+	for number := uint64(2); number < 8; number += 2 {
+		free(3<<20+5*block, 40<<20)
+		for i := range int64(20) { // what lives on amid it, alone and in pairs
+			write(900+i*391, 1+i%2, number<<8|uint64(i))
+		}
+		for i := range int64(50) { // and outside
+			write(12000+i*17, 3, number<<8|uint64(i))
+		}
+		calls := 0
+		g.prepare = func() {
+			if calls++; calls == 2 { // after the first round
+				write(2000, 40, number<<8|200)
+				write(4000, 1, number<<8|201)
+				free(13<<20, 2<<20) // once more
+			}
+		}
+		g.draining = func() {
+			write(2010, 3, number<<8|210)
+			write(5000, 2, number<<8|211)
+			write(15000, 1, number<<8|212)
+			free(20<<20, 64<<10)
+		}
+		c, err := e.Cut(t.Context(), Request{Number: number, Since: number - 1}, g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := blockdev.Total(c.Extents()); got < 40<<20 {
+			t.Errorf("cut %d holds %d bytes, more were freed", number, got)
+		}
+		check(t, c, g.image, base)
+		if n, err := c.ReadAt(make([]byte, 3*block), 60<<20); n != 0 || !errors.Is(err, ErrOutside) {
+			t.Errorf("beyond it: %d bytes, %v", n, err)
+		}
+		if err := c.Release(); err != nil {
+			t.Fatal(err)
+		}
+		if e.pool.touched > memory {
+			t.Errorf("%d bytes of memory were used", e.pool.touched)
+		}
+		g.prepare, g.draining = nil, nil
+		write(0, d.Size()/block, number<<8) // the next frees what holds something
+		base = bytes.Clone(d.content)
+		if _, err := e.Mark(t.Context(), number+1, g); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(9, 1, 77)
+	c, err := e.Cut(t.Context(), Request{Number: 9, Since: 7}, g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.Extents(); blockdev.Total(got) != block {
+		t.Errorf("the next cut holds %v, one block was written", got)
+	}
+}
+
+// To find out that what changed is no freed space takes little reading.
+func TestTooMuchIsSeenSoon(t *testing.T) {
+	d := newDisk(64 << 20)
+	m := newMarks(d.Size())
+	g := &gate{disk: d}
+	const memory = 8 << 20
+	e := newTestEngine(t, Options{Source: d, Tracker: m, MemoryBytes: memory})
+	if _, err := e.Mark(t.Context(), 1, g); err != nil {
+		t.Fatal(err)
+	}
+	d.write(0, 40<<20, 7)
+	m.mark(0, 40<<20)
+	var tooMuch *TooMuchError
+	if _, err := e.Cut(t.Context(), Request{Number: 2, Since: 1}, g); !errors.As(err, &tooMuch) || tooMuch.Reason != ReasonMemory {
+		t.Fatalf("40 MiB of data in 8 of memory: %v", err)
+	}
+	if n := d.reads.Load() * maxRead; n > memory/lookParts {
+		t.Errorf("%d bytes were read to find that out", n)
 	}
 }

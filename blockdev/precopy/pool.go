@@ -1,9 +1,11 @@
 package precopy
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"slices"
+	"sort"
 
 	"golang.org/x/sys/unix"
 
@@ -15,7 +17,11 @@ const (
 	maxRead = 256 << 10
 	// keptBytes of memory stay with the engine between cuts.
 	keptBytes = 64 << 20
+	// zeroRun bytes of zeros, from a piece's beginning on, are kept as an extent.
+	zeroRun = 64 << 10
 )
+
+var noContent [zeroRun]byte
 
 // piece is a range of the device that stands in memory from at on.
 type piece struct{ offset, length, at int64 }
@@ -26,15 +32,16 @@ func (p piece) end() int64 { return p.offset + p.length }
 type pool struct {
 	limit   int64
 	memory  []byte
-	used    int64   // handed out
-	touched int64   // of memory, from the front: using it faults no page
-	pieces  []piece // ascending, disjoint
-	late    []piece // handed out since the last merge; each within no other
+	used    int64            // handed out
+	touched int64            // of memory, from the front: using it faults no page
+	pieces  []piece          // ascending, disjoint
+	late    []piece          // handed out since the last merge; each within no other
+	zeros   blockdev.Extents // read as such; where a piece is, that counts
 }
 
 // reset forgets what the pool holds; much memory is given back.
 func (p *pool) reset() error {
-	p.pieces, p.late, p.used = p.pieces[:0], p.late[:0], 0
+	p.pieces, p.late, p.zeros, p.used = p.pieces[:0], p.late[:0], nil, 0
 	if p.touched > keptBytes {
 		return p.free()
 	}
@@ -180,21 +187,89 @@ func (p *pool) merge() {
 	slices.SortFunc(p.pieces, func(a, b piece) int { return cmp.Compare(a.offset, b.offset) })
 }
 
+// upTo cuts extents where so much of them, a multiple of 4096, may have no memory yet.
+func (p *pool) upTo(extents blockdev.Extents, bytes int64) (part, rest blockdev.Extents) {
+	for i, e := range extents {
+		news, _, _ := p.news(blockdev.Extents{e})
+		if news <= bytes {
+			bytes -= news
+			continue
+		}
+		part, rest = slices.Clone(extents[:i]), slices.Clone(extents[i:])
+		if bytes > 0 {
+			part = append(part, blockdev.Extent{Offset: e.Offset, Length: bytes})
+			rest[0] = blockdev.Extent{Offset: e.Offset + bytes, Length: e.Length - bytes}
+		}
+		return part, rest
+	}
+	return extents, nil
+}
+
+// dropZeros takes back the memory of what was handed out since the last merge, all of
+// which was read by now, and is zeros; the rest moves together. It says how much that was.
+func (p *pool) dropZeros() (freed int64) {
+	if len(p.late) == 0 {
+		return 0
+	}
+	var zeros []blockdev.Extent
+	var moved []piece
+	at := p.late[0].at
+	for _, e := range p.late {
+		for from := int64(0); from < e.length; from += zeroRun {
+			n := min(zeroRun, e.length-from)
+			content := p.memory[e.at+from : e.at+from+n]
+			if bytes.Equal(content, noContent[:]) {
+				zeros = append(zeros, blockdev.Extent{Offset: e.offset + from, Length: n})
+				freed += n
+				continue
+			}
+			if at != e.at+from {
+				copy(p.memory[at:], content)
+			}
+			if last := len(moved) - 1; last >= 0 && moved[last].end() == e.offset+from && from > 0 {
+				moved[last].length += n
+			} else {
+				moved = append(moved, piece{e.offset + from, n, at})
+			}
+			at += n
+		}
+	}
+	if freed > 0 {
+		p.late, p.used = append(p.late[:0], moved...), at
+		p.zeros = blockdev.Union(p.zeros, blockdev.Normalize(zeros))
+	}
+	return freed
+}
+
 // extents is what the pool holds.
 func (p *pool) extents() []blockdev.Extent {
 	list := make([]blockdev.Extent, len(p.pieces))
 	for i, e := range p.pieces {
 		list[i] = blockdev.Extent{Offset: e.offset, Length: e.length}
 	}
-	return blockdev.Normalize(list)
+	return blockdev.Union(p.zeros, blockdev.Normalize(list))
 }
 
 // readAt copies out of the pool; n is how much it had in one stretch.
 func (p *pool) readAt(b []byte, offset int64) (n int) {
-	for i := p.find(offset); i < len(p.pieces) && n < len(b) && p.pieces[i].offset <= offset+int64(n); i++ {
-		e := p.pieces[i]
-		from := e.at + offset + int64(n) - e.offset
-		n += copy(b[n:], p.memory[from:e.at+e.length])
+	for n < len(b) {
+		at := offset + int64(n)
+		i := p.find(at)
+		if i < len(p.pieces) && p.pieces[i].offset <= at {
+			e := p.pieces[i]
+			n += copy(b[n:], p.memory[e.at+at-e.offset:e.at+e.length])
+			continue
+		}
+		z := sort.Search(len(p.zeros), func(i int) bool { return p.zeros[i].End() > at })
+		if z == len(p.zeros) || p.zeros[z].Offset > at {
+			return n
+		}
+		end := min(p.zeros[z].End(), offset+int64(len(b)))
+		if i < len(p.pieces) {
+			end = min(end, p.pieces[i].offset)
+		}
+		clear(b[n : end-offset])
+		n = int(end - offset)
 	}
 	return n
 }

@@ -23,15 +23,28 @@ func (v *Volume) openPreCopy() error {
 	return err
 }
 
+// Want is what CutSince is asked for.
+type Want struct {
+	// Since is the cut after which what changed will be read; 0: anything may be.
+	Since uint64
+	// Force, with pre-copy, stops writers for as long as it takes, up to the stall limit,
+	// when the stall budget will not do.
+	Force bool
+	// OnlyMemory has a cut for which too much changes fail, with precopy.ErrTooMuch. Then take
+	// one without a view, of the same number, read the device while writes go on, and cut
+	// against that; Force may help, too.
+	OnlyMemory bool
+}
+
 // CutSince is Cut with a view of which only that will be read which changed
-// after cut since; 0: anything may be. With pre-copy it holds just that, in
+// after cut want.Since. With pre-copy it holds just that, in
 // memory, and nothing is copied out. A cut that needs an era of its own, or for
-// which too much changes, is one with a whole view all the same.
-func (v *Volume) CutSince(ctx context.Context, number, since uint64) (*Cut, error) {
+// which too much changes unless want.OnlyMemory says otherwise, is one with a whole view all the same.
+func (v *Volume) CutSince(ctx context.Context, number uint64, want Want) (*Cut, error) {
 	return v.cutBy(ctx, number, true, func(c *Cut) error {
-		if v.engine != nil && since > 0 && !v.rollNow() {
-			if first, _, ok := v.fine.tracker.Covered(); ok && first <= since {
-				done, err := c.preCopy(ctx, since)
+		if v.engine != nil && want.Since > 0 && !v.rollNow() {
+			if first, _, ok := v.fine.tracker.Covered(); ok && first <= want.Since {
+				done, err := c.preCopy(ctx, want)
 				if done || err != nil {
 					return err
 				}
@@ -42,17 +55,20 @@ func (v *Volume) CutSince(ctx context.Context, number, since uint64) (*Cut, erro
 }
 
 // preCopy takes the cut, or says that it is to be taken another way.
-func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) {
+func (c *Cut) preCopy(ctx context.Context, want Want) (done bool, err error) {
 	v := c.volume
 	s := &stopper{volume: v}
-	image, err := v.engine.Cut(ctx, precopy.Request{Number: c.number, Since: since}, s)
+	image, err := v.engine.Cut(ctx, precopy.Request{Number: c.number, Since: want.Since, Force: want.Force}, s)
 	switch {
 	case errors.Is(err, bpf.ErrUncovered):
 		v.lostFine(c.number, err)
 		return false, nil
 	case errors.Is(err, precopy.ErrTooMuch):
-		c.tooMuch = err
+		c.tooMuch, c.withView = err, !want.OnlyMemory
 		v.noteImage(c, err)
+		if want.OnlyMemory {
+			return false, err
+		}
 		return false, nil
 	case err != nil:
 		return false, err
@@ -70,7 +86,7 @@ func (c *Cut) preCopy(ctx context.Context, since uint64) (done bool, err error) 
 }
 
 // noteImage says once, not at each cut, that cuts have a frozen view in place of
-// an image in memory, and that they have not any more. cutMu is held.
+// an image in memory, or none, and that they have one again. cutMu is held.
 func (v *Volume) noteImage(c *Cut, tooMuch error) {
 	var e *precopy.TooMuchError
 	reason := precopy.Reason("")
@@ -83,9 +99,13 @@ func (v *Volume) noteImage(c *Cut, tooMuch error) {
 	v.tooMuch = reason
 	if reason == "" {
 		v.log.Info("cuts are read into memory again", "cut", c.number)
-	} else {
-		v.log.Warn("not read into memory: cuts have a frozen view until less changes", "cut", c.number, "reason", tooMuch)
+		return
 	}
+	instead := "a frozen view"
+	if !c.withView {
+		instead = "no image"
+	}
+	v.log.Warn("not read into memory: cuts have "+instead+" until less changes", "cut", c.number, "reason", tooMuch)
 }
 
 // stopper is a volume as a precopy.Stopper; cutMu is held.

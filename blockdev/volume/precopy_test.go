@@ -55,7 +55,11 @@ func TestAnEpochTooLargeForMemory(t *testing.T) {
 	defer file.Close()
 	write := func(offset, length int64) {
 		t.Helper()
-		if _, err := file.WriteAt(blockdev.AlignedBuffer(int(length)), offset); err != nil {
+		content := blockdev.AlignedBuffer(int(length))
+		for i := range content {
+			content[i] = 7 // zeros would need no memory
+		}
+		if _, err := file.WriteAt(content, offset); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -79,7 +83,15 @@ func TestAnEpochTooLargeForMemory(t *testing.T) {
 			t.Logf("of 4 MiB: %v", err)
 			continue
 		}
-		v.noteImage(&Cut{volume: v, number: number}, err)
+		over := &Cut{volume: v, number: number, withView: true}
+		if _, err := over.preCopy(t.Context(), Want{Since: number - 1, OnlyMemory: true}); !errors.Is(err, precopy.ErrTooMuch) || over.withView {
+			t.Errorf("not to have a frozen view: %v, view %v", err, over.withView)
+		}
+		v.tooMuch = ""
+		over.withView = true
+		if done, err := over.preCopy(t.Context(), Want{Since: number - 1}); done || err != nil || !over.withView || !errors.Is(over.TooMuch(), precopy.ErrTooMuch) {
+			t.Errorf("to have a frozen view: %v, %v, view %v, %v", done, err, over.withView, over.TooMuch())
+		}
 		if !suspended() {
 			continue
 		}
@@ -99,7 +111,7 @@ func TestAnEpochTooLargeForMemory(t *testing.T) {
 		v.noteImage(&Cut{volume: v, number: number}, nil)
 		v.noteImage(&Cut{volume: v, number: number}, nil)
 		text := log.String()
-		if strings.Count(text, "does not fit into memory") != 1 || strings.Count(text, "read into memory again") != 1 {
+		if strings.Count(text, "cuts have a frozen view") != 1 || strings.Count(text, "cuts have no image") != 1 || strings.Count(text, "read into memory again") != 1 {
 			t.Errorf("the log says:\n%s", text)
 		}
 		return

@@ -13,13 +13,10 @@ import (
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/precopy"
 	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/protocol"
 )
-
-// forceAfter is how many live rounds in a row are given to a volume that is too
-// busy, before 'when-busy: stall' stops writers for longer.
-const forceAfter = 5
 
 // attached is a device in use as the agent uses it.
 type attached struct{ *attach.Attached }
@@ -33,9 +30,9 @@ type freezable interface {
 
 // takeFrozen cuts an attached device. Its view holds only what changed. When
 // that is too much, or not known, or fstrim runs, the cut is one without.
-func takeFrozen(a freezable, stallWhenBusy bool) takeFunc {
+func takeFrozen(a freezable, whenBusy string) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
-		want := attach.Want{View: wish.View, Since: wish.Since, Force: stallWhenBusy && wish.LiveRounds >= forceAfter}
+		want := attach.Want{View: wish.View, Since: wish.Since, Force: whenBusy == config.BusyStall && wish.LiveRounds >= forceAfter}
 		c, err := a.Cut(ctx, epoch, want)
 		var noView, busy error
 		if errors.Is(err, precopy.ErrTooMuch) || errors.Is(err, attach.ErrDiscards) {
@@ -106,7 +103,7 @@ func (m *managed) bringUpAttached() error {
 	state, err := m.begin(keptState{attached{a}})
 	var r *running
 	if err == nil {
-		r, err = m.replicate(attached{a}, takeFrozen(a, v.StallWhenBusy), guard, state)
+		r, err = m.replicate(attached{a}, takeFrozen(a, v.WhenBusy), guard, state)
 	}
 	if err != nil {
 		return m.refuse(errors.Join(err, a.Close(), guard.Close()))

@@ -110,7 +110,7 @@ func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgres
 		return r, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
-	codec, err := protocol.ParseCodec(p.from.config.Compression)
+	codec, _, err := compression(p.from.config)
 	if err != nil {
 		return r, err
 	}

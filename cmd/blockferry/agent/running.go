@@ -61,7 +61,7 @@ func (m *managed) replicate(stack raised, take takeFunc, guard *deadman.Guard, s
 // fed is how replicas are fed.
 func (m *managed) fed(replicas []*config.Replica) (all []protocol.ReplicaConfig, err error) {
 	for _, p := range replicas {
-		codec, err := protocol.ParseCodec(p.Compression)
+		codec, adapt, err := compression(p)
 		if err != nil {
 			return nil, err
 		}
@@ -69,7 +69,7 @@ func (m *managed) fed(replicas []*config.Replica) (all []protocol.ReplicaConfig,
 		if err != nil {
 			return nil, err
 		}
-		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec}, CatchUpInPlace: p.InPlace, SplitBrain: policy}
+		one := protocol.ReplicaConfig{Name: p.Name, Link: protocol.LinkConfig{Codec: codec, Adapt: adapt}, CatchUpInPlace: p.InPlace, SplitBrain: policy}
 		if p.Address != "" {
 			// There it is known by the node it is at.
 			one.Client, one.Link.Replica, one.RetryMax = m.agent.identity.Client(p.Peer, p.Address), p.Peer, retryPeer
@@ -82,6 +82,15 @@ func (m *managed) fed(replicas []*config.Replica) (all []protocol.ReplicaConfig,
 		all = append(all, one)
 	}
 	return all, nil
+}
+
+// compression is what a replica's data is packed with, and whether that is only the beginning.
+func compression(p *config.Replica) (codec protocol.Codec, adapt bool, err error) {
+	if p.Compression == config.CompressionAuto {
+		return protocol.CodecS2, true, nil
+	}
+	codec, err = protocol.ParseCodec(p.Compression)
+	return codec, false, err
 }
 
 // stop ends replication and leaves the stack up.
@@ -352,6 +361,9 @@ func (m *managed) events() protocol.PrimaryEvents {
 		Void: func(replica string, epoch uint64, err error) {
 			m.log.Warn("epoch void; it is sent again", "replica", replica, "epoch", epoch, "error", err)
 			say(replica, "epoch-void", "epoch %d: %v", epoch, err)
+		},
+		Packing: func(replica string, now protocol.Codec, why string) {
+			m.log.Debug("compression", "replica", replica, "with", now.String(), "why", why)
 		},
 		Behind: func(replica, reason string, cause error) {
 			if reason == "" {

@@ -10,7 +10,9 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
+	"blockferry/blockdev/precopy"
 	"blockferry/blockdev/volume"
+	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/status"
 	"blockferry/protocol"
 )
@@ -139,21 +141,36 @@ func (s *source) changedBefore(since uint64, tracked func(uint64) ([]protocol.Ra
 	return past.ChangedSince(since, tracked)
 }
 
+// forceAfter is how many live rounds in a row are given to a volume that is too
+// busy, before 'when-busy: stall' stops writers for longer.
+const forceAfter = 5
+
+// suspendable is a *volume.Volume.
+type suspendable interface {
+	Cut(ctx context.Context, number uint64, withView bool) (*volume.Cut, error)
+	CutSince(ctx context.Context, number uint64, want volume.Want) (*volume.Cut, error)
+}
+
 // takeSuspended cuts a volume on a stack of its own. When it is asked for a view it has
-// one.
-func takeSuspended(v *volume.Volume) takeFunc {
+// one, unless its pre-copy does not converge and another way was chosen for that.
+func takeSuspended(v suspendable, whenBusy string) takeFunc {
 	return func(ctx context.Context, epoch uint64, wish protocol.CutWish) (cut, error) {
 		var c *volume.Cut
-		var err error
+		var err, noView error
 		if wish.View {
-			c, err = v.CutSince(ctx, epoch, wish.Since)
-		} else {
+			c, err = v.CutSince(ctx, epoch, volume.Want{Since: wish.Since, OnlyMemory: whenBusy != config.BusySnapshot,
+				Force: whenBusy == config.BusyStall && wish.LiveRounds >= forceAfter})
+			if errors.Is(err, precopy.ErrTooMuch) {
+				noView = err
+			}
+		}
+		if !wish.View || noView != nil {
 			c, err = v.Cut(ctx, epoch, false)
 		}
 		if err != nil {
 			return cut{}, err
 		}
-		made := cut{taken: c, view: c.View(), whole: c.WholeView(), exact: c.Exact}
+		made := cut{taken: c, view: c.View(), noView: noView, other: noView, whole: c.WholeView(), exact: c.Exact}
 		if why := c.TooMuch(); why != nil {
 			made.other = fmt.Errorf("with a frozen view, not read into memory: %w", why)
 		}

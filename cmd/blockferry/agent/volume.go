@@ -275,7 +275,7 @@ func (m *managed) bringUp(after *restored) error {
 	}
 	var r *running
 	if err == nil {
-		r, err = m.replicate(stack, takeSuspended(stack), guard, state)
+		r, err = m.replicate(stack, takeSuspended(stack, v.WhenBusy), guard, state)
 	}
 	if err != nil {
 		return m.refuse(errors.Join(err, stack.Close(), guard.Close()))

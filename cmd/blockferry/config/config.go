@@ -52,6 +52,16 @@ const (
 	MaxNameLength = 63
 )
 
+// CompressionAuto has what is sent to a replica packed as suits link and processor.
+const CompressionAuto = "auto"
+
+// Values of Volume.WhenBusy.
+const (
+	BusyReport   = "report"   // no image is taken; default with Attach
+	BusyStall    = "stall"    // the same, but not for long: then writers are stopped for up to StallLimit
+	BusySnapshot = "snapshot" // a frozen view; default without Attach, where there is none
+)
+
 // Config is a whole file. Volumes and replicas are sorted by name.
 type Config struct {
 	Path    string
@@ -84,11 +94,11 @@ type Volume struct {
 	// PreCopy reads what changed into memory for a cut, where fine tracking knows
 	// what that is.
 	PreCopy bool
-	// StallBudget is how long writers may be stopped to read what changed last;
-	// only with Attach or PreCopy. StallWhenBusy, only with Attach, lets that take up to StallLimit when more
-	// is written than can be read in time.
-	StallBudget   time.Duration
-	StallWhenBusy bool
+	// StallBudget is how long writers may be stopped to read what changed last, and WhenBusy
+	// what is done when more is written than can be read in time: BusyReport, BusyStall or
+	// BusySnapshot; both only with Attach or PreCopy.
+	StallBudget time.Duration
+	WhenBusy    string
 	// SizeBytes is the volume's size, a multiple of 4096; 0 means as large as
 	// fits on all its devices.
 	SizeBytes int64
@@ -131,7 +141,7 @@ type Replica struct {
 	// the journal and the spill file are that node's to know.
 	Address     string
 	Peer        string
-	Compression string // none, s2 or zstd
+	Compression string // none, s2, zstd or CompressionAuto
 	// Rate limits what is sent to it, packed.
 	Rate *Rate
 	// JournalBytes is the room for epochs that are not complete yet; 0 means

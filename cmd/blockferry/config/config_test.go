@@ -92,7 +92,7 @@ func TestFullSampleIsReadWhole(t *testing.T) {
 		EraBlockBytes: 64 * KiB, CowBytes: 8 * GiB, MetadataDevice: "/dev/nvme3n1"}
 	got := *v
 	got.Replicas = nil
-	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: "s2", JournalBytes: 4 * GiB,
+	if len(v.Replicas) != 1 || *v.Replicas[0] != (Replica{Name: "ebs", Device: "/dev/nvme2n1", Compression: CompressionAuto, JournalBytes: 4 * GiB,
 		Spill: "/srv/spill/data-ebs", SpillLimitBytes: 50 * GiB}) {
 		t.Errorf("replicas: %+v", v.Replicas[0])
 	}
@@ -242,4 +242,32 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What is done when too much changes is said by one key in both modes, each with a
+// default of its own; and compression adapts unless it is set.
+func TestDefaultsOfAMode(t *testing.T) {
+	for keys, want := range map[string]string{
+		"":                                       BusySnapshot,
+		"image: pre-copy":                        BusySnapshot,
+		"image: pre-copy\n    when-busy: stall":  BusyStall,
+		"image: pre-copy\n    when-busy: report": BusyReport,
+		"mode: attach":                           BusyReport,
+		"mode: attach\n    when-busy: stall":     BusyStall,
+	} {
+		for compression, codec := range map[string]string{"": CompressionAuto, ", compression: none": "none", ", compression: s2": "s2", ", compression: auto": CompressionAuto} {
+			path := filepath.Join(t.TempDir(), "blockferry.yaml")
+			text := "volumes:\n  data:\n    device: /dev/a\n    " + keys + "\n    replicas:\n      ebs: {device: /dev/b" + compression + "}\n"
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c, err := Load(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if v := c.Volumes[0]; v.WhenBusy != want || v.Replicas[0].Compression != codec {
+				t.Errorf("%q, %q: when-busy %s, compression %s, want %s, %s", keys, compression, v.WhenBusy, v.Replicas[0].Compression, want, codec)
+			}
+		}
+	}
 }

@@ -63,7 +63,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
 		r.disk("state-file", &v.StateFile, what),
 		r.duration("stall-budget", &v.StallBudget, MinStallBudget, MaxStallLimit),
-		r.choice("when-busy", func(s string) { v.StallWhenBusy = s == "stall" }, "report", "stall"),
+		r.choice("when-busy", func(s string) { v.WhenBusy = s }, BusyReport, BusyStall, BusySnapshot),
 		r.size("size", &v.SizeBytes, MinVolumeBytes, MaxVolumeBytes, 4096),
 		r.duration("interval", &v.Interval, MinInterval, MaxInterval),
 		r.duration("stall-limit", &v.StallLimit, MinStallLimit, MaxStallLimit),
@@ -105,7 +105,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	case present["replicas"] == nil:
 		r.fail(pair.Key, "%s needs 'replicas:', at least one", what)
 	}
-	mode, other, keys := "mapper", "attach", []string{"state-file", "when-busy"}
+	mode, other, keys := "mapper", "attach", []string{"state-file"}
 	if v.Attach {
 		mode, other, keys = "attach", "mapper", []string{"size", "cut", "tracker", "image", "era-block", "cow", "cow-device", "metadata-device", "restore"}
 	}
@@ -114,8 +114,18 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 			r.fail(present[key], "%s has 'mode: %s'; '%s' is for 'mode: %s'", what, mode, key, other)
 		}
 	}
-	if present["stall-budget"] != nil && !v.Attach && !v.PreCopy {
-		r.fail(present["stall-budget"], "%s has 'stall-budget', which is for 'image: pre-copy'", what)
+	for _, key := range []string{"stall-budget", "when-busy"} {
+		if present[key] != nil && !v.Attach && !v.PreCopy {
+			r.fail(present[key], "%s has '%s', which is for 'image: pre-copy'", what, key)
+		}
+	}
+	switch {
+	case v.Attach && v.WhenBusy == BusySnapshot:
+		r.fail(present["when-busy"], "%s has 'mode: attach' and 'when-busy: snapshot': there is no room for one; 'report' and 'stall' are there for it", what)
+	case v.WhenBusy == "" && v.Attach:
+		v.WhenBusy = BusyReport
+	case v.WhenBusy == "":
+		v.WhenBusy = BusySnapshot
 	}
 	switch {
 	case present["stall-budget"] == nil:
@@ -138,7 +148,7 @@ func (r *reader) replicas(n ast.Node, v *Volume) {
 		if err := checkName(name); err != nil {
 			r.fail(pair.Key, "replica name '%s': %s", name, err)
 		}
-		p := &Replica{Name: name, Compression: "s2"}
+		p := &Replica{Name: name, Compression: CompressionAuto}
 		r.replica(pair, v, p)
 		v.Replicas = append(v.Replicas, p)
 		return true
@@ -154,7 +164,7 @@ func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 		r.disk("device", &p.Device, what),
 		r.address("address", &p.Address),
 		r.peer("peer", &p.Peer),
-		r.choice("compression", func(s string) { p.Compression = s }, "none", "s2", "zstd"),
+		r.choice("compression", func(s string) { p.Compression = s }, CompressionAuto, "none", "s2", "zstd"),
 		r.rate("rate", &p.Rate, what),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.disk("spill", &p.Spill, what),
