@@ -14,17 +14,23 @@ import (
 func TestCreateAndEmptyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	head := bytes.Repeat([]byte{7}, BlockSize)
-	if err := CreateFile(path, []byte("first"), 1<<20); err != nil {
+	if err := CreateFile(path, []byte("first"), 1<<20, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if err := CreateFile(path, head, 1<<20); !errors.Is(err, fs.ErrExist) {
+	if err := CreateFile(path, head, 1<<20, 0o640); !errors.Is(err, fs.ErrExist) {
 		t.Fatalf("where there is one: %v", err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o640 {
+		t.Fatalf("mode %v, want 0640 (%v)", info.Mode(), err)
 	}
 	if b, err := os.ReadFile(path); err != nil || string(b[:5]) != "first" {
 		t.Fatalf("the first was touched: %q, %v", b[:5], err)
 	}
-	if err := ReplaceFile(path, head, 1<<20); err != nil {
+	if err := ReplaceFile(path, head, 1<<20, 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("replaced, mode %v, want 0600 (%v)", info.Mode(), err)
 	}
 	f, err := OpenFile(path, OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
@@ -47,7 +53,7 @@ func TestCreateAndEmptyFile(t *testing.T) {
 	if err := f.InPlace(); err != nil {
 		t.Error(err)
 	}
-	if err := ReplaceFile(path, head, 1<<20); err != nil {
+	if err := ReplaceFile(path, head, 1<<20, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.InPlace(); err == nil || !strings.Contains(err.Error(), "replaced") {
@@ -59,7 +65,7 @@ func TestCreateAndEmptyFile(t *testing.T) {
 	if err := f.InPlace(); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), path) {
 		t.Errorf("removed: %v", err)
 	}
-	if err := CreateFile(filepath.Join(filepath.Dir(path), "none", "file"), head, 1<<20); !errors.Is(err, fs.ErrNotExist) {
+	if err := CreateFile(filepath.Join(filepath.Dir(path), "none", "file"), head, 1<<20, 0o640); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("in a folder that is not there: %v", err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,8 @@ const (
 	// rangeSize bounds one request to zero or discard, in bytes: the kernel
 	// can't be interrupted within one.
 	rangeSize = 1 << 30
+	// openAgain is the pause between two tries to open a device that is in use.
+	openAgain = 50 * time.Millisecond
 )
 
 // OpenOptions say what a device is opened for.
@@ -27,6 +30,9 @@ type OpenOptions struct {
 	// swap, device-mapper, md, another exclusive opener), and a regular file
 	// that somebody else has opened exclusively.
 	Exclusive bool
+	// Wait is how long to wait for another program that has it exclusively; 0: not
+	// at all. What does not end by itself (mounts and the like) is not waited for.
+	Wait time.Duration
 }
 
 // File is a Device on a block device or a regular file, read and written
@@ -46,8 +52,26 @@ var _ Device = (*File)(nil)
 
 // OpenFile opens the block device or regular file at path; it never creates
 // one. On a file system without O_DIRECT a regular file goes through the page
-// cache. An error about a device in use says by what it is used.
+// cache. An error about a device in use (EBUSY) says by what it is used.
 func OpenFile(path string, o OpenOptions) (*File, error) {
+	d, err := openFile(path, o)
+	if o.Wait <= 0 || !errors.Is(err, unix.EBUSY) {
+		return d, err
+	}
+	if users, usersErr := Users(path); usersErr == nil && len(users) > 0 {
+		return nil, err
+	}
+	for deadline := time.Now().Add(o.Wait); errors.Is(err, unix.EBUSY); d, err = openFile(path, o) {
+		left := time.Until(deadline)
+		if left <= 0 {
+			return nil, fmt.Errorf("%w, for %s and longer", err, o.Wait)
+		}
+		time.Sleep(min(left, openAgain))
+	}
+	return d, err
+}
+
+func openFile(path string, o OpenOptions) (*File, error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("open device: %w", err)

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -223,6 +224,51 @@ func TestExclusive(t *testing.T) {
 			}
 			open(t, path, exclusive)
 		})
+	}
+}
+
+// Who has a device for a moment is waited for, up to a limit; a mount is not.
+func TestExclusiveWaits(t *testing.T) {
+	exclusive := func(wait time.Duration) blockdev.OpenOptions {
+		return blockdev.OpenOptions{Write: true, Exclusive: true, Wait: wait}
+	}
+	for name, path := range map[string]func(t *testing.T) string{
+		"regular file": func(t *testing.T) string { return image(t, t.TempDir(), 1<<20) },
+		"loop device":  func(t *testing.T) string { return loopDevice(t, 1<<20, 512) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := path(t)
+			holder, err := blockdev.OpenFile(path, exclusive(0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			if _, err := blockdev.OpenFile(path, exclusive(200*time.Millisecond)); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "200ms") || time.Since(began) < 200*time.Millisecond {
+				t.Errorf("after %s: %v; want EBUSY after 200ms", time.Since(began), err)
+			}
+			closed := make(chan error, 1)
+			time.AfterFunc(200*time.Millisecond, func() { closed <- holder.Close() })
+			open(t, path, exclusive(time.Minute))
+			if err := <-closed; err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	path := loopDevice(t, 32<<20, 512)
+	command(t, "mkfs.ext4", "-q", path)
+	dir := t.TempDir()
+	if err := unix.Mount(path, dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	const long = 20 * time.Second
+	began := time.Now()
+	if _, err := blockdev.OpenFile(path, exclusive(long)); !errors.Is(err, unix.EBUSY) || time.Since(began) >= long {
+		t.Errorf("a mounted device is refused after %s: %v", time.Since(began), err)
 	}
 }
 

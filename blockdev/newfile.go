@@ -3,27 +3,29 @@ package blockdev
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
 
 // CreateFile puts a regular file at path that begins with head and is a hole
-// from there to size bytes. The error wraps fs.ErrExist where something stands
+// from there to size bytes. It has its mode, whatever the umask, before it has its
+// name. The error wraps fs.ErrExist where something stands
 // already, also where another did the same at this moment: that stays as it
 // is. The file, and its name, are durable when it returns.
-func CreateFile(path string, head []byte, size int64) error {
-	return putFile(path, head, size, func(made string) error {
+func CreateFile(path string, head []byte, size int64, mode fs.FileMode) error {
+	return putFile(path, head, size, mode, func(made string) error {
 		return errors.Join(os.Link(made, path), os.Remove(made)) // a rename would replace
 	})
 }
 
 // ReplaceFile does what CreateFile does, and replaces a file that stands there, in one step.
-func ReplaceFile(path string, head []byte, size int64) error {
-	return putFile(path, head, size, func(made string) error { return os.Rename(made, path) })
+func ReplaceFile(path string, head []byte, size int64, mode fs.FileMode) error {
+	return putFile(path, head, size, mode, func(made string) error { return os.Rename(made, path) })
 }
 
 // putFile makes a file beside path, whole, and has it put into its place.
-func putFile(path string, head []byte, size int64, place func(made string) error) (err error) {
+func putFile(path string, head []byte, size int64, mode fs.FileMode, place func(made string) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fmt.Errorf("create file: %w", err)
@@ -35,6 +37,9 @@ func putFile(path string, head []byte, size int64, place func(made string) error
 		}
 	}()
 	_, err = f.Write(head)
+	if err == nil {
+		err = f.Chmod(mode) // it was 0600
+	}
 	if err == nil {
 		err = f.Truncate(size)
 	}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"blockferry/cmd/blockferry/lease/etcdtest"
 )
 
 // zone is a network namespace of a test's own. It ends with the thread that made
@@ -159,16 +161,7 @@ func (s *slowLink) close() {
 	s.wg.Wait()
 }
 
-// freeAddress is one on loopback that nobody listens on at this moment.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
+var freeAddress = etcdtest.FreeAddress
 
 // issue makes an authority with the built binary, and a folder for each node.
 func issue(t *testing.T, binary string, nodes ...string) map[string]string {

@@ -185,8 +185,8 @@ type Replica struct {
 	epochMu ioMutex // held by Begin, Append, Commit, Abort: guards open
 	open    *openEpoch
 
-	superMu   sync.Mutex // held while a superblock is written: guards superKept
-	superKept bool       // the copy that was read at the open is durable
+	superMu   ioMutex // held while a superblock is written: guards superKept
+	superKept bool    // the copy that was read at the open is durable
 
 	mu       sync.Mutex
 	wake     chan struct{} // closed and replaced when anything below changes
@@ -233,7 +233,7 @@ func OpenReplica(ctx context.Context, store Store, o OpenOptions) (*Replica, err
 	if err != nil {
 		return nil, err
 	}
-	r := &Replica{rescueDir: o.RescueDir, store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), epochMu: newIOMutex(), wake: make(chan struct{}), warnings: warnings}
+	r := &Replica{rescueDir: o.RescueDir, store: store, lay: sb.layout, dec: dec, sb: *sb, runs: newRunPool(), epochMu: newIOMutex(), superMu: newIOMutex(), wake: make(chan struct{}), warnings: warnings}
 	r.ring = ring{store: store, area: sb.layout.journal, tag: sb.tag(), spilled: r.openSpilled}
 	r.spillFile, r.spillLimit = o.Spill, o.SpillLimitBytes
 	r.cmap = changeMap{store, sb.layout, sb.tag()}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 
 	"blockferry/blockdev/blocktest"
 )
@@ -54,54 +55,147 @@ func (n *simNode) cut() ([]byte, error) {
 	return image, err
 }
 
-// feed brings a replica up to date, or is refused; the replica's disk may fail meanwhile.
+// simCut is a cut that is fed: of a primary, or one at which a copy stands.
+type simCut struct {
+	line    Lineage // its tip is the cut
+	image   []byte
+	view    io.ReaderAt
+	changed func(since uint64) ([]Range, error)
+	flush   func() error // nothing is committed before
+	release func()
+}
+
+// standing is the history under which a node feeds others.
+func (n *simNode) standing() (Lineage, error) {
+	if n.primary {
+		return n.state.Effective(), nil
+	}
+	if n.source != nil && n.source.Standing().Err != nil { // it went another way: with nothing remembered
+		n.source, n.kept = nil, map[*simNode]*keptAttempt{}
+	}
+	if n.source == nil {
+		var err error
+		if n.source, err = FollowReplica(n.rep); err != nil {
+			return nil, err
+		}
+	}
+	st := n.source.Standing()
+	return st.Lineage, st.Err
+}
+
+// take takes a cut, or the one at which the copy stands.
+func (n *simNode) take() (c simCut, err error) {
+	if n.primary {
+		image, err := n.cut()
+		return simCut{n.state.Lineage, image, simView{n.w.s, image}, n.changed, n.flush, func() {}}, err
+	}
+	cut, err := n.source.Cut(context.Background(), 0, CutWish{View: true})
+	if err != nil {
+		return simCut{}, err
+	}
+	line := cut.(FollowedCut).Lineage()
+	c = simCut{line, n.w.images[line.Tip()], cut.View(), cut.Changed,
+		func() error { return errors.Join(cut.Valid(), cut.FlushSource()) }, func() { _ = cut.Release() }}
+	if c.image == nil {
+		err = fmt.Errorf("%s passes on %v, which is no cut", n.name, line.Tip())
+	}
+	n.acks = []Lineage{line} // nothing is passed on that it can lose
+	return c, err
+}
+
+// simSession is what one session to a replica is about.
+type simSession struct {
+	n, to  *simNode
+	client *simClient
+	link   *Link
+	theirs []Range // what changed there since the common position
+}
+
+// feed brings a replica up to date, or is refused; the replica's disk may fail meanwhile. A
+// primary may bring it several cuts in one session.
 func (n *simNode) feed(to *simNode) error {
 	ctx, w := context.Background(), n.w
-	primary := n.state.Effective()
 	w.s.settle() // the session before has ended
+	primary, err := n.standing()
+	if err != nil {
+		w.did["not passed on"]++
+		w.say("%s passes nothing on: %v", n.name, err)
+		return nil
+	}
 	w.links++
-	client := &simClient{s: w.s, name: fmt.Sprintf("link %d", w.links), receiver: to.recv, wire: w.rng.IntN(2) == 0}
-	link, err := Connect(ctx, client, LinkConfig{VolumeUUID: testUUID, SizeBytes: simSize, Replica: "r", BatchBytes: UnitSize, Batches: 2,
+	f := &simSession{n: n, to: to, client: &simClient{s: w.s, name: fmt.Sprintf("link %d", w.links), receiver: to.recv, wire: w.rng.IntN(2) == 0}}
+	f.link, err = Connect(ctx, f.client, LinkConfig{VolumeUUID: testUUID, SizeBytes: simSize, Replica: "r", BatchBytes: UnitSize, Batches: 2,
 		Readers: simBlocks, // none waits for another
 	}, primary)
 	if err != nil {
 		return err
 	}
-	defer link.Close()
-	if !client.wire {
-		link.local, link.frames = true, &to.recv.frames
+	defer f.link.Close()
+	if !f.client.wire {
+		f.link.local, f.link.frames = true, &to.recv.frames
 	}
-	image, err := n.cut()
+	c, err := n.take()
 	if err != nil {
 		return err
 	}
-	disk, needsFull := link.Disk()
-	in := PlanInput{Primary: primary, Replica: link.Lineage(), Disk: disk, NeedsFull: needsFull, Strayed: link.Strayed(),
+	defer c.release() // of a primary's there is nothing to release
+	disk, needsFull := f.link.Disk()
+	in := PlanInput{Primary: primary, Replica: f.link.Lineage(), Disk: disk, NeedsFull: needsFull, Strayed: f.link.Strayed(),
 		SplitBrain: []SplitBrain{SplitBrainNone, SplitBrainOlder}[w.rng.IntN(2)]}
 	rel := Compare(in.Replica, primary)
-	var theirs, mine []Range
 	if (rel.Kind == Diverged || in.Strayed != "") && disk == DiskConsistent && !rel.Common.IsZero() {
-		if theirs, in.ReplicaChanged.Known, err = link.Changes(ctx, rel.Common); err != nil {
+		if f.theirs, in.ReplicaChanged.Known, err = f.link.Changes(ctx, rel.Common); err != nil {
 			return err
 		}
 		if w.rng.IntN(2) == 0 {
 			in.Discard = in.Replica.Tip()
 		}
 	}
-	mine, err = n.changed(rel.Common.Epoch)
+	for {
+		goesOn, err := f.epoch(c, in)
+		if err != nil {
+			return err
+		}
+		if !goesOn {
+			return nil
+		}
+		if !n.primary || w.rng.IntN(3) > 0 {
+			return to.rep.WaitApplied(ctx, c.line.Tip().Epoch)
+		}
+		// The next follows in the same session, applied or not.
+		w.did["another in the session"]++
+		in = PlanInput{Replica: c.line, Disk: DiskConsistent}
+		if err := n.write(); err != nil {
+			return err
+		}
+		in.Primary = n.state.Effective()
+		if c, err = n.take(); err != nil {
+			return err
+		}
+	}
+}
+
+// epoch brings one cut; goesOn says that it was acknowledged, and that the session lasts.
+func (f *simSession) epoch(c simCut, in PlanInput) (goesOn bool, err error) {
+	ctx, n, to, w, link, client := context.Background(), f.n, f.to, f.n.w, f.link, f.client
+	rel := Compare(in.Replica, in.Primary)
+	mine, err := c.changed(rel.Common.Epoch)
 	in.Tracked = err == nil && !rel.Common.IsZero()
 	plan := MakePlan(in)
 	w.did[plan.Action.String()]++
-	w.say("%s at %v feeds %s: %v", n.name, n.state.Lineage, to.name, plan)
-	if plan.Action == Refuse {
-		return nil
+	w.say("%s at %v feeds %s: %v", n.name, c.line, to.name, plan)
+	if !n.primary {
+		w.did["passed on, "+plan.Action.String()]++
 	}
-	start := EpochStart{Epoch: n.state.Lineage.Tip().Epoch, Mode: ModeJournal, Full: plan.Action != Incremental, Lineage: n.state.Lineage, Discard: plan.Discard}
+	if plan.Action == Refuse || plan.Action == Nothing {
+		return false, nil
+	}
+	start := EpochStart{Epoch: c.line.Tip().Epoch, Mode: ModeJournal, Full: plan.Action != Incremental, Lineage: c.line, Discard: plan.Discard}
 	ranges := []Range{{0, simSize}}
 	if !start.Full {
 		ranges = mine
 		if !plan.Discard.IsZero() {
-			ranges = uniteRanges(mine, theirs)
+			ranges = uniteRanges(mine, f.theirs)
 		}
 	}
 	if plan.InPlace {
@@ -109,7 +203,7 @@ func (n *simNode) feed(to *simNode) error {
 	}
 	before, err := to.data()
 	if err != nil {
-		return err
+		return false, err
 	}
 	fault := w.rng.IntN(5) == 0
 	if fault {
@@ -120,7 +214,7 @@ func (n *simNode) feed(to *simNode) error {
 	if len(to.acks) == 0 {
 		to.acks = []Lineage{nil} // it may as well stay blank
 	}
-	to.acks = append(to.acks, n.state.Lineage) // from here on it may
+	to.acks = append(to.acks, c.line) // from here on it may
 	// Links are cut anywhere in an epoch, or near its commit; power goes anywhere, or
 	// when a disk is about to make durable what was written.
 	cut, power, near := w.rng.IntN(3) == 0, w.rng.IntN(5) == 0, w.rng.IntN(2) == 0
@@ -138,11 +232,11 @@ func (n *simNode) feed(to *simNode) error {
 		w.s.after(in, client.stream.cut)
 	}
 	defer w.s.after(0, nil)
-	r := Round{Source: simView{w.s, image}, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy}
+	r := Round{Source: c.view, Narrow: w.rng.IntN(4) > 0 && plan.Action != FullCopy}
 	begin := func() error { return link.Begin(ctx, start, plan.Overwrite) }
 	k := n.kept[to]
 	if k != nil {
-		since, err := n.changed(k.base)
+		since, err := c.changed(k.base)
 		if err == nil && k.fits(link, plan) {
 			w.did["resumed"]++
 			w.say("it goes on with epoch %d after cut %d: %d bytes are left, %d changed", k.epoch.start.Epoch, k.base, totalBytes(k.rest), totalBytes(since))
@@ -165,7 +259,7 @@ func (n *simNode) feed(to *simNode) error {
 		link.Close() // if it was not cut yet; the commit does not come
 	}
 	if err == nil || cut || power { // a view that was read to its end is flushed, whatever became of the link
-		if e := n.flush(); err == nil {
+		if e := c.flush(); err == nil {
 			err = e
 		}
 	}
@@ -173,15 +267,15 @@ func (n *simNode) feed(to *simNode) error {
 		w.s.after(w.rng.IntN(12), client.stream.cut)
 	}
 	if err == nil {
-		err = link.Commit(ctx, n.state.Lineage, 1)
+		err = link.Commit(ctx, c.line, 1)
 	}
 	switch {
 	case err == nil:
-		to.acks = []Lineage{n.state.Lineage} // acknowledged: from here on it must
+		to.acks = []Lineage{c.line} // acknowledged: from here on it must
 		if !plan.Discard.IsZero() {
 			w.did["gave up"]++
-			if err := to.checkRescue(before, image, w.images[rel.Common]); err != nil {
-				return err
+			if err := to.checkRescue(before, c.image, w.images[rel.Common]); err != nil {
+				return false, err
 			}
 		}
 	case (cut || power) && link.Err() != nil:
@@ -190,23 +284,22 @@ func (n *simNode) feed(to *simNode) error {
 		if !begun && k != nil { // it is to be gone on with all the same
 			n.kept[to] = k
 		} else if e := link.interrupted(); e != nil {
-			n.kept[to] = &keptAttempt{epoch: e, plan: plan, base: n.state.Lineage.Tip().Epoch, rest: rest, round: min(r.Number+1, MaxRounds-1)}
+			n.kept[to] = &keptAttempt{epoch: e, plan: plan, base: c.line.Tip().Epoch, rest: rest, round: min(r.Number+1, MaxRounds-1)}
 		}
 	case !fault:
-		return err
+		return false, err
 	}
 	if fault || power {
 		link.Close()
 		w.s.settle()
 		to.recv.Close()
-		_ = to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
+		_ = to.rep.WaitApplied(ctx, c.line.Tip().Epoch)
 		w.s.after(0, nil)
-		return to.crash()
+		return false, to.crash()
 	}
-	if err != nil {
-		return nil
-	}
-	return to.rep.WaitApplied(ctx, n.state.Lineage.Tip().Epoch)
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	return err == nil && !client.stream.lost, nil
 }
 
 // checkRescue: what only this copy had is in the rescue file.

@@ -78,7 +78,7 @@ func simClass(m *proto.FromReplica) uint64 {
 	case m.GetDifferences() != nil:
 		return 1 + m.GetDifferences().Id
 	case m.GetApplied() != nil:
-		return 1 << 32
+		return 1<<32 + m.GetApplied().Epoch
 	}
 	return 0
 }

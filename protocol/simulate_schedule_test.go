@@ -10,6 +10,7 @@ import (
 	"hash/fnv"
 	"io"
 	mathrand "math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -195,7 +196,9 @@ func (d *simDisk) ZeroOut(at, n int64) (err error) {
 }
 
 func (d *simDisk) Flush() (err error) {
-	d.turn("flush", 0, 0, func() string {
+	// An epoch may be committed while the one before is applied: both flush.
+	pc, _, _, _ := runtime.Caller(1)
+	d.turn("flush by "+runtime.FuncForPC(pc).Name(), 0, 0, func() string {
 		if d.flushesLeft--; d.flushesLeft < 0 && d.beforeFlush != nil {
 			d.beforeFlush()
 			d.beforeFlush = nil

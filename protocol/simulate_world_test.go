@@ -51,9 +51,10 @@ type simNode struct {
 	after *blocktest.Memory // its disk, when the power went in the middle of something
 	label *memState
 
-	rep  *Replica
-	recv *Receiver
-	acks []Lineage // one of these, or what continues it, the replica must hold
+	rep    *Replica
+	recv   *Receiver
+	source *ReplicaSource // of rep, once others were fed from it
+	acks   []Lineage      // one of these, or what continues it, the replica must hold
 
 	primary bool
 	state   SourceState
@@ -134,7 +135,7 @@ func (w *simWorld) begin(k simWalk, move int) {
 
 func (w *simWorld) walk(k simWalk) (at int, err error) {
 	for i := range 3 {
-		n := &simNode{w: w, name: string(rune('a' + i)), dir: w.t.TempDir()}
+		n := &simNode{w: w, name: string(rune('a' + i)), dir: w.t.TempDir(), kept: map[*simNode]*keptAttempt{}}
 		w.nodes = append(w.nodes, n)
 		if err := n.blank(); err != nil {
 			return 0, err
@@ -198,7 +199,16 @@ func (w *simWorld) move() error {
 				err = n.feed(other)
 			}
 		}
+		for err == nil && w.rng.IntN(3) == 0 { // what came is passed on
+			if err = other.passOn(w.third(n, other)); err == nil && w.rng.IntN(2) == 0 {
+				if err = n.write(); err == nil {
+					err = n.feed(other)
+				}
+			}
+		}
 		return err
+	case k > 1 && k < 5 && !n.primary && n != other:
+		return n.passOn(other)
 	case k == 14 || k < 2:
 		return n.crash()
 	case k > 14 && k < 17 && n.primary:
@@ -214,6 +224,23 @@ func (w *simWorld) move() error {
 	return nil
 }
 
+func (w *simWorld) third(one, two *simNode) *simNode {
+	for _, n := range w.nodes {
+		if n != one && n != two {
+			return n
+		}
+	}
+	panic("there are three")
+}
+
+// passOn feeds a node from a copy, as if its disk were beside that.
+func (n *simNode) passOn(to *simNode) error {
+	if n.primary || to.primary {
+		return nil
+	}
+	return n.feed(to)
+}
+
 func simOptions() FormatOptions {
 	return FormatOptions{VolumeUUID: testUUID, SizeBytes: simSize, JournalBytes: MinJournalBytes}
 }
@@ -225,7 +252,7 @@ func (n *simNode) close() {
 	if n.rep != nil {
 		_ = n.rep.Close() // after a fault it has nothing to add
 	}
-	n.rep, n.recv, n.primary, n.kept = nil, nil, false, map[*simNode]*keptAttempt{}
+	n.rep, n.recv, n.source, n.primary, n.kept = nil, nil, nil, false, map[*simNode]*keptAttempt{}
 }
 
 func (n *simNode) blank() error {

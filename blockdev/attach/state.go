@@ -238,7 +238,7 @@ func writeState(path string, s *state) error {
 		err = keepOld(path)
 	}
 	if err == nil {
-		err = blockdev.ReplaceFile(path, b, int64(len(b)))
+		err = blockdev.ReplaceFile(path, b, int64(len(b)), 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("state file %s: %w", path, err)

@@ -2,9 +2,15 @@ package volume
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"blockferry/blockdev"
 	"blockferry/blockdev/blocktest"
 )
 
@@ -62,5 +68,28 @@ func TestInspectSamplesTheWhole(t *testing.T) {
 		if got, why := Inspect(d); got != Foreign {
 			t.Errorf("content at %d: %s, %s", at, got, why)
 		}
+	}
+}
+
+// A program that has the disk for a moment is waited for where that is asked.
+func TestFormatWaits(t *testing.T) {
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	holder, err := blockdev.OpenFile(disk, blockdev.OpenOptions{Exclusive: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Format(FormatOptions{Device: disk}); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("a disk in use: %v, want EBUSY", err)
+	}
+	closed := make(chan error, 1)
+	time.AfterFunc(200*time.Millisecond, func() { closed <- holder.Close() })
+	if _, err := Format(FormatOptions{Device: disk, Wait: time.Minute}); err != nil {
+		t.Error(err)
+	}
+	if err := <-closed; err != nil {
+		t.Error(err)
 	}
 }

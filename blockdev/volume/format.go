@@ -3,6 +3,7 @@ package volume
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"blockferry/blockdev"
 )
@@ -20,6 +21,8 @@ type FormatOptions struct {
 	// Overwrite takes a device that is not blank. Its data area is not
 	// touched, but everything else is.
 	Overwrite bool
+	// Wait is how long a program that has one of the devices is waited for.
+	Wait time.Duration
 }
 
 // Format writes a volume's label and identity blocks. It refuses, before it
@@ -39,7 +42,7 @@ func Format(o FormatOptions) (*Label, error) {
 		}
 	}()
 	open := func(path string) (*blockdev.File, error) {
-		f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+		f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true, Wait: o.Wait})
 		if err != nil {
 			return nil, err
 		}

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
@@ -116,9 +119,9 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 		if path == "" {
 			continue
 		}
-		f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+		f, err := claim(path)
 		if err != nil {
-			return exit.Mark(exit.Refused, err)
+			return err
 		}
 		f.Close() // volume.Format claims it again
 	}
@@ -128,9 +131,23 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 	_, err = volume.Format(volume.FormatOptions{
 		Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
 		SizeBytes: plan.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: plan.Volume.CowBytes, TailBytes: plan.Volume.TailBytes,
-		UUID: uuid, Overwrite: force,
+		UUID: uuid, Overwrite: force, Wait: claimPatience,
 	})
 	return err
+}
+
+// claimPatience is how long a disk may be in use: an agent looks at each of its
+// configuration every few seconds, and has it to itself for that moment. Tests
+// give it less.
+var claimPatience = 5 * time.Second
+
+// claim opens a disk for nobody else to use.
+func claim(path string) (*blockdev.File, error) {
+	f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true, Wait: claimPatience})
+	if errors.Is(err, unix.EBUSY) {
+		err = fmt.Errorf("%w; nothing was written; if it is blockferry's agent, stop that first: systemctl stop blockferry", err)
+	}
+	return f, exit.Mark(exit.Refused, err)
 }
 
 // claimReplicas opens the disks of all replicas, in their order, for nobody else
@@ -142,10 +159,10 @@ func claimReplicas(v *config.Volume) (opened []*blockdev.File, release func(), e
 		}
 	}
 	for _, r := range v.Local() {
-		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		f, err := claim(r.Device)
 		if err != nil {
 			release()
-			return nil, nil, exit.Mark(exit.Refused, err)
+			return nil, nil, err
 		}
 		opened = append(opened, f)
 	}
@@ -196,9 +213,9 @@ func (g *globalOptions) createReplica(system *doctor.System, args []string, o cr
 	if o.dryRun {
 		did = "would be formatted"
 	} else {
-		f, err := blockdev.OpenFile(r.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		f, err := claim(r.Device)
 		if err != nil {
-			return exit.Mark(exit.Refused, err)
+			return err
 		}
 		defer f.Close()
 		options.VolumeUUID = uuid

@@ -3,7 +3,6 @@ package main
 import (
 	"strings"
 
-	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -28,9 +27,9 @@ func (g *globalOptions) createSecondary(system *doctor.System, c *config.Config,
 	if o.dryRun {
 		did = "would be formatted"
 	} else {
-		f, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+		f, err := claim(v.Device)
 		if err != nil {
-			return exit.Mark(exit.Refused, err)
+			return err
 		}
 		defer f.Close()
 		// First what an old replica's superblocks say: without its label that would be

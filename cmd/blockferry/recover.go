@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"blockferry/blockdev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/spill"
@@ -41,9 +40,9 @@ func newRecover(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptions) error {
-	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := claim(path)
 	if err != nil {
-		return exit.Mark(exit.Refused, err)
+		return err
 	}
 	defer disk.Close()
 	options := protocol.OpenOptions{DropJournal: o.dropJournal}

@@ -87,7 +87,7 @@ func (a *Agent) keep(what any, name ...string) error {
 	if err != nil {
 		return err
 	}
-	return blockdev.ReplaceFile(path, b, int64(len(b)))
+	return blockdev.ReplaceFile(path, b, int64(len(b)), 0o600)
 }
 
 // maxKept bounds what is read of a file.

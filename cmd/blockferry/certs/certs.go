@@ -185,7 +185,7 @@ func (a *Authority) Renew(dir string, now time.Time, days int) (was, is Info, er
 		return was, is, err
 	}
 	path := filepath.Join(dir, NodeFile)
-	return old.Info, describe(path, cert), blockdev.ReplaceFile(path, content, int64(len(content)))
+	return old.Info, describe(path, cert), blockdev.ReplaceFile(path, content, int64(len(content)), 0o600)
 }
 
 // node signs a new key for a node. The content is that of its file.

@@ -3,12 +3,15 @@ package certs
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var at = time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -101,6 +104,55 @@ func TestBadCertificatesAreNamed(t *testing.T) {
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%s: %v, want %q", c.what, err, c.want)
 		}
+	}
+}
+
+// Whenever the power goes, a file that has its name has its mode.
+func TestModesComeBeforeNames(t *testing.T) {
+	dir := t.TempDir()
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_ATTRIB); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Init(dir, "test", at, DefaultCADays); err != nil {
+		t.Fatal(err)
+	}
+	a, err := OpenAuthority(dir, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{CACertFile, CAKeyFile} { // room for the node's
+		if err := os.Rename(filepath.Join(dir, file), filepath.Join(t.TempDir(), file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := a.Issue(dir, "node-a", at, DefaultNodeDays); err != nil {
+		t.Fatal(err)
+	}
+	events := make([]byte, 64<<10)
+	n, err := unix.Read(fd, events)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]int{}
+	for events = events[:n]; len(events) > 0; {
+		mask, length := binary.NativeEndian.Uint32(events[4:]), binary.NativeEndian.Uint32(events[12:])
+		name := string(bytes.TrimRight(events[unix.SizeofInotifyEvent:][:length], "\x00"))
+		events = events[unix.SizeofInotifyEvent+length:]
+		if strings.HasPrefix(name, ".") {
+			continue // until it is whole
+		}
+		named[name]++
+		if mask&unix.IN_ATTRIB != 0 {
+			t.Errorf("%s was changed when it had its name", name)
+		}
+	}
+	if named[CACertFile] != 2 || named[CAKeyFile] != 1 || named[NodeFile] != 1 {
+		t.Errorf("files that got their names: %v", named)
 	}
 }
 

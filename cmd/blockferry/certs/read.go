@@ -235,15 +235,11 @@ func readFile(path string) ([]byte, error) {
 	return content, nil
 }
 
-// writeNew writes a file that is not there yet, durably. Nobody else may read it before it has
-// its mode.
-func writeNew(path string, content []byte, mode os.FileMode) error {
-	err := blockdev.CreateFile(path, content, int64(len(content))) // 0600
+// writeNew writes a file that is not there yet, durably.
+func writeNew(path string, content []byte, mode fs.FileMode) error {
+	err := blockdev.CreateFile(path, content, int64(len(content)), mode)
 	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%s %w", path, ErrExists)
-	}
-	if err == nil && mode != 0o600 {
-		err = os.Chmod(path, mode)
 	}
 	return err
 }

@@ -56,7 +56,7 @@ func (f *File) Create(header []byte, replace bool) (protocol.SpillStore, error) 
 	if replace {
 		put = blockdev.ReplaceFile
 	}
-	if err := put(path, header, f.size()); err != nil {
+	if err := put(path, header, f.size(), 0o600); err != nil {
 		return nil, err
 	}
 	return f.Open()

@@ -55,7 +55,7 @@ func StartAt(t testing.TB, inside []string, address string) *Etcd {
 	var err error
 	for range startTries {
 		if strings.HasSuffix(address, ":0") {
-			e.address = free(t)
+			e.address = FreeAddress(t)
 		}
 		e.Endpoint = "http://" + e.address
 		if err = e.start(); err == nil {
@@ -66,7 +66,8 @@ func StartAt(t testing.TB, inside []string, address string) *Etcd {
 	return nil
 }
 
-func free(t testing.TB) string {
+// FreeAddress is a HOST:PORT on loopback that nobody listens on at this moment.
+func FreeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
