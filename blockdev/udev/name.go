@@ -125,7 +125,10 @@ func Same(a, b blockdev.Identity) bool {
 	if a.Major == 0 && b.Major == 0 {
 		return a.Path == b.Path
 	}
-	return a.Major == b.Major && a.Minor == b.Minor && a.Sequence == b.Sequence && a.Serial == b.Serial && a.WWID == b.WWID && a.Partition == b.Partition
+	if strings.HasPrefix(a.Disk, "dm-") {
+		a.Sequence = b.Sequence // its UUID says it; another table does not make it another disk
+	}
+	return a.Major == b.Major && a.Minor == b.Minor && a.Disk == b.Disk && a.Sequence == b.Sequence && a.Serial == b.Serial && a.WWID == b.WWID && a.Partition == b.Partition
 }
 
 // finder finds disks by name. Tests give it disks of their own.

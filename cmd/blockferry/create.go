@@ -55,7 +55,7 @@ func newCreate(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) create(system *doctor.System, args []string, o createOptions) error {
-	c, v, err := g.volume(args)
+	c, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}
@@ -168,7 +168,7 @@ func formatReplicas(v *config.Volume, opened []*blockdev.File, formats map[strin
 // createReplica formats one replica's disk for a volume that exists. Nothing
 // else is written, so the volume may be up and its other replicas in use.
 func (g *globalOptions) createReplica(system *doctor.System, args []string, o createOptions) error {
-	c, v, err := g.volume(args)
+	c, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/spill"
@@ -28,7 +29,7 @@ func newRecover(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recover DEVICE",
 		Short: "Make a replica's disk mountable where no agent runs",
-		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use.\nA mount writes to it; should it have to serve as a replica again, its changed\ncontent must be accepted first, with --accept-changes.",
+		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use. DEVICE is its path,\nor what it is: serial:NUMBER or model:NAME.\nA mount writes to it; should it have to serve as a replica again, its changed\ncontent must be accepted first, with --accept-changes.",
 		Args:  exactly(1, "DEVICE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.recover(cmd.Context(), args[0], o)
@@ -41,7 +42,7 @@ func newRecover(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) recover(ctx context.Context, path string, o recoverOptions) error {
-	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := udev.Open(path, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
 		return exit.Mark(exit.Refused, err)
 	}

@@ -176,11 +176,15 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 		gone = true
 		m.roles.keeps().unguard()
 		var err error
-		if disk, err = volume.OpenOffline(m.config.Device); err != nil {
+		at, err := pathsOf(m.config)
+		if err != nil {
+			return err
+		}
+		if disk, err = volume.OpenOffline(at.device); err != nil {
 			return err
 		}
 		r.state.StateStore = offlineState{disk}
-		unwritten, why := disk.UnwrittenSince(r.source.last(), m.config.MetadataDevice)
+		unwritten, why := disk.UnwrittenSince(r.source.last(), at.metadata)
 		if !unwritten {
 			m.log.Info("not a clean end", "reason", why)
 		} else if err := disk.Remember(r.source.last()); err != nil {
