@@ -183,6 +183,9 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 		if disk, err = volume.OpenOffline(at.device); err != nil {
 			return err
 		}
+		if of := disk.Label().UUID; of != stack.UUID() { // the volume's own went, and this one is in its place
+			return fmt.Errorf("%w: %s holds volume %s, this one is %s", volume.ErrOtherVolume, disk.Name(), of, stack.UUID())
+		}
 		r.state.StateStore = offlineState{disk}
 		unwritten, why := disk.UnwrittenSince(r.source.last(), at.metadata)
 		if !unwritten {
