@@ -1,12 +1,14 @@
 package blockdev
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,10 +31,24 @@ type Identity struct {
 	Disk string
 	// Partition is the number of the partition, 0 for a whole disk.
 	Partition int
+	// Sequence is the disk's number among all that this boot has seen: another
+	// disk under the same name and number has another. 0 before Linux 5.15.
+	Sequence uint64
 }
 
 // Identify says what the block device at path is.
 func Identify(path string) (Identity, error) { return hostKernel.identify(path) }
+
+// IdentifyNumber says what the block device of that number is; Path is the kernel's own
+// node of it. fs.ErrNotExist: there is none.
+func IdentifyNumber(major, minor uint32) (Identity, error) {
+	return hostKernel.identifyNumber(major, minor)
+}
+
+// Disks lists the disks and partitions that there are, by number. Path is the kernel's own
+// node of each. What vanishes meanwhile, or can't be told apart (a disk that does not answer
+// any more), is left out.
+func Disks() ([]Identity, error) { return hostKernel.disks() }
 
 // SameDisk says whether two block devices, or two regular files, share any
 // byte by name: one device under two names, a partition and its disk, or
@@ -123,21 +139,31 @@ func (k kernel) nodeAt(path string) (sysNode, error) {
 }
 
 func (k kernel) identify(path string) (Identity, error) {
-	fail := func(err error) (Identity, error) { return Identity{}, fmt.Errorf("identify %s: %w", path, err) }
 	major, minor, err := k.device(path)
-	if err != nil {
-		return fail(err)
+	var id Identity
+	if err == nil {
+		id, err = k.identifyNumber(major, minor)
 	}
+	if err != nil {
+		return Identity{}, fmt.Errorf("identify %s: %w", path, err)
+	}
+	id.Path = path
+	return id, nil
+}
+
+func (k kernel) identifyNumber(major, minor uint32) (Identity, error) {
 	n, err := k.node(major, minor)
 	if err != nil {
-		return fail(err)
+		return Identity{}, err
 	}
 	sectors, err := ReadNumber(filepath.Join(n.dir, "size"))
 	if err != nil {
-		return fail(err)
+		return Identity{}, err
 	}
 	id := Identity{
-		Path: path, Major: major, Minor: minor, SizeBytes: sectors * SectorSize, Disk: filepath.Base(n.disk),
+		// Where a name has a folder the kernel shows a '!'.
+		Path:  "/dev/" + strings.ReplaceAll(n.name(), "!", "/"),
+		Major: major, Minor: minor, SizeBytes: sectors * SectorSize, Disk: filepath.Base(n.disk),
 		// virtio has its serial beside the disk, NVMe at the controller, SCSI
 		// in a page of its own.
 		Serial: firstText(n.disk, "serial", "device/serial"),
@@ -146,17 +172,48 @@ func (k kernel) identify(path string) (Identity, error) {
 	}
 	if id.Serial == "" {
 		if id.Serial, err = unitSerial(filepath.Join(n.disk, "device/vpd_pg80")); err != nil {
-			return fail(err)
+			return Identity{}, err
 		}
+	}
+	if id.Sequence, err = n.sequence(); err != nil {
+		return Identity{}, err
 	}
 	if n.dir != n.disk {
 		number, err := ReadNumber(filepath.Join(n.dir, "partition"))
 		if err != nil {
-			return fail(err)
+			return Identity{}, err
 		}
 		id.Partition = int(number)
 	}
 	return id, nil
+}
+
+// sequence is the disk's, 0 where the kernel has none.
+func (n sysNode) sequence() (uint64, error) {
+	sequence, err := ReadNumber(filepath.Join(n.disk, "diskseq"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	return uint64(sequence), nil
+}
+
+func (k kernel) disks() ([]Identity, error) {
+	entries, err := os.ReadDir(filepath.Join(k.sys, "dev/block"))
+	if err != nil {
+		return nil, fmt.Errorf("list block devices: %w", err)
+	}
+	var all []Identity
+	for _, e := range entries {
+		var major, minor uint32
+		if _, err := fmt.Sscanf(e.Name(), "%d:%d", &major, &minor); err != nil {
+			return nil, fmt.Errorf("list block devices: number %q: %w", e.Name(), err)
+		}
+		if id, err := k.identifyNumber(major, minor); err == nil {
+			all = append(all, id)
+		}
+	}
+	slices.SortFunc(all, func(a, b Identity) int { return cmp.Or(cmp.Compare(a.Major, b.Major), cmp.Compare(a.Minor, b.Minor)) })
+	return all, nil
 }
 
 // unitSerial reads SCSI's page of the unit serial number:

@@ -111,9 +111,9 @@ func TestIdentify(t *testing.T) {
 	k, dev := fakeKernel(t)
 	const model = "Amazon Elastic Block Store"
 	for name, want := range map[string]Identity{
-		"nvme0n1":   {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, SizeBytes: 512000, Disk: "nvme0n1"},
-		"by-id":     {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, SizeBytes: 512000, Disk: "nvme0n1"},
-		"nvme0n1p2": {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, Minor: 2, SizeBytes: 204800, Disk: "nvme0n1", Partition: 2},
+		"nvme0n1":   {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, SizeBytes: 512000, Disk: "nvme0n1", Sequence: 11},
+		"by-id":     {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, SizeBytes: 512000, Disk: "nvme0n1", Sequence: 11},
+		"nvme0n1p2": {Serial: "vol0123456789abcdef0", Model: model, WWID: "nvme.1d0f-766f6c30", Major: 259, Minor: 2, SizeBytes: 204800, Disk: "nvme0n1", Partition: 2, Sequence: 11},
 		"vda":       {Serial: "disk-7", Major: 254, SizeBytes: 4096, Disk: "vda"},
 		"sda":       {Serial: "ABC123", Model: "QEMU HARDDISK", WWID: "naa.5000", Major: 8, SizeBytes: 8192, Disk: "sda"},
 		"dm-0":      {WWID: "blockferry-1", Major: 253, SizeBytes: 12288, Disk: "dm-0"},
@@ -128,6 +128,35 @@ func TestIdentify(t *testing.T) {
 		if got, err := k.identify(path); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s is %+v, %v; want an error that names it", path, got, err)
 		}
+	}
+}
+
+// All that there are, as the kernel names them; one that does not answer is left out.
+func TestDisks(t *testing.T) {
+	k, _ := fakeKernel(t)
+	all, err := k.disks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for _, id := range all {
+		found = append(found, fmt.Sprintf("%s=%s/%s/%d", id.Path, id.Serial, id.Model, id.Partition))
+	}
+	const ebs = "vol0123456789abcdef0/Amazon Elastic Block Store"
+	want := []string{"/dev/loop3=//0", "/dev/sda=ABC123/QEMU HARDDISK/0", "/dev/md0=//0", "/dev/dm-0=//0", "/dev/vda=disk-7//0", "/dev/nvme0n1=" + ebs + "/0",
+		"/dev/nvme0n1p1=" + ebs + "/1", "/dev/nvme0n1p2=" + ebs + "/2", "/dev/nvme0n1p5=" + ebs + "/5", "/dev/nvme1n1=//0", "/dev/nvme1n1p2=//2"}
+	if !reflect.DeepEqual(found, want) {
+		t.Errorf("disks:\n%s\nwant\n%s", strings.Join(found, "\n"), strings.Join(want, "\n"))
+	}
+	sda, err := filepath.EvalSymlinks(filepath.Join(k.sys, "dev/block/8:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(sda, "device/vpd_pg80"), []byte("torn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if all, err = k.disks(); err != nil || len(all) != len(want)-1 {
+		t.Errorf("with one that does not answer: %d disks, %v; want %d", len(all), err, len(want)-1)
 	}
 }
 

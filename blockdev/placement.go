@@ -56,10 +56,7 @@ func (k kernel) placement(path string) (Placement, error) {
 		}
 		p.StartBytes = start * SectorSize
 	}
-	switch sequence, err := ReadNumber(filepath.Join(n.disk, "diskseq")); {
-	case err == nil:
-		p.Sequence = uint64(sequence)
-	case !errors.Is(err, fs.ErrNotExist):
+	if p.Sequence, err = n.sequence(); err != nil {
 		return fail(err)
 	}
 	if p.Requests, err = n.requests(); err != nil {

@@ -38,7 +38,7 @@ func newAttach(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) attach(ctx context.Context, system *doctor.System, args []string, o createOptions) error {
-	c, v, err := g.volume(args)
+	c, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"blockferry/blockdev/udev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/cmd/blockferry/exit"
@@ -41,6 +42,7 @@ func (g *globalOptions) check(system *doctor.System, o checkOptions) error {
 		findings = append(findings, system.DeadMan(defaultDeadManSocket)...)
 		findings = append(findings, doctor.Node(c, now())...)
 		findings = append(findings, doctor.Lease(c)...)
+		c.Resolve(udev.Path)
 		disks := system.Volumes(c)
 		for _, v := range c.Volumes {
 			findings = append(findings, disks[v]...)

@@ -10,6 +10,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -58,7 +59,7 @@ func newCreate(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) create(system *doctor.System, args []string, o createOptions) error {
-	c, v, err := g.volume(args)
+	c, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}
@@ -141,9 +142,9 @@ func writeVolume(v *config.Volume, plan layout.Plan, uuid volume.UUID, force boo
 // give it less.
 var claimPatience = 5 * time.Second
 
-// claim opens a disk for nobody else to use.
+// claim opens a disk, by its path or its name, for nobody else to use.
 func claim(path string) (*blockdev.File, error) {
-	f, err := blockdev.OpenFile(path, blockdev.OpenOptions{Write: true, Exclusive: true, Wait: claimPatience})
+	f, err := udev.Open(path, blockdev.OpenOptions{Write: true, Exclusive: true, Wait: claimPatience})
 	if errors.Is(err, unix.EBUSY) {
 		err = fmt.Errorf("%w; nothing was written; if it is blockferry's agent, stop that first: systemctl stop blockferry", err)
 	}
@@ -185,7 +186,7 @@ func formatReplicas(v *config.Volume, opened []*blockdev.File, formats map[strin
 // createReplica formats one replica's disk for a volume that exists. Nothing
 // else is written, so the volume may be up and its other replicas in use.
 func (g *globalOptions) createReplica(system *doctor.System, args []string, o createOptions) error {
-	c, v, err := g.volume(args)
+	c, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}

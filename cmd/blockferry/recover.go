@@ -27,7 +27,7 @@ func newRecover(g *globalOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recover DEVICE",
 		Short: "Make a replica's disk mountable where no agent runs",
-		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use.\nA mount writes to it; should it have to serve as a replica again, its changed\ncontent must be accepted first, with --accept-changes.",
+		Long:  "Applies what a replica acknowledged but did not apply yet, and prints the point in\ntime that the disk then holds: it mounts as it is, its data begins at offset 0.\nNeeds no configuration and no agent; the disk must not be in use. DEVICE is its path,\nor what it is: serial:NUMBER or model:NAME.\nA mount writes to it; should it have to serve as a replica again, its changed\ncontent must be accepted first, with --accept-changes.",
 		Args:  exactly(1, "DEVICE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.recover(cmd.Context(), args[0], o)

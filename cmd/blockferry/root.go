@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"blockferry/blockdev/udev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 )
@@ -106,5 +107,14 @@ func (g *globalOptions) volume(args []string) (*config.Config, *config.Volume, e
 		name = args[0]
 	}
 	v, err := c.Volume(name)
+	return c, v, err
+}
+
+// volumeDisks is volume for a command that uses disks itself: they are named by their paths.
+func (g *globalOptions) volumeDisks(args []string) (*config.Config, *config.Volume, error) {
+	c, v, err := g.volume(args)
+	if err == nil {
+		c.Resolve(udev.Path)
+	}
 	return c, v, err
 }

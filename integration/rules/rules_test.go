@@ -56,6 +56,8 @@ var layers = []layer{
 	// The rooms below volume do not know the house that volume builds of them.
 	{prefix: "blockdev/dm", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/era", "blockdev/bpf", "blockdev/attach"}},
 	{prefix: "blockdev/bpf", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/volume", "blockdev/era", "blockdev/attach"}},
+	// Which disk is meant does not depend on what is made of it.
+	{prefix: "blockdev/udev", may: []string{"blockdev"}, never: []string{"blockdev/dm", "blockdev/bpf", "blockdev/volume", "blockdev/era", "blockdev/attach", "blockdev/deadman", "blockdev/precopy"}},
 	// The dead-man serves whoever stops writers.
 	{prefix: "blockdev/deadman", may: []string{"blockdev"}, never: []string{"blockdev/volume", "blockdev/attach", "blockdev/precopy"}},
 	// The engine knows nothing of how writers are stopped, nor of who marks.

@@ -70,6 +70,7 @@ type Agent struct {
 	leases   leaseStore          // nil: no volume has a lease
 	peers    *peers              // nil: nothing is taken from other nodes
 	stopping chan struct{}       // closed when the agent begins to stop
+	disks    *disks              // those of all volumes
 	asking   atomic.Bool         // alive waits for an answer
 }
 
@@ -117,6 +118,7 @@ func Run(ctx context.Context, o Options) error {
 			a.volumes = append(a.volumes, newManaged(a, v))
 		}
 	}
+	a.disks = newDisks(a)
 	a.unpinStale(pinRoot)
 	server := grpc.NewServer(grpc.UnaryInterceptor(a.wireUnary), grpc.StreamInterceptor(a.wireStream))
 	proto.RegisterControlServer(server, control{agent: a})
@@ -126,6 +128,7 @@ func Run(ctx context.Context, o Options) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var running sync.WaitGroup
+	running.Go(func() { a.disks.run(work) })
 	for _, v := range a.volumes {
 		running.Go(func() { v.run(work) })
 	}

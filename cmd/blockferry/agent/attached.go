@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
 	"blockferry/blockdev/deadman"
 	"blockferry/blockdev/precopy"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -55,9 +55,9 @@ func takeFrozen(a freezable, whenBusy string) takeFunc {
 // bringUpAttached is bringUp for a device that is in use as it is; op is held.
 func (m *managed) bringUpAttached() error {
 	v := m.config
-	if _, err := os.Stat(v.Device); errors.Is(err, fs.ErrNotExist) {
-		m.set(stageAbsent, v.Device+" is not there", fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
-		return exit.Errorf(exit.Refused, "%s is not there", v.Device)
+	if words, advice := m.agent.disks.missing(v.Device); words != "" {
+		m.set(stageAbsent, words, advice)
+		return exit.Errorf(exit.Refused, "%s", words)
 	}
 	switch kept, err := attach.ReadState(v.StateFile); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -93,8 +93,12 @@ func (m *managed) bringUpAttached() error {
 	if err != nil {
 		return m.refuse(err)
 	}
+	device, err := pathOf(v.Device)
+	if err != nil {
+		return m.refuse(errors.Join(err, guard.Close()))
+	}
 	a, err := attach.Open(attach.Options{
-		Name: v.Name, Device: v.Device, StateFile: v.StateFile, PinDir: pins, PinOwner: m.agent.owner(), Keep: m.needed(),
+		Name: v.Name, Device: device, StateFile: v.StateFile, PinDir: pins, PinOwner: m.agent.owner(), Keep: m.needed(),
 		Guard: guard, StallBudget: v.StallBudget, StallLimit: v.StallLimit, Log: m.agent.log,
 	})
 	if err != nil {
@@ -116,7 +120,7 @@ func (m *managed) bringUpAttached() error {
 // disk in the place of a lost one, or one that was wiped. To go on would wipe the
 // replicas.
 func (m *managed) blankAttached() error {
-	disk, err := blockdev.OpenFile(m.config.Device, blockdev.OpenOptions{})
+	disk, err := udev.Open(m.config.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return m.refuse(err)
 	}
@@ -183,22 +187,30 @@ func (o attachedOffline) UUID() volume.UUID { return o.Offline.UUID() }
 // volume is as large as its device.
 func (m *managed) openForRestore(p restorePlan) (fillable, error) {
 	v := m.config
+	device, err := pathOf(v.Device)
+	if err != nil {
+		return nil, err
+	}
 	if p.resume {
-		o, err := attach.OpenOffline(v.Device, v.StateFile)
+		o, err := attach.OpenOffline(device, v.StateFile)
 		return attachedOffline{o}, err
 	}
 	state, err := protocol.BeginRestore(p.from.config.Name, p.status.Lineage).Encode()
 	if err != nil {
 		return nil, err
 	}
-	o, err := attach.CreateOffline(v.Device, v.StateFile, p.status.VolumeUUID, state)
+	o, err := attach.CreateOffline(device, v.StateFile, p.status.VolumeUUID, state)
 	return attachedOffline{o}, err
 }
 
 // attachedRestore is the restore that was begun on an attached device, nil if
 // there was none, and its volume.
 func (m *managed) attachedRestore() (*protocol.RestoreState, volume.UUID, error) {
-	kept, same, err := attach.ReadStateOf(m.config.Device, m.config.StateFile)
+	device, err := pathOf(m.config.Device)
+	if err != nil {
+		return nil, volume.UUID{}, err
+	}
+	kept, same, err := attach.ReadStateOf(device, m.config.StateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, volume.UUID{}, nil
 	}

@@ -378,6 +378,9 @@ func (s *secondary) status() status.Volume {
 		v.Reason = "nobody feeds it: none of " + strings.Join(s.config.Peers, ", ") + " is connected; how far it is behind is known only there"
 		v.Advice = "see 'blockferry status' at that node, and what is refused in the agent's log here"
 	}
+	if v.Reason == "" {
+		v.Reason, v.Advice = s.peers.agent.disks.resizedWords(s.config.Device, s.config.Name)
+	}
 	if words, todo := s.replica.spillWords(st); words != "" && v.Reason == "" {
 		v.Reason, v.Advice = words, todo
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -267,7 +268,7 @@ func (s *switching) promotable() (protocol.ReplicaStatus, error) {
 
 // takeOver has the parked replica's disk become the volume's.
 func (s *switching) takeOver(ctx context.Context, heard knowledge, force bool) (did protocol.Promotion, err error) {
-	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := udev.Open(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
 		return did, err
 	}
@@ -415,7 +416,7 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 // room refuses a disk that can't hold a replica beside the volume, before that is
 // taken down.
 func (s *switching) room() error {
-	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	disk, err := udev.Open(s.config.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return exit.Mark(exit.Refused, err)
 	}
@@ -433,7 +434,7 @@ func (s *switching) room() error {
 
 // standDown makes the disk of a volume that is down a replica.
 func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
-	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := udev.Open(s.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
 		return nil, err
 	}
@@ -443,7 +444,11 @@ func (s *switching) standDown(force bool) (h *protocol.Holding, err error) {
 		return nil, err
 	}
 	s.know(o.Label().UUID)
-	outside, err := o.ChangedOutside(s.config.MetadataDevice)
+	metadata, err := pathOf(s.config.MetadataDevice)
+	if err != nil {
+		return nil, err
+	}
+	outside, err := o.ChangedOutside(metadata)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/udev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
 	"blockferry/protocol"
@@ -32,8 +33,10 @@ type localReplica struct {
 	name     string
 	adopt    chan adoption // what a replica of no volume yet is to become one of
 	unparked chan struct{} // room for one
+	woken    chan struct{} // room for one: its disk came, went or has another size
 
-	turn sync.Mutex // held while the disk is in use by it, or while it is parked
+	turn sync.Mutex        // held while the disk is in use by it, or while it is parked
+	on   blockdev.Identity // the disk that is open; belongs to who has the turn
 
 	mu      sync.Mutex
 	parked  bool
@@ -49,7 +52,7 @@ type localReplica struct {
 }
 
 func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplica {
-	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}), receiver: a.receiver, name: r.Name, adopt: make(chan adoption), unparked: make(chan struct{}, 1),
+	return &localReplica{agent: a, volume: v, config: r, ready: make(chan struct{}), receiver: a.receiver, name: r.Name, adopt: make(chan adoption), unparked: make(chan struct{}, 1), woken: make(chan struct{}, 1),
 		log: a.log.With("volume", v.Name, "replica", r.Name), reason: "not opened yet"}
 }
 
@@ -57,7 +60,7 @@ func newLocalReplica(a *Agent, v *config.Volume, r *config.Replica) *localReplic
 // ends.
 func (l *localReplica) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		l.serveInTurn(ctx)
+		wait := l.serveInTurn(ctx)
 		select {
 		case <-l.unparked:
 			continue
@@ -65,13 +68,23 @@ func (l *localReplica) run(ctx context.Context) {
 		}
 		select {
 		case <-l.unparked:
+		case <-l.woken:
 		case <-ctx.Done():
-		case <-time.After(retryEvery):
+		case <-time.After(wait):
 		}
 	}
 }
 
-func (l *localReplica) serveInTurn(ctx context.Context) {
+// wake has the disk looked at again, whether it is open or not.
+func (l *localReplica) wake() {
+	select {
+	case l.woken <- struct{}{}:
+	default:
+	}
+}
+
+// serveInTurn returns how long to wait before it is called again.
+func (l *localReplica) serveInTurn(ctx context.Context) time.Duration {
 	l.turn.Lock()
 	defer l.turn.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
@@ -81,11 +94,20 @@ func (l *localReplica) serveInTurn(ctx context.Context) {
 	l.let = cancel
 	l.mu.Unlock()
 	if parked {
-		return
+		return retryEvery
 	}
-	if err := l.serve(ctx); err != nil && ctx.Err() == nil {
+	err := l.serve(ctx)
+	if err != nil && ctx.Err() == nil {
 		l.closed(err)
 	}
+	var absent *absentError
+	switch {
+	case errors.Is(err, errWent):
+		return lookSoon // another may be in its place already
+	case errors.As(err, &absent):
+		return l.agent.disks.patience(l.config.Device)
+	}
+	return retryEvery
 }
 
 // park ends the serving; the disk is the caller's when it returns, until unpark.
@@ -113,11 +135,15 @@ func (l *localReplica) unpark() {
 
 // serve returns when the replica can't be served, or not any more.
 func (l *localReplica) serve(ctx context.Context) (err error) {
-	disk, err := blockdev.OpenFile(l.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
+	disk, err := udev.Open(l.config.Device, blockdev.OpenOptions{Write: true, Exclusive: true})
 	if err != nil {
-		return err
+		return l.agent.disks.absent(l.config.Device, err)
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	if l.on, err = udev.Look(disk.Name()); err != nil {
+		return l.agent.disks.absent(l.config.Device, err)
+	}
+	l.agent.disks.settle(l.config.Device)
 	if l.volume.Switches() && l.config == l.volume.Copy {
 		if err := settle(disk); err != nil {
 			return err
@@ -188,7 +214,14 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 		case <-ctx.Done():
 			l.set(nil, "the agent is stopping", "")
 			return nil, nil
+		case <-l.woken:
+			if err := l.went(); err != nil {
+				return nil, err
+			}
 		case <-tick.C:
+			if err := l.went(); err != nil {
+				return nil, err
+			}
 			now := replica.Status()
 			warned = l.warn(now.Warnings, warned)
 			if now.Err != nil {
@@ -198,6 +231,14 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 			l.dropKept(replica, keepFor)
 		}
 	}
+}
+
+// went is the error about a disk that went while it was open; nil: it is there.
+func (l *localReplica) went() error {
+	if udev.There(l.on) {
+		return nil
+	}
+	return l.agent.disks.absent(l.config.Device, fmt.Errorf("%s: %w", describe(l.config.Device, l.on), errWent))
 }
 
 // applyPatience is how long the end of the serving may wait. Tests give it less.
@@ -244,6 +285,10 @@ func (l *localReplica) awaitVolume(ctx context.Context, replica *protocol.Replic
 		case <-ctx.Done():
 			l.set(nil, "the agent is stopping", "")
 			return nil, nil
+		case <-l.woken:
+			if err := l.went(); err != nil {
+				return nil, err
+			}
 		case become := <-l.adopt:
 			var err error
 			if become.as, err = become.format(diskBytes); err != nil {
@@ -294,8 +339,10 @@ func (l *localReplica) advise(err error) string {
 			"; only if it is lost for good, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
 	case errors.Is(err, protocol.ErrSpill): // next: it may be one that does not exist, or can't be read
 		return "bring its spill file back and name it in the configuration; only if it is lost, to go back to the image the disk has: blockferry recover --drop-journal " + l.config.Device
+	case errors.Is(err, udev.ErrAmbiguous):
+		return ambiguousAdvice
 	case errors.Is(err, fs.ErrNotExist):
-		return "attach the disk; " + again
+		return "attach the disk; " + l.agent.disks.whenThere(l.config.Device)
 	case errors.Is(err, protocol.ErrTookOver):
 		return "to finish that: blockferry primary " + l.volume.Name + "; to make it a replica again: blockferry secondary " + l.volume.Name
 	case errors.Is(err, protocol.ErrNoSuperblock):

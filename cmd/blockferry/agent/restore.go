@@ -163,7 +163,7 @@ type fillable interface {
 type labelled struct{ *volume.Offline }
 
 func openLabelled(device string) (fillable, error) {
-	o, err := volume.OpenOffline(device)
+	o, err := openOffline(device)
 	return labelled{o}, err
 }
 
@@ -186,8 +186,12 @@ func (m *managed) formatForRestore(p restorePlan, force bool) error {
 		return err
 	}
 	v := m.config
+	at, err := pathsOf(v)
+	if err != nil {
+		return err
+	}
 	_, err = volume.Format(volume.FormatOptions{
-		Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
+		Device: at.device, CowDevice: at.cow, MetaDevice: at.metadata,
 		SizeBytes: p.status.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: p.layout.Volume.CowBytes, TailBytes: p.layout.Volume.TailBytes,
 		UUID: p.status.VolumeUUID, State: state, Overwrite: force || p.overwrite,
 	})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/layout"
@@ -82,7 +83,7 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUID, error) {
 	var none volume.UUID
 	path := m.config.Device
-	disk, err := blockdev.OpenFile(path, blockdev.OpenOptions{Exclusive: true})
+	disk, err := udev.Open(path, blockdev.OpenOptions{Exclusive: true})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, none, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
 	}
@@ -118,7 +119,7 @@ func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUI
 // sameSize refuses a device for an attached volume, which is as large as its
 // device, unless that is the replica's size.
 func (m *managed) sameSize(size int64) error {
-	f, err := blockdev.OpenFile(m.config.Device, blockdev.OpenOptions{})
+	f, err := udev.Open(m.config.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return exit.Mark(exit.Prerequisite, err)
 	}
@@ -211,7 +212,7 @@ func (m *managed) layoutFor(size int64) (layout.Plan, error) {
 	v.SizeBytes = size
 	sizes := map[string]int64{}
 	for _, u := range v.DiskUses() {
-		f, err := blockdev.OpenFile(u.Path, blockdev.OpenOptions{})
+		f, err := udev.Open(u.Path, blockdev.OpenOptions{})
 		if errors.Is(err, fs.ErrNotExist) && u.Path != v.Device && u.Path != v.MetadataDevice && u.Path != v.CowDevice {
 			continue // a replica that is away keeps nobody from a restore
 		}

@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"sync"
 	"time"
 
 	"blockferry/blockdev"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
@@ -58,10 +58,11 @@ type switching struct {
 	rising  bool             // it comes up as primary, or tries to
 	waits   hooks.Event      // op is held until this hook ends; "": for none
 	change  chan struct{}    // closed and replaced when role or uuid change
+	woken   chan struct{}    // room for one: its disk came or went
 }
 
 func newSwitching(m *managed, c *secondary) *switching {
-	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{})}
+	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{}), woken: make(chan struct{}, 1)}
 	m.roles, c.roles = s, s
 	c.replica.parked = true
 	s.cascade = newCascade(m, c.replica)
@@ -69,6 +70,17 @@ func newSwitching(m *managed, c *secondary) *switching {
 		s.lease = newKeeper(m.agent, s)
 	}
 	return s
+}
+
+// wake has the disk looked at if its role is not known yet. A nil s does nothing.
+func (s *switching) wake() {
+	if s == nil {
+		return
+	}
+	select {
+	case s.woken <- struct{}{}:
+	default:
+	}
 }
 
 // at is the role; a volume that has but one is primary.
@@ -159,7 +171,7 @@ func (s *switching) run(ctx context.Context) {
 			s.log.Info("role", "secondary", r == roleSecondary)
 			s.set(r, uuid)
 		} else {
-			s.managed.set(stageAbsent, err.Error(), fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
+			s.managed.set(stageAbsent, err.Error(), "attach the disk; "+s.agent.disks.whenThere(s.config.Device))
 		}
 		s.op.Unlock()
 		if err == nil {
@@ -168,6 +180,7 @@ func (s *switching) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-s.woken:
 		case <-time.After(retryEvery):
 		}
 	}
@@ -192,9 +205,9 @@ func (s *switching) run(ctx context.Context) {
 
 // read asks the disk for the role.
 func (s *switching) read() (role, volume.UUID, error) {
-	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
-	if errors.Is(err, fs.ErrNotExist) {
-		return roleUnknown, volume.UUID{}, fmt.Errorf("%s is not there", s.config.Device)
+	disk, err := udev.Open(s.config.Device, blockdev.OpenOptions{})
+	if words, _ := s.agent.disks.missing(s.config.Device); words != "" && err != nil {
+		return roleUnknown, volume.UUID{}, errors.New(words)
 	}
 	if err != nil {
 		return roleUnknown, volume.UUID{}, err
@@ -386,7 +399,7 @@ func (s *switching) cutOnDisk() (protocol.Position, error) {
 }
 
 func (s *switching) stateOnDisk() (protocol.SourceState, error) {
-	disk, err := blockdev.OpenFile(s.config.Device, blockdev.OpenOptions{})
+	disk, err := udev.Open(s.config.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return protocol.SourceState{}, err
 	}

@@ -185,11 +185,18 @@ func (m *managed) sealAndStop(ctx context.Context, stack *volume.Volume, r *runn
 		gone = true
 		m.roles.keeps().unguard()
 		var err error
-		if disk, err = volume.OpenOffline(m.config.Device); err != nil {
+		at, err := pathsOf(m.config)
+		if err != nil {
 			return err
 		}
+		if disk, err = volume.OpenOffline(at.device); err != nil {
+			return err
+		}
+		if of := disk.Label().UUID; of != stack.UUID() { // the volume's own went, and this one is in its place
+			return fmt.Errorf("%w: %s holds volume %s, this one is %s", volume.ErrOtherVolume, disk.Name(), of, stack.UUID())
+		}
 		r.state.StateStore = offlineState{disk}
-		unwritten, why := disk.UnwrittenSince(r.source.last(), m.config.MetadataDevice)
+		unwritten, why := disk.UnwrittenSince(r.source.last(), at.metadata)
 		if !unwritten {
 			m.log.Info("not a clean end", "reason", why)
 		} else if err := disk.Remember(r.source.last()); err != nil {

@@ -11,6 +11,7 @@ import (
 	"blockferry/blockdev"
 	"blockferry/blockdev/attach"
 	"blockferry/blockdev/precopy"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/status"
@@ -125,7 +126,7 @@ func (s *source) Cut(ctx context.Context, epoch uint64, wish protocol.CutWish) (
 // changedBefore answers what tracked, a cut's, does not know as the volume was not written
 // here then, by what the disk holds of its time as a replica.
 func (s *source) changedBefore(since uint64, tracked func(uint64) ([]protocol.Range, error)) (_ []protocol.Range, err error) {
-	disk, err := blockdev.OpenFile(s.device, blockdev.OpenOptions{})
+	disk, err := udev.Open(s.device, blockdev.OpenOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", protocol.ErrTrackingLost, err)
 	}

@@ -37,7 +37,11 @@ func (l *localReplica) openOptions(disk *blockdev.File) (protocol.OpenOptions, e
 		limit = s.SizeBytes
 	}
 	o.Spill = &spill.File{Path: l.config.Spill, LimitBytes: limit}
-	if err := blockdev.Survives(l.config.Spill, l.volume.Device); err != nil {
+	device, err := pathOf(l.volume.Device)
+	if err == nil {
+		err = blockdev.Survives(l.config.Spill, device)
+	}
+	if err != nil {
 		l.mu.Lock()
 		l.noSpill = fmt.Sprintf("its spill file is not used: %v", err)
 		l.mu.Unlock()

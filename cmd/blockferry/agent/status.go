@@ -22,6 +22,7 @@ func (m *managed) status() status.Volume {
 		s.Restore = "auto"
 	}
 	st, stack, r, restoring := m.stage, m.stack, m.running, m.progress
+	lost, lostAdvice := m.lostWords, m.lostAdvice
 	if m.size > 0 {
 		s.SizeBytes, s.UUID = m.size, m.uuid.String()
 	}
@@ -46,6 +47,12 @@ func (m *managed) status() status.Volume {
 		s.Reason, s.Advice = m.otherWords()
 		if primary.Problem != "" {
 			s.Reason, s.Advice = primary.Problem, "see the agent's log; writes go on and are marked"
+		}
+		if s.Reason == "" {
+			s.Reason, s.Advice = m.agent.disks.resizedWords(m.config.Device, m.config.Name)
+		}
+		if lost != "" {
+			s.Disk, s.Reason, s.Advice = "Diskless", lost, lostAdvice
 		}
 	}
 	if restoring != nil {
@@ -118,6 +125,9 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 			s.Reason, s.Advice = words, todo
 		} else if words != "" {
 			s.Reason += "; " + words
+		}
+		if s.Reason == "" {
+			s.Reason, s.Advice = m.agent.disks.resizedWords(l.config.Device, m.config.Name)
 		}
 		if own.SpilledBytes > 0 {
 			n := uint64(own.SpilledBytes)

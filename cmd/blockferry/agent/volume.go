@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
 	"sync"
 	"time"
 
@@ -16,6 +14,7 @@ import (
 	"blockferry/blockdev/attach"
 	"blockferry/blockdev/bpf"
 	"blockferry/blockdev/deadman"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/doctor"
@@ -70,6 +69,12 @@ type managed struct {
 	stack    raised   // while up
 	running  *running // replication, while up
 	other    *otherPrimary
+
+	// While up: its disk, why that is not there any more ("": it is), and what was in its
+	// place then.
+	on                    blockdev.Identity
+	lostWords, lostAdvice string
+	lostFor               blockdev.Identity
 }
 
 func newManaged(a *Agent, v *config.Volume) *managed {
@@ -117,6 +122,8 @@ func (m *managed) run(ctx context.Context) {
 			wait = retryBusy // udev or blkid are done in a moment
 		case now == stageRefused, now == stageBusy:
 			wait = min(2*wait, retryRefused) // each try may write to the label
+		case now == stageAbsent:
+			wait = m.patience()
 		default:
 			wait = retryEvery
 		}
@@ -141,7 +148,10 @@ func (m *managed) look(ctx context.Context) {
 	}
 	defer m.op.Unlock()
 	switch m.at() {
-	case stageUp, stageDown, stageRestoring:
+	case stageUp:
+		m.lookAtDisk()
+		return
+	case stageDown, stageRestoring:
 		return
 	}
 	if m.roles.at() != rolePrimary {
@@ -250,8 +260,12 @@ func (m *managed) bringUp(after *restored) error {
 	if err != nil {
 		return m.refuse(err)
 	}
+	at, err := pathsOf(v)
+	if err != nil {
+		return m.refuse(errors.Join(err, guard.Close()))
+	}
 	stack, err := volume.Up(m.agent.dm, volume.Options{
-		Name: v.Name, Device: v.Device, CowDevice: v.CowDevice, MetaDevice: v.MetadataDevice,
+		Name: v.Name, Device: at.device, CowDevice: at.cow, MetaDevice: at.metadata,
 		EraBlockBytes: v.EraBlockBytes, FinePins: m.finePins(), FineOwner: m.agent.owner(), PreCopy: v.PreCopy, StallBudget: v.StallBudget, FreezeFilesystem: v.FreezeFilesystem, StallLimit: v.StallLimit,
 		Guard: guard, Hold: func() error { return m.roles.keeps().guard(m.holdDeadline) }, Log: m.agent.log,
 	})
@@ -289,9 +303,12 @@ func (m *managed) bringUp(after *restored) error {
 }
 
 func (m *managed) nowUp(stack raised, r *running) {
+	on, _ := udev.Look(m.config.Device)
 	m.mu.Lock()
 	m.stack, m.running, m.uuid, m.size = stack, r, stack.UUID(), stack.Size()
+	m.on, m.lostWords, m.lostAdvice = on, "", ""
 	m.mu.Unlock()
+	m.agent.disks.settle(m.config.Device)
 	m.roles.decide(false)
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
@@ -342,6 +359,8 @@ func (m *managed) refuse(err error) error {
 		advice = switchAdvice(m.config)
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
+	case errors.Is(err, udev.ErrAmbiguous):
+		advice = ambiguousAdvice
 	case errors.Is(err, attach.ErrUser):
 		advice = "an attached device may be used by nothing but file systems that can be frozen; it is tried again by itself"
 	case errors.Is(err, volume.ErrOtherVolume), errors.Is(err, attach.ErrOtherDevice):
@@ -372,12 +391,12 @@ func (m *managed) inspect() error {
 		if path == "" {
 			continue
 		}
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			m.set(stageAbsent, path+" is not there", fmt.Sprintf("attach the disk; it is looked for every %s", retryEvery))
-			return exit.Errorf(exit.Refused, "%s is not there", path)
+		if words, advice := m.agent.disks.missing(path); words != "" {
+			m.set(stageAbsent, words, advice)
+			return exit.Errorf(exit.Refused, "%s", words)
 		}
 	}
-	disk, err := blockdev.OpenFile(v.Device, blockdev.OpenOptions{})
+	disk, err := udev.Open(v.Device, blockdev.OpenOptions{})
 	if err != nil {
 		return m.refuse(err)
 	}
@@ -430,7 +449,11 @@ func (m *managed) begin(store protocol.StateStore) (protocol.SourceState, error)
 // beginOffline is begin for a volume that is not up. A restore that did not
 // end is told from other reasons.
 func (m *managed) beginOffline() (state protocol.SourceState, err error) {
-	disk, err := volume.OpenOffline(m.config.Device)
+	at, err := pathsOf(m.config)
+	if err != nil {
+		return state, err
+	}
+	disk, err := volume.OpenOffline(at.device)
 	if err != nil {
 		return state, err
 	}
@@ -451,7 +474,7 @@ func (m *managed) beginOffline() (state protocol.SourceState, err error) {
 	if err := m.roles.superseded(disk.Label().UUID, old.Effective()); err != nil {
 		return state, err
 	}
-	changed, err := disk.ChangedOutside(m.config.MetadataDevice)
+	changed, err := disk.ChangedOutside(at.metadata)
 	if err != nil {
 		return state, err
 	}

@@ -84,7 +84,7 @@ type Volume struct {
 	BeginsSecondary bool
 	// Hooks are never nil.
 	Hooks *Hooks
-	// Device is the disk that holds the volume.
+	// Device is the disk that holds the volume: its path, or what it is (package udev).
 	Device string
 	// Attach replicates Device as it is, mounted and in use, without a device
 	// above it.
@@ -206,6 +206,25 @@ func (c *Config) sort() {
 	sort.Slice(c.Volumes, func(i, j int) bool { return c.Volumes[i].Name < c.Volumes[j].Name })
 	for _, v := range c.Volumes {
 		sort.Slice(v.Replicas, func(i, j int) bool { return v.Replicas[i].Name < v.Replicas[j].Name })
+	}
+}
+
+// Resolve has the disks that are named by what they are named by their paths from now on, for
+// a command that ends soon. find is asked for each; one that it does not find keeps its name.
+func (c *Config) Resolve(find func(name string) (path string, err error)) {
+	for _, v := range c.Volumes {
+		names := []*string{&v.Device, &v.CowDevice, &v.MetadataDevice}
+		for _, r := range v.Replicas {
+			names = append(names, &r.Device)
+		}
+		if v.Copy != nil {
+			names = append(names, &v.Copy.Device)
+		}
+		for _, name := range names {
+			if path, err := find(*name); err == nil {
+				*name = path
+			}
+		}
 	}
 }
 

@@ -134,6 +134,25 @@ func TestSecondSampleIsReadWhole(t *testing.T) {
 	}
 }
 
+// Disks may be named by what they are, to the letter.
+func TestDisksSampleIsReadWhole(t *testing.T) {
+	c, err := Load(samples + "valid/disks.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := c.Volumes[0]
+	if v.Device != "model:Amazon EC2 NVMe Instance Storage" || v.Replicas[0].Device != "serial:vol-0123456789abcdef0" || v.Replicas[1].Device != "serial:vol0fedcba9876543210-part2" {
+		t.Errorf("%s, %+v, %+v", v.Device, v.Replicas[0], v.Replicas[1])
+	}
+	// Where a file of ours is meant there is no disk's name.
+	for _, key := range []string{"spill: serial:x", "spill: model:x"} {
+		text := "volumes:\n  data:\n    device: /dev/a\n    replicas:\n      ebs:\n        device: /dev/b\n        " + key + "\n"
+		if _, err := Parse("x", []byte(text)); err == nil || !strings.Contains(err.Error(), "is not a whole path") {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+}
+
 func TestPeersSamplesAreReadWhole(t *testing.T) {
 	c, err := Load(samples + "valid/peers.yaml")
 	if err != nil {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
+
+	"blockferry/blockdev/udev"
 )
 
 // innerSuffixes name the devices below a volume; a volume's own name must
@@ -59,9 +61,9 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 	present := r.fields(pair.Value, what, []field{
 		r.hooks(&v.Hooks, what),
 		r.choice("role", func(s string) { secondary = s == "secondary" }, "primary", "secondary"),
-		r.disk("device", &v.Device, what),
+		r.device("device", &v.Device, what),
 		r.choice("mode", func(s string) { v.Attach = s == "attach" }, "mapper", "attach"),
-		r.disk("state-file", &v.StateFile, what),
+		r.ownFile("state-file", &v.StateFile, what),
 		r.duration("stall-budget", &v.StallBudget, MinStallBudget, MaxStallLimit),
 		r.choice("when-busy", func(s string) { v.WhenBusy = s }, BusyReport, BusyStall, BusySnapshot),
 		r.size("size", &v.SizeBytes, MinVolumeBytes, MaxVolumeBytes, 4096),
@@ -72,8 +74,8 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		r.choice("image", func(s string) { v.PreCopy = s == "pre-copy" }, "snapshot", "pre-copy"),
 		r.size("era-block", &v.EraBlockBytes, MinEraBlockBytes, MaxEraBlockBytes, MinEraBlockBytes),
 		r.size("cow", &v.CowBytes, MinCowBytes, MaxCowBytes, 4096),
-		r.disk("cow-device", &v.CowDevice, what),
-		r.disk("metadata-device", &v.MetadataDevice, what),
+		r.device("cow-device", &v.CowDevice, what),
+		r.device("metadata-device", &v.MetadataDevice, what),
 		r.choice("restore", func(s string) { v.AutoRestore = s == "auto" }, "manual", "auto"),
 		r.choice("split-brain", func(s string) { v.SplitBrain = s }, "none", "discard-older-primary", "discard-least-changes", "discard-zero-changes"),
 		r.choice("promote", func(s string) { v.AutoPromote = s == "auto" }, "manual", "auto"),
@@ -81,7 +83,7 @@ func (r *reader) volume(pair *ast.MappingValueNode, v *Volume) {
 		{"replicas", func(n ast.Node) { r.replicas(n, v) }},
 		{"peers", func(n ast.Node) { r.peers(n, v) }},
 		r.size("journal", &of.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
-		r.disk("spill", &of.Spill, what),
+		r.ownFile("spill", &of.Spill, what),
 		r.size("spill-limit", &of.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 	})
 	switch {
@@ -161,13 +163,13 @@ func (r *reader) replicas(n ast.Node, v *Volume) {
 func (r *reader) replica(pair *ast.MappingValueNode, v *Volume, p *Replica) {
 	what := fmt.Sprintf("replica '%s' of volume '%s'", p.Name, v.Name)
 	present := r.fields(pair.Value, what, []field{
-		r.disk("device", &p.Device, what),
+		r.device("device", &p.Device, what),
 		r.address("address", &p.Address),
 		r.peer("peer", &p.Peer),
 		r.choice("compression", func(s string) { p.Compression = s }, CompressionAuto, "none", "s2", "zstd"),
 		r.rate("rate", &p.Rate, what),
 		r.size("journal", &p.JournalBytes, MinJournalBytes, MaxJournalBytes, 4096),
-		r.disk("spill", &p.Spill, what),
+		r.ownFile("spill", &p.Spill, what),
 		r.size("spill-limit", &p.SpillLimitBytes, MinJournalBytes, MaxJournalBytes, 4096),
 		r.choice("catch-up", func(s string) { p.InPlace = s == "in-place" }, "journal", "in-place"),
 	})
@@ -191,22 +193,38 @@ func (r *reader) spill(p *Replica, what string, present map[string]ast.Node) {
 	}
 }
 
-// disk reads the path of a device, or of a file of ours, and refuses one that is used twice. Two paths of
+// device reads the name of a disk, its path or what it is, and refuses one that is used twice. Two names of
 // one disk are found later, when devices are opened.
-func (r *reader) disk(key string, into *string, what string) field {
+func (r *reader) device(key string, into *string, what string) field {
+	return r.text(key, func(s string) error {
+		if err := udev.CheckName(s); err != nil {
+			return err
+		}
+		if !udev.IsName(s) {
+			s = filepath.Clean(s)
+		}
+		return r.once(key, s, into, what)
+	})
+}
+
+// ownFile reads the path of a file of ours, which nothing else may use.
+func (r *reader) ownFile(key string, into *string, what string) field {
 	return r.text(key, func(s string) error {
 		if !filepath.IsAbs(s) {
-			return fmt.Errorf("'%s' is not a whole path, such as /dev/disk/by-id/NAME", s)
+			return fmt.Errorf("'%s' is not a whole path", s)
 		}
-		clean := filepath.Clean(s)
-		user := fmt.Sprintf("%s of %s", key, what)
-		if first, taken := r.disks[clean]; taken {
-			return fmt.Errorf("%s is already the %s", clean, first)
-		}
-		r.disks[clean] = user
-		*into = clean
-		return nil
+		return r.once(key, filepath.Clean(s), into, what)
 	})
+}
+
+// once notes what a disk or file is used for.
+func (r *reader) once(key, name string, into *string, what string) error {
+	if first, taken := r.disks[name]; taken {
+		return fmt.Errorf("%s is already the %s", name, first)
+	}
+	r.disks[name] = fmt.Sprintf("%s of %s", key, what)
+	*into = name
+	return nil
 }
 
 // InnerSuffixes are the ends of the names of a volume's inner devices.

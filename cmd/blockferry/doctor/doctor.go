@@ -5,12 +5,14 @@
 package doctor
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"blockferry/blockdev/udev"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 )
@@ -293,7 +295,11 @@ func (s *System) Disk(v *config.Volume, path string, purpose Purpose) (Disk, Fin
 
 func (s *System) disk(f *Findings, v *config.Volume, u config.DiskUse, purpose Purpose, disks inspected) {
 	d, err := disks[u.Path].Disk, disks[u.Path].err
-	if err != nil {
+	switch {
+	case errors.Is(err, udev.ErrAmbiguous):
+		f.refuse(exit.Refused, u.Path, u.What+" can't be told: "+err.Error(), "correct the configuration")
+		return
+	case err != nil:
 		f.refuse(exit.Prerequisite, u.Path, u.What+" can't be opened: "+err.Error(), "attach it, or correct the path in the configuration")
 		return
 	}

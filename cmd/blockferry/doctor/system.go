@@ -11,6 +11,7 @@ import (
 
 	"blockferry/blockdev"
 	"blockferry/blockdev/dm"
+	"blockferry/blockdev/udev"
 	"blockferry/blockdev/volume"
 	"blockferry/protocol"
 )
@@ -63,7 +64,7 @@ func distribution(osRelease string) string {
 }
 
 func inspect(path string) (Disk, error) {
-	f, err := blockdev.OpenFile(path, blockdev.OpenOptions{})
+	f, err := udev.Open(path, blockdev.OpenOptions{})
 	if err != nil {
 		return Disk{}, err
 	}

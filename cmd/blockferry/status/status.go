@@ -22,7 +22,8 @@ type Volume struct {
 	// is only a replica here, Unknown otherwise.
 	Role string `json:"role"`
 	// Disk is UpToDate while it is up, Consistent after a down, Diskless while
-	// the disk is absent, blank or being restored, else DUnknown.
+	// the disk is absent (also if it went while the volume was up), blank or being
+	// restored, else DUnknown.
 	Disk string `json:"disk"`
 	Up   bool   `json:"up"`
 	// Stage is where the agent is with it: starting (not looked at yet),
