@@ -381,5 +381,8 @@ func (s *secondary) status() status.Volume {
 	if words, todo := s.replica.spillWords(st); words != "" && v.Reason == "" {
 		v.Reason, v.Advice = words, todo
 	}
+	if v.Reason == "" {
+		v.Reason = heldWords(st)
+	}
 	return v
 }

@@ -39,6 +39,8 @@ type localReplica struct {
 	parked  bool
 	let     context.CancelFunc // ends what holds turn
 	replica *protocol.Replica  // nil: not open
+	letting context.Context    // ends what uses it beside the receiver; nil: nobody may
+	users   sync.WaitGroup     // who does; added to with mu held
 	reason  string             // why not
 	advice  string
 	last    [16]byte      // its volume when it was open last, AnyVolume until it has one
@@ -168,6 +170,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	defer l.applied(replica)
 	defer l.receiver.Remove(s.VolumeUUID, l.name)
 	l.recallWord(replica)
+	defer l.allow()()
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
 	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
