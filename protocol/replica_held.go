@@ -39,6 +39,7 @@ func (r *Replica) HoldDevice(ctx context.Context) (*Image, error) {
 		return r.applies >= w.target && !r.spilling, nil
 	})
 	if err != nil {
+		r.letDevice(i)
 		return nil, err
 	}
 	return i, nil
