@@ -60,7 +60,7 @@ func copyHere(t *testing.T) (g []string, device string, content []byte) {
 		t.Fatal(err)
 	}
 	file, socket := filepath.Join(dir, "c.yaml"), filepath.Join(dir, "run", "s")
-	text := fmt.Sprintf("node:\n  name: node-b\n  insecure: plaintext\n  listen: 127.0.0.1:0\nvolumes:\n  data:\n    role: secondary\n    device: %s\n    peers: [node-a]\n", device)
+	text := fmt.Sprintf("node:\n  name: node-b\n  insecure: plaintext\n  listen: 127.0.0.1:7070\nvolumes:\n  data:\n    role: secondary\n    device: %s\n    peers: [node-a]\n", device)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -68,6 +68,7 @@ func copyHere(t *testing.T) (g []string, device string, content []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	c.Node.Listen = "127.0.0.1:0" // whatever port is free
 	var log bytes.Buffer
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -235,7 +236,7 @@ func TestSnapshotEndsWithTheAgent(t *testing.T) {
 	}
 	done := make(chan result, 1)
 	pid := filepath.Join(t.TempDir(), "pid")
-	t.Run("agent", func(t *testing.T) { // at its end the agent's
+	if !t.Run("agent", func(t *testing.T) { // at its end the agent's
 		g, _, _ = copyHere(t)
 		go func() {
 			var o, e bytes.Buffer
@@ -248,7 +249,9 @@ func TestSnapshotEndsWithTheAgent(t *testing.T) {
 				break
 			}
 		}
-	})
+	}) {
+		t.FailNow()
+	}
 	select {
 	case r := <-done:
 		if r.code != exit.Unreachable {

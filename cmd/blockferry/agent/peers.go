@@ -381,8 +381,6 @@ func (s *secondary) status() status.Volume {
 	if words, todo := s.replica.spillWords(st); words != "" && v.Reason == "" {
 		v.Reason, v.Advice = words, todo
 	}
-	if v.Reason == "" {
-		v.Reason = heldWords(st)
-	}
+	v.Reason = withHeld(v.Reason, st)
 	return v
 }

@@ -168,11 +168,15 @@ func (l *localReplica) allow() (end func()) {
 	}
 }
 
-// heldWords are for the status of a replica whose disk is held.
-func heldWords(st protocol.ReplicaStatus) string {
+// withHeld is a replica's reason in its status, before it that its disk is held.
+func withHeld(reason string, st protocol.ReplicaStatus) string {
 	if st.Held.IsZero() {
-		return ""
+		return reason
 	}
-	return fmt.Sprintf("its disk is held at epoch %d for a snapshot; %d later epochs wait in its journal, which has room for %s more",
+	held := fmt.Sprintf("its disk is held at epoch %d for a snapshot; %d later epochs wait in its journal, which has room for %s more",
 		st.Held.Epoch, st.PendingEpochs, config.FormatSize(st.JournalFreeBytes))
+	if reason != "" {
+		held += "; " + reason
+	}
+	return held
 }

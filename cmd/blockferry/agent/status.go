@@ -119,9 +119,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		} else if words != "" {
 			s.Reason += "; " + words
 		}
-		if words := heldWords(own); words != "" && s.Reason == "" {
-			s.Reason = words
-		}
+		s.Reason = withHeld(s.Reason, own)
 		if own.SpilledBytes > 0 {
 			n := uint64(own.SpilledBytes)
 			s.SpilledBytes = &n
