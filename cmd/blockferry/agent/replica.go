@@ -170,7 +170,6 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	defer l.applied(replica)
 	defer l.receiver.Remove(s.VolumeUUID, l.name)
 	l.recallWord(replica)
-	defer l.allow()()
 	l.set(replica, "", "")
 	l.log.Info("replica opened", "device", l.config.Device, "state", s.State.String(), "position", s.Committed.String())
 	if words := doctor.JournalDiffers(l.config, s.JournalBytes); words != "" {
@@ -184,6 +183,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	if l.feeds != nil {
 		defer l.feeds(replica)()
 	}
+	defer l.allow()() // ended before the feeding, which may wait for what is held
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {

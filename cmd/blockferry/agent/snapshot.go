@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -141,7 +142,8 @@ func (l *localReplica) use(ctx context.Context) (r *protocol.Replica, during con
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.replica == nil || l.letting == nil {
-		return nil, nil, nil, exit.Errorf(exit.Refused, "replica '%s' of volume '%s' on %s is not open: %s", l.config.Name, l.volume.Name, l.config.Device, l.reason)
+		return nil, nil, nil, exit.Errorf(exit.Refused, "replica '%s' of volume '%s' on %s is not open: %s", l.config.Name, l.volume.Name, l.config.Device,
+			cmp.Or(l.reason, "it waits for its volume"))
 	}
 	during, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(l.letting, func() { cancel(errNotServed) })
