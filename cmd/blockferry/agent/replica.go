@@ -303,7 +303,9 @@ func (l *localReplica) advise(err error) string {
 		return "to finish that: blockferry primary " + l.volume.Name + "; to make it a replica again: blockferry secondary " + l.volume.Name
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return "if it is the right disk, format it, and it alone: " + l.formatCommand()
-	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
+	case errors.Is(err, protocol.ErrResized):
+		return "do not format it: it is a replica; to use the larger disk, with the volume down and the agent stopped: blockferry resize " + l.volume.Name
+	case errors.Is(err, protocol.ErrNewerFormat):
 		return "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
 		return "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +

@@ -1,0 +1,137 @@
+package protocol
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"blockferry/blockdev/blocktest"
+)
+
+// enlarged is a device with more room, full of old content, behind what it was.
+func enlarged(t *testing.T, dev *blocktest.Memory, by int64) *blocktest.Memory {
+	t.Helper()
+	larger := blocktest.NewMemory(dev.Size() + by)
+	larger.Fill(bytes.Repeat([]byte("was here"), BlockSize/8))
+	_, err := larger.WriteAt(snapshot(t, dev), 0)
+	must(t, err)
+	must(t, larger.Flush())
+	return larger
+}
+
+// grown is the model of a volume that has grown by zeros.
+func (m *model) grown(size int64) *model {
+	c := m.copied()
+	c.size = size
+	more := make([]byte, size-m.size)
+	c.image = append(c.image, more...)
+	for p, image := range c.images {
+		c.images[p] = append(bytes.Clone(image), more...)
+	}
+	return c
+}
+
+// A device that was enlarged by whatever, its volume grown or not: at every moment, also after
+// a power cut, there is one whole replica with all that was acknowledged, of the former size
+// or of the new one; done again it is done.
+func TestGrowSurvivesPowerCuts(t *testing.T) {
+	for _, by := range []int64{0, 1 << 20, 5 << 20, 9 << 20} {
+		for _, more := range []int64{0, 5 * BlockSize, max(by-2<<20, 9*BlockSize)} {
+			t.Run(fmt.Sprintf("device by %d, volume by %d", by, more), func(t *testing.T) {
+				t.Parallel()
+				m, dev := waiting(t, 41)
+				dev = enlarged(t, dev, by)
+				o := GrowOptions{VolumeUUID: testOptions(1).VolumeUUID, SizeBytes: m.size + more}
+				after := m.grown(o.SizeBytes)
+				moments, old, fresh := 0, 0, 0
+				look := func(t *testing.T, d *blocktest.Memory) {
+					if moments++; moments%39 != 0 { // no multiple of how many it shows for each operation
+						return
+					}
+					sb, view, err := findReplica(d)
+					must(t, err)
+					want := m
+					if sb.layout.size == o.SizeBytes {
+						want = after
+						fresh++
+					} else {
+						old++
+					}
+					if view.Size() != d.Size() {
+						if _, err := PeekReplica(d); !errors.Is(err, ErrResized) {
+							t.Fatalf("a device that was enlarged: %v", err)
+						}
+					}
+					_, view, err = findReplica(d.Clone())
+					must(t, err)
+					if err := want.check(view); err != nil {
+						t.Fatalf("as it is: %v", err)
+					}
+					must(t, GrowReplica(context.Background(), d, o))
+					must(t, after.check(d))
+				}
+				eachPowerCut(t, dev, func(d *blocktest.Memory) error { return GrowReplica(context.Background(), d, o) }, look)
+				if moments == 0 && (by > 0 || more > 0) || more > 0 && (old == 0 || fresh == 0) {
+					t.Errorf("%d moments, %d before, %d after", moments, old, fresh)
+				}
+				// It goes on, also past its former end.
+				must(t, GrowReplica(context.Background(), dev, o))
+				writes := dev.Count(blocktest.OpWrite)
+				must(t, GrowReplica(context.Background(), dev, o))
+				if n := dev.Count(blocktest.OpWrite); n != writes {
+					t.Errorf("done again it wrote %d times", n-writes)
+				}
+				r := open(t, dev)
+				if st := r.Status(); st.SizeBytes != o.SizeBytes || st.Committed != m.acked {
+					t.Fatalf("%+v", st)
+				}
+				for range 3 {
+					must(t, after.send(r, epochPlan{mode: ModeJournal, blocks: 8, codec: CodecS2}))
+				}
+				must(t, r.WaitApplied(t.Context(), after.acked.Epoch))
+				must(t, after.checkOpen(r))
+			})
+		}
+	}
+}
+
+// What does not fit, or is no whole replica of the volume, is refused with what is needed, and
+// nothing is written.
+func TestGrowRefuses(t *testing.T) {
+	m, dev, r := synced(t, 42)
+	must(t, r.Close())
+	dev = enlarged(t, dev, 4<<20)
+	ours := testOptions(1).VolumeUUID
+	strayed := testDevice(testVolume)
+	o := testOptions(testVolume)
+	o.Holds = &Holding{Lineage: Lineage{{Generation{1}, 5}}, Strayed: "written by hand"}
+	must(t, FormatReplica(strayed, o))
+	torn, tornDev, tr := synced(t, 43)
+	must(t, tr.Begin(t.Context(), EpochStart{Epoch: torn.next, Attempt: 9, Mode: ModeInPlace, Lineage: torn.lineage.Extend(Position{torn.lineage.Tip().Generation, torn.next})}))
+	must(t, tr.Close())
+	for name, c := range map[string]struct {
+		dev  *blocktest.Memory
+		o    GrowOptions
+		want error
+		text string
+	}{
+		"too small":      {dev, GrowOptions{VolumeUUID: ours, SizeBytes: m.size + 64<<20}, ErrTooSmall, "needs 7"},
+		"shrinks":        {dev, GrowOptions{VolumeUUID: ours, SizeBytes: m.size - BlockSize}, nil, "does not shrink"},
+		"another volume": {dev, GrowOptions{VolumeUUID: [16]byte{8}, SizeBytes: m.size + BlockSize}, nil, "it is of volume"},
+		"strayed":        {strayed, GrowOptions{VolumeUUID: ours, SizeBytes: m.size}, ErrStrayed, "by hand"},
+		"torn":           {tornDev, GrowOptions{VolumeUUID: ours, SizeBytes: m.size}, ErrNotConsistent, "synced first"},
+		"none":           {blocktest.NewMemory(8 << 20), GrowOptions{VolumeUUID: ours}, ErrNoSuperblock, ""},
+	} {
+		before := snapshot(t, c.dev)
+		err := GrowReplica(t.Context(), c.dev, c.o)
+		if err == nil || c.want != nil && !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !bytes.Equal(before, snapshot(t, c.dev)) {
+			t.Errorf("%s: refused, and written to", name)
+		}
+	}
+}
