@@ -15,9 +15,13 @@ import (
 func enlarged(t *testing.T, dev *blocktest.Memory, by int64) *blocktest.Memory {
 	t.Helper()
 	larger := blocktest.NewMemory(dev.Size() + by)
-	larger.Fill(bytes.Repeat([]byte("was here"), BlockSize/8))
-	_, err := larger.WriteAt(snapshot(t, dev), 0)
-	must(t, err)
+	zeros := make([]byte, BlockSize)
+	for at, b := int64(0), append(snapshot(t, dev), bytes.Repeat([]byte("was here"), int(by/8))...); at < int64(len(b)); at += BlockSize {
+		if block := b[at : at+BlockSize]; !bytes.Equal(block, zeros) {
+			_, err := larger.WriteAt(block, at)
+			must(t, err)
+		}
+	}
 	must(t, larger.Flush())
 	return larger
 }
@@ -38,63 +42,64 @@ func (m *model) grown(size int64) *model {
 // a power cut, there is one whole replica with all that was acknowledged, of the former size
 // or of the new one; done again it is done.
 func TestGrowSurvivesPowerCuts(t *testing.T) {
-	for _, by := range []int64{0, 1 << 20, 5 << 20, 9 << 20} {
-		for _, more := range []int64{0, 5 * BlockSize, max(by-2<<20, 9*BlockSize)} {
-			t.Run(fmt.Sprintf("device by %d, volume by %d", by, more), func(t *testing.T) {
-				t.Parallel()
-				m, dev := waiting(t, 41)
-				dev = enlarged(t, dev, by)
-				o := GrowOptions{VolumeUUID: testOptions(1).VolumeUUID, SizeBytes: m.size + more}
-				after := m.grown(o.SizeBytes)
-				moments, old, fresh := 0, 0, 0
-				look := func(t *testing.T, d *blocktest.Memory) {
-					if moments++; moments%39 != 0 { // no multiple of how many it shows for each operation
-						return
+	for _, c := range []struct{ by, more int64 }{
+		{0, 9 * BlockSize}, // there was room
+		{1 << 20, 0},
+		{5 << 20, 5 * BlockSize}, // the new map would come to lie over the old superblocks
+		{9 << 20, 7 << 20},       // the volume grows beyond its device's former end
+	} {
+		t.Run(fmt.Sprintf("device by %d, volume by %d", c.by, c.more), func(t *testing.T) {
+			t.Parallel()
+			m, dev := waiting(t, 41)
+			dev = enlarged(t, dev, c.by)
+			o := GrowOptions{VolumeUUID: testOptions(1).VolumeUUID, SizeBytes: m.size + c.more}
+			after := m.grown(o.SizeBytes)
+			moments, old, fresh := 0, 0, 0
+			look := func(t *testing.T, d *blocktest.Memory) {
+				moments++
+				sb, view, err := findReplica(d)
+				must(t, err)
+				want := m
+				if sb.layout.size == o.SizeBytes {
+					want = after
+					fresh++
+				} else {
+					old++
+				}
+				if view.Size() != d.Size() {
+					if _, err := PeekReplica(d); !errors.Is(err, ErrResized) {
+						t.Fatalf("a device that was enlarged: %v", err)
 					}
-					sb, view, err := findReplica(d)
-					must(t, err)
-					want := m
-					if sb.layout.size == o.SizeBytes {
-						want = after
-						fresh++
-					} else {
-						old++
-					}
-					if view.Size() != d.Size() {
-						if _, err := PeekReplica(d); !errors.Is(err, ErrResized) {
-							t.Fatalf("a device that was enlarged: %v", err)
-						}
-					}
-					_, view, err = findReplica(d.Clone())
-					must(t, err)
-					if err := want.check(view); err != nil {
-						t.Fatalf("as it is: %v", err)
-					}
-					must(t, GrowReplica(context.Background(), d, o))
-					must(t, after.check(d))
 				}
-				eachPowerCut(t, dev, func(d *blocktest.Memory) error { return GrowReplica(context.Background(), d, o) }, look)
-				if moments == 0 && (by > 0 || more > 0) || more > 0 && (old == 0 || fresh == 0) {
-					t.Errorf("%d moments, %d before, %d after", moments, old, fresh)
+				_, view, err = findReplica(d.Clone())
+				must(t, err)
+				if err := want.check(view); err != nil {
+					t.Fatalf("as it is: %v", err)
 				}
-				// It goes on, also past its former end.
-				must(t, GrowReplica(context.Background(), dev, o))
-				writes := dev.Count(blocktest.OpWrite)
-				must(t, GrowReplica(context.Background(), dev, o))
-				if n := dev.Count(blocktest.OpWrite); n != writes {
-					t.Errorf("done again it wrote %d times", n-writes)
-				}
-				r := open(t, dev)
-				if st := r.Status(); st.SizeBytes != o.SizeBytes || st.Committed != m.acked {
-					t.Fatalf("%+v", st)
-				}
-				for range 3 {
-					must(t, after.send(r, epochPlan{mode: ModeJournal, blocks: 8, codec: CodecS2}))
-				}
-				must(t, r.WaitApplied(t.Context(), after.acked.Epoch))
-				must(t, after.checkOpen(r))
-			})
-		}
+				must(t, GrowReplica(context.Background(), d, o))
+				must(t, after.check(d))
+			}
+			somePowerCuts(t, dev, 1, func(d *blocktest.Memory) error { return GrowReplica(context.Background(), d, o) }, look)
+			if fresh == 0 || c.more > 0 && old == 0 {
+				t.Errorf("%d moments, %d before, %d after", moments, old, fresh)
+			}
+			// It goes on, also past its former end.
+			must(t, GrowReplica(context.Background(), dev, o))
+			writes := dev.Count(blocktest.OpWrite)
+			must(t, GrowReplica(context.Background(), dev, o))
+			if n := dev.Count(blocktest.OpWrite); n != writes {
+				t.Errorf("done again it wrote %d times", n-writes)
+			}
+			r := open(t, dev)
+			if st := r.Status(); st.SizeBytes != o.SizeBytes || st.Committed != m.acked {
+				t.Fatalf("%+v", st)
+			}
+			for range 3 {
+				must(t, after.send(r, epochPlan{mode: ModeJournal, blocks: 8, codec: CodecS2}))
+			}
+			must(t, r.WaitApplied(t.Context(), after.acked.Epoch))
+			must(t, after.checkOpen(r))
+		})
 	}
 }
 
