@@ -140,3 +140,28 @@ func TestGrowRefuses(t *testing.T) {
 		}
 	}
 }
+
+// The new change map would come to lie over both former superblocks: until there are new
+// ones the device is found by those.
+func TestGrowKeepsTheFormerSuperblocks(t *testing.T) {
+	const size, former = 20 << 30, 22 << 30
+	o := testOptions(size)
+	at := Position{Generation{1}, 5}
+	o.Holds = &Holding{Lineage: Lineage{at}}
+	// Then a map behind a journal as large as the former begins where they do.
+	dev := blocktest.NewMemory(former + MinJournalBytes + mapAreaBytes(size))
+	must(t, FormatReplica(shorter{dev, former}, o))
+	grow := GrowOptions{VolumeUUID: o.VolumeUUID}
+	if to, err := movedLayout(dev.Size(), super(t, shorter{dev, former}).layout); err != nil || to.journal.length <= MinJournalBytes {
+		t.Fatalf("%+v, %v: this test shows nothing", to, err)
+	}
+	somePowerCuts(t, dev, 3, func(d *blocktest.Memory) error { return GrowReplica(context.Background(), d, grow) }, func(t *testing.T, d *blocktest.Memory) {
+		sb, _, err := findReplica(d)
+		must(t, err)
+		if sb.applied != at || sb.state != DiskConsistent {
+			t.Fatalf("%v %v", sb.state, sb.applied)
+		}
+		must(t, GrowReplica(context.Background(), d, grow))
+		must(t, open(t, d).Close())
+	})
+}
