@@ -21,7 +21,7 @@ RACE_DEPS := gcc=gcc gcc=libc6-dev
 PROTO_DEPS := protoc=protobuf-compiler
 # Exhaustive and in one goroutine: minutes with the race detector, and nothing
 # for it to find. 'unraced' runs them.
-RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault|TestTakeOverSurvivesFaults|TestWhatCantBeReadIsTriedAgain)$$
+RACE_SKIP := ^(TestReplicaSurvivesEveryFault|TestSpillSurvivesEveryFault|TestTakeOverSurvivesFaults|TestWhatCantBeReadIsTriedAgain|TestGrowSurvivesPowerCuts)$$
 # Their tests load the machine's own kernel, which the race detector slows down.
 FULL_SPEED := ./blockdev/attach ./blockdev/bpf
 FUZZTIME ?= 20s

@@ -2697,6 +2697,182 @@ func (x *Done) GetMessage() string {
 	return ""
 }
 
+type HoldRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	LimitMillis   uint64                 `protobuf:"varint,3,opt,name=limit_millis,json=limitMillis,proto3" json:"limit_millis,omitempty"` // 1000 to 600000
+	Release       bool                   `protobuf:"varint,4,opt,name=release,proto3" json:"release,omitempty"`                            // of the second, which has nothing else
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldRequest) Reset() {
+	*x = HoldRequest{}
+	mi := &file_blockferry_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRequest) ProtoMessage() {}
+
+func (x *HoldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
+func (*HoldRequest) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *HoldRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *HoldRequest) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *HoldRequest) GetLimitMillis() uint64 {
+	if x != nil {
+		return x.LimitMillis
+	}
+	return 0
+}
+
+func (x *HoldRequest) GetRelease() bool {
+	if x != nil {
+		return x.Release
+	}
+	return false
+}
+
+type Held struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	Device        string                 `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`
+	Offset        uint64                 `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"` // bytes: where on the device the volume's data begins
+	SizeBytes     uint64                 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Generation    []byte                 `protobuf:"bytes,6,opt,name=generation,proto3" json:"generation,omitempty"` // of the position
+	Epoch         uint64                 `protobuf:"varint,7,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	CutUnixNanos  int64                  `protobuf:"varint,8,opt,name=cut_unix_nanos,json=cutUnixNanos,proto3" json:"cut_unix_nanos,omitempty"` // 0: not known
+	Released      bool                   `protobuf:"varint,9,opt,name=released,proto3" json:"released,omitempty"`                               // of the second, which has nothing else
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Held) Reset() {
+	*x = Held{}
+	mi := &file_blockferry_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Held) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Held) ProtoMessage() {}
+
+func (x *Held) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Held.ProtoReflect.Descriptor instead.
+func (*Held) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Held) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *Held) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *Held) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *Held) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *Held) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Held) GetGeneration() []byte {
+	if x != nil {
+		return x.Generation
+	}
+	return nil
+}
+
+func (x *Held) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Held) GetCutUnixNanos() int64 {
+	if x != nil {
+		return x.CutUnixNanos
+	}
+	return 0
+}
+
+func (x *Held) GetReleased() bool {
+	if x != nil {
+		return x.Released
+	}
+	return false
+}
+
 type SyncRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -2707,7 +2883,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2895,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2908,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{35}
+	return file_blockferry_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SyncRequest) GetVolume() string {
@@ -2759,7 +2935,7 @@ type SyncReply struct {
 
 func (x *SyncReply) Reset() {
 	*x = SyncReply{}
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2947,7 @@ func (x *SyncReply) String() string {
 func (*SyncReply) ProtoMessage() {}
 
 func (x *SyncReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2960,7 @@ func (x *SyncReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncReply.ProtoReflect.Descriptor instead.
 func (*SyncReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{36}
+	return file_blockferry_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SyncReply) GetEpoch() uint64 {
@@ -2812,7 +2988,7 @@ type RestoreVolumeRequest struct {
 
 func (x *RestoreVolumeRequest) Reset() {
 	*x = RestoreVolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +3000,7 @@ func (x *RestoreVolumeRequest) String() string {
 func (*RestoreVolumeRequest) ProtoMessage() {}
 
 func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +3013,7 @@ func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{37}
+	return file_blockferry_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RestoreVolumeRequest) GetVolume() string {
@@ -2875,7 +3051,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_blockferry_proto_msgTypes[38]
+	mi := &file_blockferry_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2887,7 +3063,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[38]
+	mi := &file_blockferry_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2900,7 +3076,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{38}
+	return file_blockferry_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Progress) GetDoneBytes() uint64 {
@@ -3132,7 +3308,25 @@ const file_blockferry_proto_rawDesc = "" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\" \n" +
 	"\x04Done\x12\x18\n" +
-	"\amessage\x18\x01 \x01(\tR\amessage\"L\n" +
+	"\amessage\x18\x01 \x01(\tR\amessage\"|\n" +
+	"\vHoldRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12!\n" +
+	"\flimit_millis\x18\x03 \x01(\x04R\vlimitMillis\x12\x18\n" +
+	"\arelease\x18\x04 \x01(\bR\arelease\"\xff\x01\n" +
+	"\x04Held\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x16\n" +
+	"\x06device\x18\x03 \x01(\tR\x06device\x12\x16\n" +
+	"\x06offset\x18\x04 \x01(\x04R\x06offset\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\fR\n" +
+	"generation\x12\x14\n" +
+	"\x05epoch\x18\a \x01(\x04R\x05epoch\x12$\n" +
+	"\x0ecut_unix_nanos\x18\b \x01(\x03R\fcutUnixNanos\x12\x1a\n" +
+	"\breleased\x18\t \x01(\bR\breleased\"L\n" +
 	"\vSyncRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12%\n" +
 	"\x0etimeout_millis\x18\x02 \x01(\x04R\rtimeoutMillis\"?\n" +
@@ -3178,7 +3372,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\vReplication\x12G\n" +
 	"\tReplicate\x12\x1a.blockferry.v1.FromPrimary\x1a\x1a.blockferry.v1.FromReplica(\x010\x01\x12G\n" +
 	"\aRestore\x12\x1d.blockferry.v1.RestoreRequest\x1a\x1b.blockferry.v1.RestoreChunk0\x01\x12?\n" +
-	"\x05Watch\x12\x1b.blockferry.v1.WatchRequest\x1a\x17.blockferry.v1.Standing0\x012\x87\x06\n" +
+	"\x05Watch\x12\x1b.blockferry.v1.WatchRequest\x1a\x17.blockferry.v1.Standing0\x012\xc4\x06\n" +
 	"\aControl\x12B\n" +
 	"\x06Status\x12\x1c.blockferry.v1.StatusRequest\x1a\x1a.blockferry.v1.StatusReply\x12>\n" +
 	"\x06Events\x12\x1c.blockferry.v1.EventsRequest\x1a\x14.blockferry.v1.Event0\x01\x127\n" +
@@ -3191,7 +3385,8 @@ const file_blockferry_proto_rawDesc = "" +
 	"\rRestoreVolume\x12#.blockferry.v1.RestoreVolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12;\n" +
 	"\x06GiveUp\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12<\n" +
 	"\aPrimary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12>\n" +
-	"\tSecondary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.DoneB\x12Z\x10blockferry/protob\x06proto3"
+	"\tSecondary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12;\n" +
+	"\x04Hold\x12\x1a.blockferry.v1.HoldRequest\x1a\x13.blockferry.v1.Held(\x010\x01B\x12Z\x10blockferry/protob\x06proto3"
 
 var (
 	file_blockferry_proto_rawDescOnce sync.Once
@@ -3206,7 +3401,7 @@ func file_blockferry_proto_rawDescGZIP() []byte {
 }
 
 var file_blockferry_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_blockferry_proto_goTypes = []any{
 	(DiskState)(0),               // 0: blockferry.v1.DiskState
 	(Mode)(0),                    // 1: blockferry.v1.Mode
@@ -3246,10 +3441,12 @@ var file_blockferry_proto_goTypes = []any{
 	(*Event)(nil),                // 35: blockferry.v1.Event
 	(*VolumeRequest)(nil),        // 36: blockferry.v1.VolumeRequest
 	(*Done)(nil),                 // 37: blockferry.v1.Done
-	(*SyncRequest)(nil),          // 38: blockferry.v1.SyncRequest
-	(*SyncReply)(nil),            // 39: blockferry.v1.SyncReply
-	(*RestoreVolumeRequest)(nil), // 40: blockferry.v1.RestoreVolumeRequest
-	(*Progress)(nil),             // 41: blockferry.v1.Progress
+	(*HoldRequest)(nil),          // 38: blockferry.v1.HoldRequest
+	(*Held)(nil),                 // 39: blockferry.v1.Held
+	(*SyncRequest)(nil),          // 40: blockferry.v1.SyncRequest
+	(*SyncReply)(nil),            // 41: blockferry.v1.SyncReply
+	(*RestoreVolumeRequest)(nil), // 42: blockferry.v1.RestoreVolumeRequest
+	(*Progress)(nil),             // 43: blockferry.v1.Progress
 }
 var file_blockferry_proto_depIdxs = []int32{
 	6,  // 0: blockferry.v1.Standing.lineage:type_name -> blockferry.v1.Lineage
@@ -3297,31 +3494,33 @@ var file_blockferry_proto_depIdxs = []int32{
 	34, // 42: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
 	36, // 43: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
 	36, // 44: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	38, // 45: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	40, // 45: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
 	36, // 46: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
 	36, // 47: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
 	36, // 48: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	40, // 49: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	42, // 49: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
 	36, // 50: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
 	36, // 51: blockferry.v1.Control.Primary:input_type -> blockferry.v1.VolumeRequest
 	36, // 52: blockferry.v1.Control.Secondary:input_type -> blockferry.v1.VolumeRequest
-	8,  // 53: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
-	28, // 54: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
-	4,  // 55: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
-	33, // 56: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
-	35, // 57: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	37, // 58: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	37, // 59: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	39, // 60: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	37, // 61: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	37, // 62: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	41, // 63: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	41, // 64: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	37, // 65: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
-	37, // 66: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
-	37, // 67: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
-	53, // [53:68] is the sub-list for method output_type
-	38, // [38:53] is the sub-list for method input_type
+	38, // 53: blockferry.v1.Control.Hold:input_type -> blockferry.v1.HoldRequest
+	8,  // 54: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
+	28, // 55: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
+	4,  // 56: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
+	33, // 57: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
+	35, // 58: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
+	37, // 59: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	37, // 60: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	41, // 61: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	37, // 62: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	37, // 63: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	43, // 64: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	43, // 65: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	37, // 66: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
+	37, // 67: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
+	37, // 68: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
+	39, // 69: blockferry.v1.Control.Hold:output_type -> blockferry.v1.Held
+	54, // [54:70] is the sub-list for method output_type
+	38, // [38:54] is the sub-list for method input_type
 	38, // [38:38] is the sub-list for extension type_name
 	38, // [38:38] is the sub-list for extension extendee
 	0,  // [0:38] is the sub-list for field type_name
@@ -3365,7 +3564,7 @@ func file_blockferry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_blockferry_proto_rawDesc), len(file_blockferry_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   39,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -242,6 +242,7 @@ const (
 	Control_GiveUp_FullMethodName        = "/blockferry.v1.Control/GiveUp"
 	Control_Primary_FullMethodName       = "/blockferry.v1.Control/Primary"
 	Control_Secondary_FullMethodName     = "/blockferry.v1.Control/Secondary"
+	Control_Hold_FullMethodName          = "/blockferry.v1.Control/Hold"
 )
 
 // ControlClient is the client API for Control service.
@@ -262,6 +263,11 @@ type ControlClient interface {
 	GiveUp(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 	Primary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 	Secondary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
+	// Hold keeps a replica here at an applied epoch for a snapshot of its disk: the first request
+	// asks for it, the first reply says that it is held, and as what. It ends with the stream, with its
+	// limit, which is an error, or with the second request, to which the second reply is that it
+	// lasted until then.
+	Hold(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HoldRequest, Held], error)
 }
 
 type controlClient struct {
@@ -419,6 +425,19 @@ func (c *controlClient) Secondary(ctx context.Context, in *VolumeRequest, opts .
 	return out, nil
 }
 
+func (c *controlClient) Hold(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HoldRequest, Held], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Control_ServiceDesc.Streams[3], Control_Hold_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HoldRequest, Held]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Control_HoldClient = grpc.BidiStreamingClient[HoldRequest, Held]
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -437,6 +456,11 @@ type ControlServer interface {
 	GiveUp(context.Context, *VolumeRequest) (*Done, error)
 	Primary(context.Context, *VolumeRequest) (*Done, error)
 	Secondary(context.Context, *VolumeRequest) (*Done, error)
+	// Hold keeps a replica here at an applied epoch for a snapshot of its disk: the first request
+	// asks for it, the first reply says that it is held, and as what. It ends with the stream, with its
+	// limit, which is an error, or with the second request, to which the second reply is that it
+	// lasted until then.
+	Hold(grpc.BidiStreamingServer[HoldRequest, Held]) error
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -482,6 +506,9 @@ func (UnimplementedControlServer) Primary(context.Context, *VolumeRequest) (*Don
 }
 func (UnimplementedControlServer) Secondary(context.Context, *VolumeRequest) (*Done, error) {
 	return nil, status.Error(codes.Unimplemented, "method Secondary not implemented")
+}
+func (UnimplementedControlServer) Hold(grpc.BidiStreamingServer[HoldRequest, Held]) error {
+	return status.Error(codes.Unimplemented, "method Hold not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -699,6 +726,13 @@ func _Control_Secondary_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Hold_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ControlServer).Hold(&grpc.GenericServerStream[HoldRequest, Held]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Control_HoldServer = grpc.BidiStreamingServer[HoldRequest, Held]
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -758,6 +792,12 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "RestoreVolume",
 			Handler:       _Control_RestoreVolume_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "Hold",
+			Handler:       _Control_Hold_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "blockferry.proto",

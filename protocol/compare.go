@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"fmt"
 	"math/bits"
+	"slices"
 
 	"blockferry/proto"
 )
 
-// readFunc reads len(p) bytes at an offset, all or an error.
-type readFunc func(p []byte, at int64) error
+// readFunc reads len(p) bytes at an offset, all or an error. What over touches is not
+// what was read.
+type readFunc func(p []byte, at int64) (over []*touched, err error)
 
 // differences answers a Compare: which units differ from what read gives, and
 // the finer checksums of those. Ranges are the question's, checked already. The second
@@ -22,13 +24,23 @@ func differences(h *Hasher, c *proto.Compare, ranges []Range, read readFunc) (*p
 	for _, r := range ranges {
 		for at := r.Offset; at < r.End(); {
 			b := buf[:min(int64(len(buf)), r.End()-at)]
-			if err := read(b, at); err != nil {
+			over, err := read(b, at)
+			if err != nil {
 				return nil, 0, err
 			}
-			at += int64(len(b))
 			total += int64(len(b))
 			for len(b) > 0 {
 				n := min(UnitSize, len(b))
+				place := Range{at, int64(n)}
+				at += int64(n)
+				if slices.ContainsFunc(over, func(t *touched) bool { return t.has(place) }) {
+					// It is not known: no block has this checksum, so each counts as another.
+					d.Units[unit/8] |= 1 << (unit % 8)
+					d.BlockHashes = append(d.BlockHashes, make([]byte, n/BlockSize*HashBytes)...)
+					unit++
+					b = b[n:]
+					continue
+				}
 				sum := h.Sum(b[:n])
 				if !bytes.Equal(sum[:], c.UnitHashes[unit*HashBytes:(unit+1)*HashBytes]) {
 					d.Units[unit/8] |= 1 << (unit % 8)

@@ -339,7 +339,7 @@ func readPending(ctx context.Context, sb *superblock, r ring) (out []*pendingEpo
 		at = p.end
 	}
 	limit := sb.tail.logical + uint64(r.area.length)
-	for len(out) < maxPendingEpochs {
+	for len(out) < maxHeldEpochs {
 		p, bad, err := r.readEpoch(ctx, at, limit, sb.layout.size)
 		if ctx.Err() != nil {
 			return out, nil, ctx.Err()

@@ -13,6 +13,12 @@ import (
 // each time, and shows look what a power cut leaves after it, in several ways.
 func eachPowerCut(t *testing.T, dev *blocktest.Memory, do func(*blocktest.Memory) error, look func(t *testing.T, after *blocktest.Memory)) {
 	t.Helper()
+	somePowerCuts(t, dev, 40, do, look)
+}
+
+// somePowerCuts is eachPowerCut in so many ways.
+func somePowerCuts(t *testing.T, dev *blocktest.Memory, ways uint64, do func(*blocktest.Memory) error, look func(t *testing.T, after *blocktest.Memory)) {
+	t.Helper()
 	for _, op := range []blocktest.Op{blocktest.OpWrite, blocktest.OpFlush, blocktest.OpZeroOut} {
 		for k := 0; ; k++ {
 			d := dev.Clone()
@@ -25,7 +31,7 @@ func eachPowerCut(t *testing.T, dev *blocktest.Memory, do func(*blocktest.Memory
 			if err == nil {
 				t.Fatalf("%v %d failed, and nobody said so", op, k)
 			}
-			for seed := range uint64(40) {
+			for seed := range ways {
 				look(t, d.Clone().PowerCut(rand.New(rand.NewPCG(seed, uint64(k)))))
 			}
 		}

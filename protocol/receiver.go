@@ -539,9 +539,11 @@ func (rs *receiverSession) compare(ctx context.Context, a SessionAction) error {
 		return ctx.Err()
 	}
 	rs.served.rep.compared(a.Ranges)
+	// What is compared for an epoch may be named though it is equal; a verify may not.
+	coarse := rs.session.Open()
 	rs.compares.Go(func() {
 		defer func() { <-rs.compareSem }()
-		read := func(p []byte, at int64) error { return rs.served.rep.ReadData(ctx, p, at) }
+		read := func(p []byte, at int64) ([]*touched, error) { return rs.served.rep.readData(ctx, p, at, coarse) }
 		d, n, err := differences(rs.hasher, a.Compare, a.Ranges, read)
 		if err == nil {
 			rs.r.note(rs.served, func(s *ReceiverSession) { s.ComparedBytes += uint64(n) })

@@ -46,6 +46,9 @@ var ErrTookOver = errors.New("took over as primary")
 // ErrNotConsistent says that a replica holds no image to read.
 var ErrNotConsistent = errors.New("replica holds no consistent image")
 
+// ErrHeld says that a replica's device is held for somebody else.
+var ErrHeld = errors.New("held already")
+
 // ErrClosed says that a replica was closed.
 var ErrClosed = errors.New("replica closed")
 
@@ -65,6 +68,7 @@ const (
 	MaxAppendBytes = 4 << 20
 
 	maxPendingEpochs = 16 // committed and not yet applied; Commit waits when there are more
+	maxHeldEpochs    = 64 // the same while the device is held (HoldDevice)
 )
 
 // EpochStart announces an epoch.
@@ -130,7 +134,8 @@ type ReplicaStatus struct {
 	SpilledBytes     int64  // in the spill file: of the open epoch, or of the last committed one
 	SpillProblem     string // why the spill file can't be used, while an epoch that needs none can go on
 	Kept             KeptStatus
-	Rescued          string // the last rescue file written since the replica was opened
+	Held             Position // what the device is held at (HoldDevice); zero: it is not
+	Rescued          string   // the last rescue file written since the replica was opened
 	Warnings         []string
 	Err              error // the fault after which the replica must be opened again
 }
@@ -160,7 +165,7 @@ type OpenOptions struct {
 // applies the epochs before.
 //
 // Its memory is bounded: 5 journal segments and twice 7 runs of 1.25 MiB, and for each of up to 16
-// pending epochs about 2 MiB per TiB of volume that it touches; while others are fed from it,
+// pending epochs (64 while the device is held) about 2 MiB per TiB of volume that it touches; while others are fed from it,
 // up to 64 MiB more.
 //
 // After a fault of the store every call returns it: close the replica and
@@ -196,6 +201,8 @@ type Replica struct {
 	inPlace  bool // ... or by an in-place epoch
 	holds    int
 	waiting  []*holdWaiter
+	device   *Image   // of HoldDevice, also while that waits; nil: nobody asked
+	spilling bool     // an epoch that goes on in the spill file is being committed
 	commits  uint64   // epochs committed since it was opened
 	applies  uint64   // ... and applied, those found pending counted in both
 	brought  uint64   // bytes of the frames committed since it was opened, one at least for each epoch
@@ -438,7 +445,7 @@ func (r *Replica) Status() ReplicaStatus {
 		Committed: r.lineage().Tip(), Applied: sb.applied, Lineage: r.lineage().Clone(), CutUnixNanos: sb.cutNanos,
 		PendingEpochs: len(r.pending), JournalBytes: r.lay.journal.length, JournalFreeBytes: r.journalFree(),
 		JournalUsedBytes: int64(sb.head.logical - sb.tail.logical), SpilledBytes: r.spilled, SpillProblem: r.noSpill,
-		Strayed: r.strayed(), TookOver: sb.tookOver, Kept: r.kept, Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
+		Strayed: r.strayed(), TookOver: sb.tookOver, Kept: r.kept, Held: r.heldAt(), Rescued: r.rescued, Warnings: slices.Clone(r.warnings), Err: r.fail}
 	if r.givenUp == s.Committed {
 		s.GivenUp = r.givenUp
 	}

@@ -425,8 +425,13 @@ func (r *Replica) Commit(ctx context.Context, c EpochCommit) error {
 		if err := r.mayFollow(c.Epoch, record.lineage, o.start); err != nil {
 			return false, err
 		}
-		return len(r.pending) < maxPendingEpochs, nil
+		if len(r.pending) >= r.mostPending() || o.spilled && r.device != nil {
+			return false, nil
+		}
+		r.spilling = o.spilled
+		return true, nil
 	})
+	defer r.notSpilling()
 	if err == nil && o.frames == 0 && o.writer != nil {
 		// Each frame made sure of the commit's room; here there was none.
 		err = r.makeRoom(ctx, o.first.logical+commitMaxBytes)

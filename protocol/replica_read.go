@@ -27,39 +27,49 @@ func (r *Replica) read(p []byte, offset int64) error {
 // in-place epoch has brought so far. It waits until all committed epochs are
 // applied. Offset and len(p) are multiples of BlockSize.
 func (r *Replica) ReadData(ctx context.Context, p []byte, offset int64) error {
+	_, err := r.readData(ctx, p, offset, false)
+	return err
+}
+
+// readData is ReadData. With held it does not wait for the end of a HoldDevice, but reads the
+// image that is held, and returns what the epochs committed since then touch.
+func (r *Replica) readData(ctx context.Context, p []byte, offset int64, held bool) (over []*touched, err error) {
 	if err := r.checkRead(len(p), offset); err != nil {
-		return err
+		return nil, err
 	}
 	inPlace := false
-	err := r.wait(ctx, func() (bool, error) {
+	err = r.wait(ctx, func() (bool, error) {
 		if inPlace = r.inPlace; inPlace {
 			return true, nil
 		}
-		if len(r.pending) > 0 || r.applying {
+		if r.applying || len(r.pending) > 0 && !(held && r.deviceHeld()) {
 			return false, nil
+		}
+		for _, p := range r.pending {
+			over = append(over, p.touched)
 		}
 		r.holds++
 		return true, nil
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if !inPlace {
 		defer r.release()
 		if err := r.read(p, offset); err != nil {
 			// The disk may come back as another, or without what it had cached.
-			return r.failed(err)
+			return nil, r.failed(err)
 		}
-		return nil
+		return over, nil
 	}
 	r.epochMu.Lock()
 	defer r.epochMu.Unlock()
 	if r.open != nil && r.open.pipe != nil {
 		if err := r.open.pipe.drain(); err != nil {
-			return r.pipeFailed(err)
+			return nil, r.pipeFailed(err)
 		}
 	}
-	return r.read(p, offset)
+	return nil, r.read(p, offset)
 }
 
 func (r *Replica) release() {
@@ -83,12 +93,20 @@ type Image struct {
 // be committed, but wait in the journal; when that is full, so does Append.
 // Without an image the error is ErrNotConsistent.
 func (r *Replica) Hold(ctx context.Context) (*Image, error) {
+	i := &Image{r: r}
+	if err := r.hold(ctx, i, func(*holdWaiter) (bool, error) { return true, nil }); err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+// hold waits for an image; ready is called with mu held when it might be granted.
+func (r *Replica) hold(ctx context.Context, i *Image, ready func(*holdWaiter) (bool, error)) error {
 	w := &holdWaiter{}
 	r.mu.Lock()
 	w.target = r.commits
 	r.waiting = append(r.waiting, w)
 	r.mu.Unlock()
-	i := &Image{r: r}
 	err := r.wait(ctx, func() (bool, error) {
 		if !r.sb.tookOver.IsZero() {
 			return false, fmt.Errorf("%s: %w: it took over as %v", r.store.Name(), ErrNotConsistent, r.sb.tookOver)
@@ -99,6 +117,9 @@ func (r *Replica) Hold(ctx context.Context) (*Image, error) {
 		if r.applying || r.applies < w.target {
 			return false, nil
 		}
+		if ok, err := ready(w); !ok || err != nil {
+			return false, err
+		}
 		r.holds++
 		i.lineage, i.cut, i.mapBase = r.sb.lineage.Clone(), r.sb.cutNanos, r.sb.mapBase
 		return true, nil
@@ -107,10 +128,7 @@ func (r *Replica) Hold(ctx context.Context) (*Image, error) {
 	defer r.mu.Unlock()
 	r.waiting = slices.DeleteFunc(r.waiting, func(o *holdWaiter) bool { return o == w })
 	r.notify()
-	if err != nil {
-		return nil, err
-	}
-	return i, nil
+	return err
 }
 
 // Position is the epoch the image holds.
@@ -159,4 +177,9 @@ func (i *Image) named(out []Range, damaged []string, err error) ([]Range, error)
 
 // Release lets the image go. It may be called more than once; the image must
 // not be used afterwards.
-func (i *Image) Release() { i.once.Do(i.r.release) }
+func (i *Image) Release() {
+	i.once.Do(func() {
+		i.r.letDevice(i)
+		i.r.release()
+	})
+}

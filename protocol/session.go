@@ -196,8 +196,8 @@ func (s *Session) hello(h *proto.Hello) (SessionAction, error) {
 	}
 	if h.SizeBytes != uint64(s.cfg.SizeBytes) {
 		return SessionAction{}, refuse(proto.Reason_REASON_SIZE,
-			"replica %q was formatted for a volume of %d bytes, the primary's has %d: format it anew",
-			s.cfg.Replica, s.cfg.SizeBytes, h.SizeBytes)
+			"replica %q was formatted for a volume of %d bytes, the primary's has %d: if that grew, with the agent of that replica stopped: blockferry resize --size %d; otherwise format it anew",
+			s.cfg.Replica, s.cfg.SizeBytes, h.SizeBytes, h.SizeBytes)
 	}
 	if len(h.HashKey) != HashKeyBytes {
 		return SessionAction{}, outOfOrder("checksum key of %d bytes, want %d", len(h.HashKey), HashKeyBytes)

@@ -358,7 +358,7 @@ func readSuperblocks(store Store) (*superblock, []string, error) {
 		return best, warnings, err
 	}
 	if was := formerSize(store); was != nil {
-		return nil, nil, fmt.Errorf("%s: %w: it had %d bytes when it became a replica and has %d now; it holds %s; keep it as it is and use its first %d bytes: "+
+		return nil, nil, fmt.Errorf("%s: %w: it had %d bytes when it became a replica and has %d now; it holds %s; to use all of it, with its agent stopped: blockferry resize VOLUME; or keep it as it is and use its first %d bytes: "+
 			"losetup --find --show --sizelimit %d %s, and name that loop device instead", store.Name(), ErrResized, was.layout.deviceBytes, store.Size(),
 			was.committed, was.layout.deviceBytes, was.layout.deviceBytes, store.Name())
 	}

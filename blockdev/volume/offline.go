@@ -93,6 +93,9 @@ var _ blockdev.Device = (*Offline)(nil)
 // Name is the disk's path.
 func (o *Offline) Name() string { return o.disk.Name() }
 
+// DiskBytes is the disk's size.
+func (o *Offline) DiskBytes() int64 { return o.disk.Size() }
+
 // Size is the volume's size in bytes.
 func (o *Offline) Size() int64 { return o.label.Areas.Data.Length }
 

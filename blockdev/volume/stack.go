@@ -226,6 +226,8 @@ func (v *Volume) openAreas() error {
 		return err
 	case err == nil && id.volume == l.UUID && id.kind == kindCow:
 		return nil
+	case err == nil && id.volume == l.UUID && !l.CowElsewhere:
+		// The area came to lie here when the volume grew.
 	case err == nil:
 		return fmt.Errorf("%w: the COW area of %s belongs to volume %s", ErrOtherVolume, v.cow.Name(), id.volume)
 	case l.CowElsewhere:

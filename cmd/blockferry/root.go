@@ -46,7 +46,7 @@ func newRoot(s streams) (*cobra.Command, *globalOptions) {
 	flags.BoolVar(&g.json, "json", false, "output, and the last error, as JSON")
 	root.AddCommand(
 		newAgent(g), newCheck(g), newCreate(g), newAttach(g), newUp(g), newDown(g), newStatus(g), newEvents(g), newSync(g), newDrain(g),
-		newVerify(g), newRestore(g), newRecover(g), newRescue(g), newDiscard(g), newPause(g), newResume(g), newPrimary(g), newSecondary(g), newCerts(g), newVersion(g), newDeadMan(g), newProbe(g), newMan(g),
+		newVerify(g), newRestore(g), newRecover(g), newRescue(g), newDiscard(g), newSnapshot(g), newResize(g), newPause(g), newResume(g), newPrimary(g), newSecondary(g), newCerts(g), newVersion(g), newDeadMan(g), newProbe(g), newMan(g),
 	)
 	return root, g
 }

@@ -384,5 +384,6 @@ func (s *secondary) status() status.Volume {
 	if words, todo := s.replica.spillWords(st); words != "" && v.Reason == "" {
 		v.Reason, v.Advice = words, todo
 	}
+	v.Reason = withHeld(v.Reason, st)
 	return v
 }

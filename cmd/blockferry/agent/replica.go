@@ -42,6 +42,8 @@ type localReplica struct {
 	parked  bool
 	let     context.CancelFunc // ends what holds turn
 	replica *protocol.Replica  // nil: not open
+	letting context.Context    // ends what uses it beside the receiver; nil: nobody may
+	users   sync.WaitGroup     // who does; added to with mu held
 	reason  string             // why not
 	advice  string
 	last    [16]byte      // its volume when it was open last, AnyVolume until it has one
@@ -207,6 +209,7 @@ func (l *localReplica) serveOn(ctx context.Context, disk *blockdev.File) (become
 	if l.feeds != nil {
 		defer l.feeds(replica)()
 	}
+	defer l.allow()() // ended before the feeding, which may wait for what is held
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -347,7 +350,9 @@ func (l *localReplica) advise(err error) string {
 		return "to finish that: blockferry primary " + l.volume.Name + "; to make it a replica again: blockferry secondary " + l.volume.Name
 	case errors.Is(err, protocol.ErrNoSuperblock):
 		return "if it is the right disk, format it, and it alone: " + l.formatCommand()
-	case errors.Is(err, protocol.ErrResized), errors.Is(err, protocol.ErrNewerFormat):
+	case errors.Is(err, protocol.ErrResized):
+		return "do not format it: it is a replica; to use the larger disk, with the volume down and the agent stopped: blockferry resize " + l.volume.Name
+	case errors.Is(err, protocol.ErrNewerFormat):
 		return "do not format it: it is a replica"
 	case errors.Is(err, protocol.ErrChangedOutside):
 		return "if the volume is up, have it synced in full: blockferry recover --drop-journal " + l.config.Device +

@@ -129,6 +129,7 @@ func (m *managed) replicaStatus(l *localReplica, primary protocol.PrimaryStatus)
 		if s.Reason == "" {
 			s.Reason, s.Advice = m.agent.disks.resizedWords(l.config.Device, m.config.Name)
 		}
+		s.Reason = withHeld(s.Reason, own)
 		if own.SpilledBytes > 0 {
 			n := uint64(own.SpilledBytes)
 			s.SpilledBytes = &n

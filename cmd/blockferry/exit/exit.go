@@ -50,7 +50,7 @@ func Table() []Row {
 		{Refused, "refused", codes.FailedPrecondition, "Refused for safety, for example because a disk holds somebody's data. Nothing was written."},
 		{Differs, "differs", codes.DataLoss, "A verify or a restore found blocks that differ."},
 		{Unreachable, "unreachable", codes.Unavailable, "The agent does not answer; is it running?"},
-		{Timeout, "timeout", codes.DeadlineExceeded, "The limit given with --timeout passed first. What was begun goes on."},
+		{Timeout, "timeout", codes.DeadlineExceeded, "The limit given with --timeout passed first; what was begun goes on. Or that of a snapshot's --limit; its command was ended."},
 		{Prerequisite, "prerequisite", codes.Unimplemented, "Something blockferry needs is missing: root, a kernel module, a device."},
 		{Interrupted, "interrupted", codes.Canceled, "Interrupted by a signal, as shells number it."},
 	}

@@ -22,9 +22,9 @@ const (
 	grace = 2 * time.Second
 	// maxLines of a hook are logged.
 	maxLines = 200
-	// drain is how long output is read on after a hook's group was ended: what
+	// Drain is how long output is read on after a command's group was ended: what
 	// left the group may hold the pipe.
-	drain = time.Second
+	Drain = time.Second
 	// stuckAfter SIGKILL a command that has not ended is waited for no longer: a
 	// disk that does not answer can keep it in the kernel for ever.
 	stuckAfter = 5 * time.Second
@@ -53,7 +53,7 @@ func execute(ctx context.Context, command, env []string, timeout time.Duration, 
 	}()
 	err = <-ended
 	_ = in.Close()
-	_ = out.SetReadDeadline(time.Now().Add(drain))
+	_ = out.SetReadDeadline(time.Now().Add(Drain))
 	last = <-read
 	_ = out.Close()
 	return last, err
@@ -89,9 +89,24 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 	unix.Umask(umask)
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Env, cmd.Dir, cmd.Stdout, cmd.Stderr = env, "/", out, out
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("did not end within %v", timeout))
+	defer cancel()
+	err := RunGroup(ctx, cmd, gone)
+	if errors.Is(err, errStuck) {
+		err = fmt.Errorf("%w; no other hook of this event runs before it has ended", err)
+	}
+	return err
+}
+
+// errStuck is a command that not even SIGKILL has ended.
+var errStuck = errors.New("SIGKILL did not end it")
+
+// RunGroup runs a command in a process group of its own, which is killed when the command
+// ends, or with two seconds' notice (SIGTERM) when ctx does. The error says how it ended, with ctx's cause if that
+// was it, and wraps the *exec.ExitError of one that ended by itself. gone is called once it has ended, perhaps
+// long after that. When the calling thread ends the kernel kills the command: it is locked by the caller.
+func RunGroup(ctx context.Context, cmd *exec.Cmd, gone func()) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
-	limit := time.NewTimer(timeout)
-	defer limit.Stop()
 	if err := cmd.Start(); err != nil {
 		gone()
 		return fmt.Errorf("could not be started: %w", err)
@@ -108,10 +123,11 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 	var why error
 	select {
 	case <-exited:
-	case <-limit.C:
-		why = fmt.Errorf("did not end within %v", timeout)
 	case <-ctx.Done():
-		why = fmt.Errorf("was ended: %w", ctx.Err())
+		why = context.Cause(ctx)
+		if errors.Is(why, context.Canceled) {
+			why = fmt.Errorf("was ended: %w", why)
+		}
 	}
 	if why != nil {
 		_ = unix.Kill(-pid, unix.SIGTERM)
@@ -133,7 +149,7 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 			_ = cmd.Wait()
 			gone()
 		}()
-		return fmt.Errorf("%w; SIGKILL did not end process %d within %v: it hangs in the kernel, see /proc/%d/stack; no other hook of this event runs before it has ended", why, pid, stuckAfter, pid)
+		return fmt.Errorf("%w; %w, process %d, within %v: it hangs in the kernel, see /proc/%d/stack", why, errStuck, pid, stuckAfter, pid)
 	}
 	err := cmd.Wait()
 	gone()
@@ -142,7 +158,7 @@ func group(ctx context.Context, command, env []string, timeout time.Duration, ou
 	case why != nil:
 		return why
 	case errors.As(err, &status):
-		return fmt.Errorf("ended with %s", status)
+		return fmt.Errorf("ended with %w", status)
 	}
 	return err
 }

@@ -348,7 +348,7 @@ func TestStuckInTheKernel(t *testing.T) {
 	cancel()
 	select {
 	case err := <-ended:
-		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("SIGKILL did not end process %d", r.pid("pid"))) {
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("SIGKILL did not end it, process %d", r.pid("pid"))) {
 			t.Errorf("it ended with %v", err)
 		}
 	case <-time.After(time.Minute):
