@@ -2598,6 +2598,7 @@ type VolumeRequest struct {
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
 	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
 	Force         bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	Fenced        []string               `protobuf:"bytes,4,rep,name=fenced,proto3" json:"fenced,omitempty"` // nodes that are known to write the volume no more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2651,6 +2652,13 @@ func (x *VolumeRequest) GetForce() bool {
 		return x.Force
 	}
 	return false
+}
+
+func (x *VolumeRequest) GetFenced() []string {
+	if x != nil {
+		return x.Fenced
+	}
+	return nil
 }
 
 type Done struct {
@@ -3302,11 +3310,12 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x18\n" +
 	"\areplica\x18\x03 \x01(\tR\areplica\x12\x12\n" +
 	"\x04kind\x18\x04 \x01(\tR\x04kind\x12\x18\n" +
-	"\amessage\x18\x05 \x01(\tR\amessage\"W\n" +
+	"\amessage\x18\x05 \x01(\tR\amessage\"o\n" +
 	"\rVolumeRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x14\n" +
-	"\x05force\x18\x03 \x01(\bR\x05force\" \n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\x12\x16\n" +
+	"\x06fenced\x18\x04 \x03(\tR\x06fenced\" \n" +
 	"\x04Done\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\"|\n" +
 	"\vHoldRequest\x12\x16\n" +

@@ -56,7 +56,9 @@ func (c control) GiveUp(_ context.Context, r *proto.VolumeRequest) (*proto.Done,
 }
 
 func (c control) Primary(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {
-	return c.changeRole(ctx, r, (*switching).primary)
+	return c.changeRole(ctx, r, func(s *switching, ctx context.Context, force bool) (string, error) {
+		return s.primaryWithout(ctx, force, r.Fenced)
+	})
 }
 
 func (c control) Secondary(ctx context.Context, r *proto.VolumeRequest) (*proto.Done, error) {

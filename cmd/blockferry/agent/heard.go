@@ -255,6 +255,10 @@ type knowledge struct {
 	protocol.Heard
 	written bool
 	unended string // a node that was fenced, and serves as primary; "": none
+	ahead   string // one that is secondary, and holds what the copy does not; "": none
+	// givenUp: all that do not answer are known to write no more, and of the others none stands
+	// against the copy. What it lacks is given up, then, and nothing else.
+	givenUp bool
 }
 
 // beside is the knowledge held against a copy, which may have got further than what
@@ -275,12 +279,16 @@ func (k knowledge) beside(mine protocol.Lineage) protocol.Heard {
 
 // hear joins what other nodes say now, and said before, to what is known of the
 // primary that a copy followed. It also says so in words, and which nodes did not
-// answer, and why. fenced are those that were fenced since they were asked last.
-func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus, fenced map[string]string) (k knowledge, words string, silent map[string]string) {
+// answer, and why. fenced are those that were fenced since they were asked last, off those that
+// who asks knows to write no more.
+func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus, fenced map[string]string, off []string) (k knowledge, words string, silent map[string]string) {
 	said, silent := s.ask(ctx, st.VolumeUUID)
-	unended := ""
+	unended, unknown := "", false
 	for _, node := range s.config.Peers {
-		if _, was := fenced[node]; was && said[node].primary && said[node].serving {
+		if _, is := silent[node]; is && !slices.Contains(off, node) {
+			unknown = true
+		}
+		if _, was := fenced[node]; (was || slices.Contains(off, node)) && said[node].primary && said[node].serving {
 			if said[node] = s.settled(ctx, node, st.VolumeUUID, said[node]); said[node].primary && said[node].serving {
 				unended = node
 			}
@@ -288,6 +296,7 @@ func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus, fenced 
 	}
 	k, words = s.weigh(st, said, silent)
 	k.unended = unended
+	k.givenUp = len(silent) > 0 && !unknown && !k.Alive && k.ahead == "" && st.Strayed == ""
 	return k, words, silent
 }
 
@@ -307,6 +316,7 @@ func (s *switching) settled(ctx context.Context, node string, uuid volume.UUID, 
 func (s *switching) weigh(st protocol.ReplicaStatus, said map[string]heard, silent map[string]string) (knowledge, string) {
 	holds := st.Lineage.Tip().Epoch
 	var words []string
+	ahead := ""
 	far := protocol.Heard{Lineage: st.Lineage}
 	for _, node := range s.config.Peers {
 		h, ok := said[node]
@@ -321,6 +331,9 @@ func (s *switching) weigh(st protocol.ReplicaStatus, said map[string]heard, sile
 			return knowledge{Heard: k, written: true}, "node '" + node + "' is primary"
 		default:
 			words = append(words, h.inWords(st.Lineage, node))
+			if kind := protocol.Compare(st.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
+				ahead = node
+			}
 			if kind := protocol.Compare(far.Lineage, h.lineage).Kind; len(h.lineage) > 0 && kind != protocol.Ahead && kind != protocol.Same {
 				far = protocol.Heard{Lineage: h.lineage}
 			}
@@ -331,7 +344,7 @@ func (s *switching) weigh(st protocol.ReplicaStatus, said map[string]heard, sile
 	}
 	if len(silent) == 0 {
 		// Every node that could be primary is a replica, and what they hold is known.
-		return knowledge{Heard: far}, strings.Join(words, ", ")
+		return knowledge{Heard: far, ahead: ahead}, strings.Join(words, ", ")
 	}
 	// What the silent ones said last counts only from a primary: who was secondary
 	// may be primary since.
@@ -346,7 +359,7 @@ func (s *switching) weigh(st protocol.ReplicaStatus, said map[string]heard, sile
 			last = h
 		}
 	}
-	return knowledge{Heard: last.known(holds), written: last.primary}, strings.Join(words, ", ")
+	return knowledge{Heard: last.known(holds), written: last.primary, ahead: ahead}, strings.Join(words, ", ")
 }
 
 // outdoes says which of two primaries counts of which none answers: what was heard before

@@ -32,7 +32,7 @@ func loss(t *testing.T, s *switching) string {
 	t.Helper()
 	st, err := s.copy.replica.replica.Status(), error(nil)
 	st.CutUnixNanos = 1 // of a clock that is far behind
-	heard, _, _ := s.hear(t.Context(), st, nil)
+	heard, _, _ := s.hear(t.Context(), st, nil, nil)
 	did, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: true, Fresh: protocol.Generation{9}})
 	if err != nil {
 		t.Fatal(err)

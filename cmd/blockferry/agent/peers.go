@@ -357,7 +357,7 @@ func (s *secondary) status() status.Volume {
 			"at that node, name this one among the volume's 'replicas', with 'address' and 'peer: "+s.peers.node.Name+"'"
 		return v
 	}
-	v.UUID, v.SizeBytes = volume.UUID(st.VolumeUUID).String(), st.SizeBytes
+	v.UUID, v.SizeBytes, v.TakeOver = volume.UUID(st.VolumeUUID).String(), st.SizeBytes, s.roles.takeOverStatus()
 	if !st.Committed.IsZero() {
 		v.Position = position(fmt.Sprintf("%x", st.Committed.Generation), st.Committed.Epoch)
 		if st.CutUnixNanos > 0 {

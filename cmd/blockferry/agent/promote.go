@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -64,11 +65,11 @@ func (s *switching) lock() error {
 	return nil
 }
 
-// fence has the hook see to it that the nodes which do not answer write no more.
-func (s *switching) fence(ctx context.Context, silent map[string]string, position protocol.Position) error {
+// fence has the hook see to it that the nodes which do not answer write no more; off is known to.
+func (s *switching) fence(ctx context.Context, silent map[string]string, off []string, position protocol.Position) error {
 	for _, node := range s.config.Peers {
 		why, is := silent[node]
-		if !is {
+		if !is || slices.Contains(off, node) {
 			continue
 		}
 		info := hooks.Info{Peer: node, Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: why}
@@ -112,6 +113,17 @@ func (c control) changeRole(ctx context.Context, r *proto.VolumeRequest, do func
 
 // primary has the copy here take over; op is held.
 func (s *switching) primary(ctx context.Context, force bool) (string, error) {
+	return s.primaryWithout(ctx, force, nil)
+}
+
+// primaryWithout is primary where the nodes off are known to write the volume no more: they
+// need not answer, and what only they have is given up. Any other node counts as ever.
+func (s *switching) primaryWithout(ctx context.Context, force bool, off []string) (string, error) {
+	for _, node := range off {
+		if !slices.Contains(s.config.Peers, node) {
+			return "", exit.Errorf(exit.Usage, "volume '%s': node '%s' is not among its 'peers' (%s)", s.config.Name, node, strings.Join(s.config.Peers, ", "))
+		}
+	}
 	switch s.at() {
 	case roleUnknown:
 		return "", exit.Errorf(exit.Refused, "volume '%s': %s", s.config.Name, s.managed.why())
@@ -144,15 +156,15 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 			s.lease.release()
 		}
 	}()
-	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force, nil)
+	heard, plan, words, silent, err := s.planTakeOver(ctx, st, force, nil, off)
 	if err != nil {
 		return "", err
 	}
-	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "loss", plan.Loss.String(), "heard", words)
+	s.log.Info("takes over", "position", st.Lineage.Tip().String(), "forced", force, "fenced", off, "loss", plan.Loss.String(), "heard", words)
 	if err := s.reached(ctx, hooks.BeforePromote, st.Lineage.Tip(), plan.Loss.String()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
-	if err := s.fence(ctx, silent, st.Lineage.Tip()); err != nil {
+	if err := s.fence(ctx, silent, off, st.Lineage.Tip()); err != nil {
 		return "", exit.Mark(exit.Refused, err)
 	}
 	if !s.managed.hooks.Has(hooks.FencePeer) {
@@ -162,7 +174,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		if st, err = s.promotable(); err != nil {
 			return "", err
 		}
-		if heard, _, _, _, err = s.planTakeOver(ctx, st, force, silent); err != nil {
+		if heard, _, _, _, err = s.planTakeOver(ctx, st, force, silent, off); err != nil {
 			return "", err
 		}
 	}
@@ -171,7 +183,7 @@ func (s *switching) primary(ctx context.Context, force bool) (string, error) {
 		s.copy.replica.unpark()
 		return "", exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over: its lease ends: %w; repeat it", s.config.Name, err)
 	}
-	did, err := s.takeOver(ctx, heard, force)
+	did, err := s.takeOver(ctx, heard, force || heard.givenUp)
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
 		if s.roleOnDisk() == rolePrimary { // what failed came after the label
 			taken = true
@@ -230,16 +242,21 @@ func (s *switching) roleOnDisk() role {
 
 // planTakeOver asks the other nodes and says what taking over would lose, or why it is
 // refused; words tell what they said, and silent why some did not. Where one serves that was
-// fenced it is refused by force, too: whoever trusts a fence has no second writer.
-func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool, fenced map[string]string) (_ knowledge, _ protocol.Promotion, words string, silent map[string]string, err error) {
-	heard, words, silent := s.hear(ctx, st, fenced)
+// fenced, by the hook or by the word of who asks (off), it is refused by force, too: whoever
+// trusts a fence has no second writer.
+func (s *switching) planTakeOver(ctx context.Context, st protocol.ReplicaStatus, force bool, fenced map[string]string, off []string) (_ knowledge, _ protocol.Promotion, words string, silent map[string]string, err error) {
+	heard, words, silent := s.hear(ctx, st, fenced, off)
 	if node := heard.unended; node != "" {
-		s.log.Error("a node writes the volume though it was fenced: hook 'fence-peer' does not do what it says", "node", node)
-		return heard, protocol.Promotion{}, words, silent, exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over, also by --force: hook 'fence-peer' said that node '%s' writes the volume no more, and that node says that it is primary and up; "+
-			"mend the hook, or at that node: blockferry down %[1]s; then repeat it", s.config.Name, node)
+		who, mend := "hook 'fence-peer'", "mend the hook"
+		if slices.Contains(off, node) {
+			who, mend = "--fenced", "fence it"
+		}
+		s.log.Error("a node writes the volume though it was fenced", "node", node, "by the word of", who)
+		return heard, protocol.Promotion{}, words, silent, exit.Errorf(exit.Refused, "volume '%s': the copy here does not take over, also by --force: %s said that node '%s' writes the volume no more, and that node says that it is primary and up; "+
+			"%s, or at that node: blockferry down %[1]s; then repeat it", s.config.Name, who, node, mend)
 	}
 	st.PendingEpochs = 0 // they are applied first
-	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force, Fresh: protocol.Generation{1}})
+	plan, err := protocol.PlanTakeOver(st, protocol.TakeOverOptions{Heard: heard.beside(st.Lineage), Force: force || heard.givenUp, Fresh: protocol.Generation{1}})
 	if err != nil {
 		err = exit.Errorf(exit.Refused, "volume '%s': %w (%s)", s.config.Name, err, words)
 	}

@@ -51,6 +51,8 @@ type Volume struct {
 	CutAt *time.Time `json:"cut-at,omitempty"`
 	// Kept is what a replica here has of an epoch whose link broke.
 	Kept *Kept `json:"kept,omitempty"`
+	// TakeOver is, of a copy that can become primary here, what that would mean.
+	TakeOver *TakeOver `json:"take-over,omitempty"`
 	// Reason says why it is not as it should be, Advice what to do then.
 	Reason   string    `json:"reason,omitempty"`
 	Advice   string    `json:"advice,omitempty"`
@@ -63,6 +65,16 @@ type Kept struct {
 	Epoch uint64    `json:"epoch"`
 	Bytes uint64    `json:"bytes"`
 	Since time.Time `json:"since"`
+}
+
+// TakeOver is what is known here, without asking, of a copy that might take over.
+type TakeOver struct {
+	// Possible: it is a whole image of the line that the volume went. Reason says why not.
+	Possible bool   `json:"possible"`
+	Reason   string `json:"reason,omitempty"`
+	// MissingCuts is how many later cuts are known of, of the node that is, or was, primary, or
+	// of a better copy. What was written after the last cut comes on top. Left out: nobody was heard.
+	MissingCuts *uint64 `json:"missing-cuts,omitempty"`
 }
 
 // Lease is who may write a volume.
