@@ -344,7 +344,7 @@ func (s *secondary) fedBy() string {
 // status is the replica as this node knows it.
 func (s *secondary) status() status.Volume {
 	v := status.Volume{Name: s.config.Name, Device: s.config.Device, Role: "Secondary", Disk: "DUnknown", Stage: "secondary", Restore: "manual",
-		Peers: s.config.Peers, Replicas: []status.Replica{}}
+		BothRoles: s.config.Switches(), Peers: s.config.Peers, Replicas: []status.Replica{}}
 	st, open, reason, advice := s.replica.status()
 	v.Reason, v.Advice, v.Lease = reason, advice, s.roles.keeps().status()
 	v.Replicas = append(v.Replicas, s.roles.beside().status()...)

@@ -16,7 +16,7 @@ func (m *managed) status() status.Volume {
 	s := status.Volume{
 		Name: m.config.Name, Device: m.config.Device, Role: "Unknown", Disk: "DUnknown",
 		IntervalSeconds: m.config.Interval.Seconds(), Paused: m.paused, Reason: m.reason, Advice: m.advice, Replicas: []status.Replica{},
-		Stage: stageWords[m.stage], Restore: "manual",
+		Stage: stageWords[m.stage], Restore: "manual", BothRoles: m.config.Switches(),
 	}
 	if m.config.AutoRestore {
 		s.Restore = "auto"

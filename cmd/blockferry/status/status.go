@@ -26,6 +26,8 @@ type Volume struct {
 	// restored, else DUnknown.
 	Disk string `json:"disk"`
 	Up   bool   `json:"up"`
+	// BothRoles: it can be primary and secondary here.
+	BothRoles bool `json:"both-roles,omitempty"`
 	// Stage is where the agent is with it: starting (not looked at yet),
 	// absent, blank, busy (somebody else has a disk), refused, restoring, waiting (for its lease),
 	// down or up; or secondary: it is only a replica here.
