@@ -348,13 +348,13 @@ func TestStopAndDemote(t *testing.T) {
 				}
 				s := newStage(t, do)
 				s.is(c.v)
-				s.started(true)
+				s.started(action == "stop") // what came up by itself is demoted without a start
 				if c.device {
 					s.write("sys/class/block/dm-1/dm/name", "data\n", 0o644)
 				}
 				code, calls, said := s.run(action)
 				want := map[string]int{"stop": c.stop, "demote": c.demote}[action]
-				if code != want || s.isStarted() != (want != success || action == "demote") {
+				if code != want || s.isStarted() != ((want == success) == (action == "demote")) {
 					t.Errorf("%s: %d, started %v: %s", action, code, s.isStarted(), said)
 				}
 				if want == failed && !strings.Contains(said, "ocf-exit-reason:volume 'data'") {
@@ -418,10 +418,10 @@ func TestPromote(t *testing.T) {
 		"one that is down":                {v: at("down"), do: takes(plain, nil), tried: []string{plain}},
 		"refused":                         {v: secondary(0), do: takes(b, cluster("true", "node-b fenced")), want: failed, tried: []string{plain}},
 		"refused, as said":                {v: secondary(0), failover: "never", do: takes(b, cluster("true", "node-b fenced")), want: failed, tried: []string{plain}},
-		"the other one was fenced":        {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b fenced")), tried: []string{plain, b}},
-		"and refused all the same":        {v: secondary(0), failover: "fenced", do: takes("blockferry primary --force data", cluster("true", "node-b fenced")), want: failed, tried: []string{plain, b}},
-		"both others were fenced":         {v: secondary(0), failover: "fenced", do: takes(both, cluster("true", "node-b fenced", "node-c fenced")), tried: []string{plain, both}},
-		"one of the others was":           {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b fenced", "node-c online")), tried: []string{plain, b}},
+		"the other one was fenced":        {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b fenced")), tried: []string{b}},
+		"and refused all the same":        {v: secondary(0), failover: "fenced", do: takes("blockferry primary --force data", cluster("true", "node-b fenced")), want: failed, tried: []string{b}},
+		"both others were fenced":         {v: secondary(0), failover: "fenced", do: takes(both, cluster("true", "node-b fenced", "node-c fenced")), tried: []string{both}},
+		"one of the others was":           {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b fenced", "node-c online")), tried: []string{b}},
 		"it is on again":                  {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b online")), want: failed, tried: []string{plain}},
 		"it is not known to be off":       {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b unclean")), want: failed, tried: []string{plain}},
 		"it left in order":                {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-b left")), want: failed, tried: []string{plain}},
@@ -547,5 +547,19 @@ func TestMetaData(t *testing.T) {
 	want := []string{"start", "stop", "monitor Promoted", "monitor Unpromoted", "promote", "demote", "notify", "meta-data", "validate-all"}
 	if !slices.Equal(got, want) || d.Name != "volume" || len(d.Parameters) != 2 || d.Parameters[0].Name != "volume" || d.Parameters[0].Required != "1" {
 		t.Errorf("%+v", d)
+	}
+}
+
+// What is installed as a shell script has none of the mistakes that are known.
+func TestShellcheck(t *testing.T) {
+	if _, err := exec.LookPath("shellcheck"); err != nil {
+		if os.Getenv("BLOCKFERRY_REQUIRE_GUEST") != "" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	out, err := exec.Command("shellcheck", "--shell=sh", agent, "../../deploy/hooks/role").CombinedOutput()
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
