@@ -9,6 +9,7 @@ import (
 	"blockferry/blockdev/dm"
 	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
+	"blockferry/cmd/blockferry/hooks"
 	"blockferry/cmd/blockferry/lease"
 	"blockferry/protocol"
 )
@@ -163,6 +164,7 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 		if _, ended, why := n.state(); ended {
 			s.giveUp(n, why)
 		} else {
+			k.told = false
 			s.makeRoom()
 		}
 		return
@@ -171,6 +173,7 @@ func (s *switching) lookAtLease(ctx context.Context, r role, uuid volume.UUID) {
 	if r == rolePrimary {
 		if err := s.managed.clearFenced(); err != nil {
 			k.say("", "it ended here, and everything on the volume fails: %v", err)
+			s.tellEnd("its lease ended, and everything on it fails") // the agent may have been away then
 			s.waiting("close what uses it, such as with umount; then it can come up again, here or as another node's copy")
 			return
 		}
@@ -381,6 +384,7 @@ func (s *switching) follow(ctx context.Context, node string) {
 // giveUp takes a volume down whose lease ends: in order, if nobody uses it; else it
 // fails at its deadline, and is down when those who use it have closed it.
 func (s *switching) giveUp(n *tenure, why string) {
+	s.tellEnd(why)
 	m := s.managed
 	m.op.Lock()
 	defer m.op.Unlock()
@@ -430,6 +434,16 @@ func (s *switching) giveUp(n *tenure, why string) {
 	}
 	s.lease.drop()
 	s.lost(why)
+}
+
+// tellEnd has what uses a volume end whose lease ends, or has ended, once, and does not wait for it:
+// the deadline comes whether or not it has ended.
+func (s *switching) tellEnd(why string) {
+	if s.lease.told {
+		return
+	}
+	s.lease.told = true
+	s.managed.hooks.Tell(hooks.BeforeDemote, hooks.Info{Device: s.managed.path(), Reason: why})
 }
 
 // lost says that a volume has no lease any more. One that the operator took down stays so.

@@ -79,6 +79,7 @@ type keeper struct {
 	busy   time.Time // since when somebody else has a disk of the volume; zero: nobody has
 	// unfenced is why a volume does not fail whose lease has ended; "": it does.
 	unfenced string
+	told     bool // that it ends, to those who use the volume
 	// declined: the operator had the volume stand down here; it is left to others until
 	// one has had it.
 	declined bool

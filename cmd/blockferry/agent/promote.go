@@ -25,11 +25,12 @@ import (
 func (s *switching) reached(ctx context.Context, at hooks.Event, position protocol.Position, words string) error {
 	s.log.Info("change of role", "at", string(at), "detail", words)
 	s.agent.hub.publish(s.config.Name, "", string(at), words)
-	if at != hooks.BeforePromote {
+	before := at == hooks.BeforePromote || at == hooks.BeforeDemote
+	if !before {
 		ctx = context.WithoutCancel(ctx) // it has happened, even if whoever asked for it has gone
 	}
 	err := s.hook(ctx, at, hooks.Info{Device: s.managed.path(), Generation: fmt.Sprintf("%x", position.Generation), Epoch: position.Epoch, Reason: words})
-	if at == hooks.BeforePromote {
+	if before {
 		return err
 	}
 	return nil
@@ -320,11 +321,31 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	case roleSecondary:
 		return "is secondary already", nil
 	}
+	if err := s.room(); err != nil {
+		return "", err
+	}
+	if err := s.endUse(ctx, force); err != nil {
+		return "", err
+	}
 	at, message, err := s.standDownNow(ctx, force)
 	if err != nil {
 		return "", err
 	}
 	return message, s.reached(ctx, hooks.AfterDemote, at, message)
+}
+
+// endUse has the hook end what uses the volume here, before it stands down. Only an order without force
+// is refused by it: a lease that is another's, or an operator, does not wait for it.
+func (s *switching) endUse(ctx context.Context, force bool) error {
+	if s.managed.path() == "" {
+		return nil // nobody can be using it
+	}
+	position, _ := s.cutOnDisk()
+	err := s.reached(ctx, hooks.BeforeDemote, position, "")
+	if err == nil || force {
+		return nil
+	}
+	return exit.Errorf(exit.Refused, "volume '%s' stays primary, and up: %w; what uses it may have ended all the same; to stand down whatever the hook says, if nobody uses it: blockferry secondary --force %[1]s", s.config.Name, err)
 }
 
 // standDownNow has the volume stand down, and says where it is then.

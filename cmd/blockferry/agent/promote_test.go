@@ -90,6 +90,7 @@ type fakeStack struct{ raised }
 func (fakeStack) Size() int64          { return 4096 }
 func (fakeStack) UUID() volume.UUID    { return volume.UUID{7} }
 func (fakeStack) TrackingLost() string { return "" }
+func (fakeStack) Path() string         { return "/dev/mapper/data" }
 
 // 'primary --force' counts for one start: after that, other nodes are asked again.
 func TestForceCountsOnce(t *testing.T) {

@@ -315,6 +315,7 @@ func (m *managed) nowUp(stack raised, r *running) {
 	}
 	m.roles.know(stack.UUID())
 	m.set(stageUp, "", "")
+	m.hooks.Tell(hooks.AfterUp, hooks.Info{Device: stack.Path()})
 }
 
 // finePins is where fine tracking is pinned, "" if it can't be.

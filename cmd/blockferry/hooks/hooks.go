@@ -22,14 +22,16 @@ const (
 	UnfencePeer   Event = "unfence-peer"   // may not
 	BeforePromote Event = "before-promote" // may refuse
 	AfterPromote  Event = "after-promote"
+	BeforeDemote  Event = "before-demote" // may refuse
 	AfterDemote   Event = "after-demote"
+	AfterUp       Event = "after-up"
 	SplitBrain    Event = "split-brain"
 	Behind        Event = "behind"
 )
 
 // Events lists all of them.
 func Events() []Event {
-	return []Event{FencePeer, UnfencePeer, BeforePromote, AfterPromote, AfterDemote, SplitBrain, Behind}
+	return []Event{FencePeer, UnfencePeer, BeforePromote, AfterPromote, BeforeDemote, AfterDemote, AfterUp, SplitBrain, Behind}
 }
 
 // Limits of how long a hook may run.
