@@ -405,12 +405,22 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	}
 	s.agent.peers.heardHere()
 	said, silent := s.ask(context.Background(), uuid)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for node, h := range said {
+		delete(s.overtaken, node)
 		if why := h.supersedes(disk, node); why != "" {
+			if protocol.Superseded(disk, h.lineage) {
+				s.overtaken[node] = h
+			}
 			return &supersededError{s.config.Device + " " + why}
 		}
 	}
 	for node, why := range silent {
+		// It took over, whether or not it answers at this moment.
+		if h, was := s.overtaken[node]; was && protocol.Superseded(disk, h.lineage) {
+			return &supersededError{s.config.Device + " " + h.supersedes(disk, node) + ", as it said before; now it does not answer: " + why}
+		}
 		s.log.Info("another node does not say where it stands", "node", node, "reason", why)
 	}
 	return nil

@@ -77,7 +77,7 @@ func aDisk(t *testing.T, disk []byte) (path string) {
 func onDisk(t *testing.T, path string, replicas ...*config.Replica) *switching {
 	t.Helper()
 	m := aManaged(&config.Volume{Name: "data", Device: path, Replicas: replicas})
-	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, heard: map[string]heard{}, change: make(chan struct{}), role: rolePrimary}
+	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, heard: map[string]heard{}, overtaken: map[string]heard{}, change: make(chan struct{}), role: rolePrimary}
 	s.copy = &secondary{roles: s, config: m.config, replica: newLocalReplica(m.agent, m.config, &config.Replica{Name: "here", Device: path})}
 	s.copy.replica.parked = true
 	m.roles = s

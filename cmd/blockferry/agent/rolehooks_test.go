@@ -89,6 +89,7 @@ func TestLeaseEndIsTold(t *testing.T) {
 		s.lease.held().end(errors.New(why))
 		look()
 		told(t, file, n+1)
+		s.tellEnd("once more")
 		look()
 	}
 	s.managed.hooks.Close()

@@ -53,16 +53,18 @@ type switching struct {
 	uuid    volume.UUID // zero: not known
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
-	keptAt  time.Time        // when heard was written down last
-	taking  protocol.Lineage // what the copy here holds while it takes over; nil: it does not
-	rising  bool             // it comes up as primary, or tries to
-	waits   hooks.Event      // op is held until this hook ends; "": for none
-	change  chan struct{}    // closed and replaced when role or uuid change
-	woken   chan struct{}    // room for one: its disk came or went
+	// overtaken is what a node said that left the primary's disk here behind.
+	overtaken map[string]heard
+	keptAt    time.Time        // when heard was written down last
+	taking    protocol.Lineage // what the copy here holds while it takes over; nil: it does not
+	rising    bool             // it comes up as primary, or tries to
+	waits     hooks.Event      // op is held until this hook ends; "": for none
+	change    chan struct{}    // closed and replaced when role or uuid change
+	woken     chan struct{}    // room for one: its disk came or went
 }
 
 func newSwitching(m *managed, c *secondary) *switching {
-	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, change: make(chan struct{}), woken: make(chan struct{}, 1)}
+	s := &switching{agent: m.agent, config: m.config, log: m.log, managed: m, copy: c, heard: map[string]heard{}, overtaken: map[string]heard{}, change: make(chan struct{}), woken: make(chan struct{}, 1)}
 	m.roles, c.roles = s, s
 	c.replica.parked = true
 	s.cascade = newCascade(m, c.replica)

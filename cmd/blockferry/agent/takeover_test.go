@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"blockferry/blockdev/volume"
 	"blockferry/cmd/blockferry/config"
 	"blockferry/cmd/blockferry/exit"
 	"blockferry/cmd/blockferry/hooks"
@@ -148,4 +149,40 @@ func secondaryAt(t *testing.T, o protocol.FormatOptions) *switching {
 	o.VolumeUUID, o.SizeBytes, o.JournalBytes, o.DataOffset = [16]byte{1}, 1<<20, protocol.MinJournalBytes, 1<<20
 	s.copy.replica = replicaFrom(t, "here", o, nil)
 	return s
+}
+
+// A primary's disk that a node left behind stays down when that node does not answer any more, unless
+// the operator decides; one that nobody left behind comes up beside nodes that are silent.
+func TestOvertakenStaysDown(t *testing.T) {
+	disk := history(1, 10)
+	for name, c := range map[string]struct {
+		says  *proto.Standing
+		stays bool
+	}{
+		"it took over": {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10, 2, 12).Proto()}, true},
+		"it serves":    {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10).Proto()}, false},
+	} {
+		asked := new(atomic.Int32)
+		asked.Store(1) // it answers at once
+		s, stop := besideNode(t, nil, &scriptedNode{asked: asked, says: []*proto.Standing{c.says}}, hooks.AfterDemote)
+		s.role, s.agent.identity, s.agent.options.Config.Node = rolePrimary, transport.NewIdentity("node-a", "", quiet()), &config.Node{Name: "node-a"}
+		s.agent.peers = newPeers(s.agent)
+		close(s.agent.peers.listening)
+		if err := s.superseded(volume.UUID{7}, disk); err == nil {
+			t.Errorf("%s, and answers: it comes up", name)
+		}
+		stop()
+		err := s.superseded(volume.UUID{7}, disk)
+		if c.stays != (err != nil) || c.stays && !strings.Contains(err.Error(), "as it said before") {
+			t.Errorf("%s, and does not answer: %v", name, err)
+		}
+		s.decide(true)
+		if err := s.superseded(volume.UUID{7}, disk); err != nil {
+			t.Errorf("%s, and the operator decided: %v", name, err)
+		}
+		s.decide(false)
+		if err := s.superseded(volume.UUID{7}, history(1, 10, 3, 20)); err != nil {
+			t.Errorf("%s, and the disk has another history: %v", name, err)
+		}
+	}
 }
