@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"math"
 	"os"
 	"os/exec"
@@ -18,8 +19,13 @@ import (
 // What a node's guest is asked for.
 type (
 	begin struct {
-		Config string
-		Create bool // the disk is to be one of the volume
+		Config    string
+		Create    bool // the disk is to be one of the volume
+		Installed bool // the agent is systemd's
+	}
+	shDone struct {
+		Out  string
+		Code int
 	}
 	looked struct {
 		Volume status.Volume
@@ -85,6 +91,17 @@ func nodeTasks() tasks {
 			if err := os.MkdirAll(farRescue, 0o700); err != nil {
 				t.Fatal(err)
 			}
+			if in.Installed {
+				c = installedCLI(t)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(c.config), 0o755), os.WriteFile(c.config, []byte(in.Config), 0o600)); err != nil {
+					t.Fatal(err)
+				}
+				if in.Create {
+					c.must(t, "create")
+				}
+				run(t, "systemctl", "start", "blockferry.service")
+				return none{}
+			}
 			c = newCLI(t, in.Config)
 			var socket string
 			socket, deadMan = startDeadMan(t, c.binary)
@@ -102,6 +119,18 @@ func nodeTasks() tasks {
 		"status": task(func(t *testing.T, _ none) (l looked) {
 			l.Volume, l.Said, l.Known = c.look(t)
 			return l
+		}),
+		"sh": task(func(t *testing.T, line string) shDone {
+			out, err := tryRun(t, "/bin/sh", "-c", line)
+			var ended *exec.ExitError
+			if err != nil && !errors.As(err, &ended) {
+				t.Fatal(err)
+			}
+			d := shDone{Out: out}
+			if ended != nil {
+				d.Code = ended.ExitCode()
+			}
+			return d
 		}),
 		"log":      task(func(t *testing.T, _ none) string { return c.logText(t) }),
 		"dead-man": task(func(*testing.T, none) string { return deadMan.String() }),
@@ -138,8 +167,9 @@ func startDeadMan(t *testing.T, binary string) (socket string, out *syncBuffer) 
 // farNode drives a node in a guest of its own, from the host.
 type farNode struct {
 	*guests
-	name   string // of the guest
-	config string
+	name      string // of the guest
+	config    string
+	installed bool // its agent is systemd's
 }
 
 const (
@@ -170,7 +200,7 @@ func farTwins(g *guests, top, more string) (a, b *farNode) {
 	node := func(n, other int, role string) *farNode {
 		name := func(n int) string { return "node-" + string(rune('a'+n)) }
 		return &farNode{g, string(rune('a' + n)), twinFile(top, name(n), uml.GuestPath(folders[name(n)]), vm.MemberAddress(n), farRescue,
-			role, ubd(0), farVolume, more, name(other), vm.MemberAddress(other))}
+			role, ubd(0), farVolume, more, name(other), vm.MemberAddress(other)), g.systemd}
 	}
 	a, b = node(0, 1, "primary"), node(1, 0, "secondary")
 	b.begin(true)
@@ -181,7 +211,25 @@ func farTwins(g *guests, top, more string) (a, b *farNode) {
 
 func (n *farNode) begin(create bool) {
 	n.t.Helper()
-	n.ask(n.name, "begin", begin{n.config, create}, nil)
+	n.ask(n.name, "begin", begin{n.config, create, n.installed}, nil)
+}
+
+// sh runs a line of shell there.
+func (n *farNode) sh(line string) (out string, code int) {
+	n.t.Helper()
+	var d shDone
+	n.ask(n.name, "sh", line, &d)
+	return d.Out, d.Code
+}
+
+// shell is one that has to end with 0.
+func (n *farNode) shell(line string) string {
+	n.t.Helper()
+	out, code := n.sh(line)
+	if code != 0 {
+		n.t.Fatalf("%s: %s: exit code %d\n%s", n.name, line, code, out)
+	}
+	return out
 }
 
 func (n *farNode) try(args ...string) (done cliDone) {

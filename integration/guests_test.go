@@ -49,6 +49,7 @@ type guests struct {
 	set      *uml.Set
 	members  map[string]*vm.Member
 	outcomes map[string]string // of those that ended by themselves
+	systemd  bool              // they are run by it
 	hung     error
 	begun    time.Time
 }
@@ -94,7 +95,7 @@ func inGuests(t *testing.T, members []member, can tasks, script func(t *testing.
 		specs = append(specs, spec)
 	}
 	again, err := of.WithSet(t.Context(), specs, func(_ context.Context, s *uml.Set) (err error) {
-		g := &guests{t: t, set: s, members: map[string]*vm.Member{}, outcomes: outcomes, begun: time.Now()}
+		g := &guests{t: t, set: s, members: map[string]*vm.Member{}, outcomes: outcomes, systemd: members[0].Systemd, begun: time.Now()}
 		clear(outcomes)
 		for i, m := range members {
 			g.members[m.name] = s.Members[i]
