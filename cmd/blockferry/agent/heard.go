@@ -410,9 +410,7 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	for node, h := range said {
 		delete(s.overtaken, node)
 		if why := h.supersedes(disk, node); why != "" {
-			if protocol.Superseded(disk, h.lineage) {
-				s.overtaken[node] = h
-			}
+			s.overtaken[node] = h
 			return &supersededError{s.config.Device + " " + why}
 		}
 	}

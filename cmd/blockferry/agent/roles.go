@@ -53,7 +53,7 @@ type switching struct {
 	uuid    volume.UUID // zero: not known
 	decided bool        // it comes up once as primary, whatever other nodes say
 	heard   map[string]heard
-	// overtaken is what a node said that left the primary's disk here behind.
+	// overtaken is what a node said last, beside which the primary's disk here is not written.
 	overtaken map[string]heard
 	keptAt    time.Time        // when heard was written down last
 	taking    protocol.Lineage // what the copy here holds while it takes over; nil: it does not
