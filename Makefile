@@ -15,7 +15,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 # What demo and benchmarks do without.
 TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm \
 	rpm=rpm mandoc=mandoc zsh=zsh fish=fish \
-	corosync=corosync pacemakerd=pacemaker crm_mon=pacemaker-cli-utils ocf-tester=resource-agents xmllint=libxml2-utils shellcheck=shellcheck
+	corosync=corosync pacemakerd=pacemaker crm_mon=pacemaker-cli-utils ocf-tester=resource-agents xmllint=libxml2-utils
 # What benchmarks compare with and draw with. Tests do without.
 BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev
@@ -40,7 +40,7 @@ demo: uml-deps # ends in one line; not 0 on any difference
 
 test: deps lint race unraced simulate integration
 
-SCRIPTS = $(shell git ls-files deploy/ec2 deploy/package integration/deps | xargs grep -lE '^\#!.*sh$$|^\# shellcheck shell')
+SCRIPTS = $(shell git ls-files deploy/ec2 deploy/hooks deploy/ocf deploy/package integration/deps | xargs grep -lE '^\#!.*sh$$|^\# shellcheck shell')
 
 lint: rules proto-check bpf-check $(TOOLS)/staticcheck
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }

@@ -144,6 +144,7 @@ func TestPackageContents(t *testing.T) {
 	const config = "/etc/blockferry/blockferry.yaml"
 	want := map[string]int64{
 		"/usr/bin/blockferry": 0o755, "/usr/lib/blockferry/maintain": 0o755, config: 0o644,
+		"/usr/lib/ocf/resource.d/blockferry/volume": 0o755, "/usr/lib/blockferry/role": 0o755,
 		"/usr/lib/blockferry/ec2/address": 0o755, "/usr/lib/blockferry/ec2/fence-peer": 0o755, "/usr/lib/blockferry/ec2/common.sh": 0o644,
 		"/usr/share/bash-completion/completions/blockferry": 0o644, "/usr/share/fish/vendor_completions.d/blockferry.fish": 0o644,
 		"/usr/share/doc/blockferry/copyright": 0o644, "/usr/share/doc/blockferry/CHANGELOG.md": 0o644,
@@ -152,18 +153,14 @@ func TestPackageContents(t *testing.T) {
 	for folder, target := range map[string]string{
 		"../deploy/systemd": "/usr/lib/systemd/system", "../deploy/udev": "/usr/lib/udev/rules.d", "../docs/config/valid": "/usr/share/doc/blockferry/examples",
 		"../deploy/ec2/terraform": "/usr/share/doc/blockferry/examples/ec2/terraform",
-		"../deploy/ocf":           "", // its one file has another name there
+		"../deploy/services":      "/usr/share/doc/blockferry/examples/services",
 	} {
 		entries, err := os.ReadDir(folder)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
 		}
 		for _, entry := range entries {
-			if target != "" {
-				want[target+"/"+entry.Name()] = 0o644
-			} else if entry.Name() == "blockferry" {
-				want["/usr/lib/ocf/resource.d/blockferry/volume"] = 0o755
-			}
+			want[target+"/"+entry.Name()] = 0o644
 		}
 	}
 	pages, err := filepath.Glob("../docs/*.md")

@@ -549,17 +549,3 @@ func TestMetaData(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 }
-
-// What is installed as a shell script has none of the mistakes that are known.
-func TestShellcheck(t *testing.T) {
-	if _, err := exec.LookPath("shellcheck"); err != nil {
-		if os.Getenv("BLOCKFERRY_REQUIRE_GUEST") != "" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	out, err := exec.Command("shellcheck", "--shell=sh", agent, "../../deploy/hooks/role").CombinedOutput()
-	if err != nil {
-		t.Errorf("%v\n%s", err, out)
-	}
-}

@@ -187,7 +187,7 @@ func TestHooksSampleIsReadWhole(t *testing.T) {
 	}
 	v, _ := c.Volume("data")
 	h := v.Hooks
-	if len(h.Commands) != 7 || h.Timeout != 20*time.Second || h.BehindAfter != 5*time.Minute ||
+	if len(h.Commands) != len(hooks.Events()) || h.Timeout != 20*time.Second || h.BehindAfter != 5*time.Minute ||
 		strings.Join(h.Commands[hooks.Behind], "|") != "/usr/local/sbin/notify|a replica is behind" || strings.Join(h.Commands[hooks.SplitBrain], "|") != "/usr/local/sbin/notify" ||
 		strings.Join(h.Commands[hooks.FencePeer], "|") != "/usr/local/sbin/fence|--wait" {
 		t.Errorf("%+v", h)
