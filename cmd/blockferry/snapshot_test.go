@@ -144,8 +144,8 @@ func TestSnapshotRunsTheCommand(t *testing.T) {
 func TestSnapshotLimit(t *testing.T) {
 	g, _, _ := copyHere(t)
 	pid := filepath.Join(t.TempDir(), "pid")
-	_, errs, code := blockferry(t, append(g, "snapshot", "data", "node-b", "--limit", "1s", "--", "/bin/sh", "-c", "sleep 600 & echo $! > "+pid+"; wait")...)
-	if code != exit.Timeout || !strings.Contains(errs, "held for 1s, the limit") {
+	_, errs, code := blockferry(t, append(g, "snapshot", "data", "node-b", "--limit", "5s", "--", "/bin/sh", "-c", "sleep 600 & echo $! > "+pid+"; wait")...)
+	if code != exit.Timeout || !strings.Contains(errs, "held for 5s, the limit") {
 		t.Errorf("%d: %s", code, errs)
 	}
 	gone(t, pid)
