@@ -232,7 +232,7 @@ func firstSyncVersusRsync(ctx context.Context, s *stand, m *measured) error {
 	return nil
 }
 
-// cpuPerGiB has the same copies made, and counts what they take.
+// cpuPerGiB has the same copies made, and changes after them, and counts what they take.
 func cpuPerGiB(ctx context.Context, s *stand, m *measured) error {
 	if err := fillSource(); err != nil {
 		return err
@@ -259,5 +259,5 @@ func cpuPerGiB(ctx context.Context, s *stand, m *measured) error {
 	}
 	m.add(row{Name: "cpu", What: "CPU seconds of the whole guest per GiB of a first sync, from the agent's start to the commit", Unit: "s", Ours: each(whole, func(u usage) float64 { return u.cpu })})
 	m.add(row{Name: "rss", What: "peak resident memory of the agent and its dead-man in a first sync of 1 GiB", Unit: "MiB", Ours: each(whole, func(u usage) float64 { return u.rss })})
-	return nil
+	return s.incremental(ctx, m)
 }
