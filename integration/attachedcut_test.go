@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"blockferry/blockdev/blocktest"
 	"blockferry/cmd/blockferry/status"
 )
@@ -36,11 +34,6 @@ func TestAttachedNumberedWrites(t *testing.T) {
 			if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
 				t.Fatal(err)
 			}
-			// What is trimmed was something, or to miss it would make no difference.
-			if err := os.WriteFile(filepath.Join(dir, "freed"), filled(40<<20), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			unix.Sync()
 			c := newCLI(t, fmt.Sprintf(`volumes:
   data:
     device: %s
@@ -56,10 +49,6 @@ func TestAttachedNumberedWrites(t *testing.T) {
 			c.await(t, "replicated", time.Minute, func(v status.Volume) bool {
 				return v.Up && len(v.Replicas) == 1 && v.Replicas[0].Disk == "UpToDate"
 			})
-			if err := os.Remove(filepath.Join(dir, "freed")); err != nil {
-				t.Fatal(err)
-			}
-			unix.Sync()
 			w := startWriter(t, path, h, 1)
 			var k uint64
 			for cut := range cuts {
