@@ -89,6 +89,9 @@ func (n *simNode) take() (c simCut, err error) {
 		image, err := n.cut()
 		return simCut{n.state.Lineage, image, simView{n.w.s, image}, n.changed, n.flush, func() {}}, err
 	}
+	if err := n.check(); err != nil { // what it had acknowledged is forgotten below
+		return simCut{}, err
+	}
 	cut, err := n.source.Cut(context.Background(), 0, CutWish{View: true})
 	if err != nil {
 		return simCut{}, err

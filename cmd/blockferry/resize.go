@@ -39,7 +39,7 @@ func newResize(g *globalOptions) *cobra.Command {
 }
 
 func (g *globalOptions) resize(ctx context.Context, args []string, o resizeOptions) error {
-	_, v, err := g.volume(args)
+	_, v, err := g.volumeDisks(args)
 	if err != nil {
 		return err
 	}

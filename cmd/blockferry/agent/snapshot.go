@@ -93,8 +93,12 @@ func (l *localReplica) hold(ctx context.Context, limit time.Duration, held func(
 		}
 		return fmt.Errorf("replica '%s' of volume '%s' on %s is not held: %w", l.config.Name, l.volume.Name, l.config.Device, err)
 	}
-	image, err := r.HoldDevice(ctx)
+	waiting, cancel := context.WithTimeout(ctx, limit)
+	image, err := r.HoldDevice(waiting)
+	cancel()
 	switch {
+	case err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
+		return exit.Errorf(exit.Timeout, "replica '%s' of volume '%s' could not be held within %v, the limit: somebody else reads it, or it has much to apply; try again later", l.config.Name, l.volume.Name, limit)
 	case errors.Is(err, protocol.ErrHeld), errors.Is(err, protocol.ErrNotConsistent), errors.Is(err, protocol.ErrStrayed):
 		return exit.Mark(exit.Refused, broken(err))
 	case err != nil:
@@ -112,7 +116,7 @@ func (l *localReplica) hold(ctx context.Context, limit time.Duration, held func(
 	}()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
-	err = held(&proto.Held{Volume: l.volume.Name, Device: l.config.Device, Offset: uint64(st.DataOffset), SizeBytes: uint64(st.SizeBytes),
+	err = held(&proto.Held{Volume: l.volume.Name, Device: l.on.Path, Offset: uint64(st.DataOffset), SizeBytes: uint64(st.SizeBytes),
 		Generation: at.Generation[:], Epoch: at.Epoch, CutUnixNanos: image.CutUnixNanos()})
 	if err == nil {
 		select {
