@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"blockferry/blockdev"
 )
 
 // ErrTooSmall says that a disk has no room for what it is to hold.
@@ -12,8 +14,8 @@ var ErrTooSmall = errors.New("disk too small")
 // Grow enlarges a volume to layout.SizeBytes; the disk, or its room, was enlarged before. What comes to
 // the volume holds zeros, as at its replicas. The areas behind the data move: what the
 // one for overwritten blocks holds counts for nothing while the volume is down; the marks of what was written
-// are given up, so that replicas are compared. Grown already it does nothing. The label decides, and comes last: cut off
-// before, the volume comes up as large as it was, with its marks given up, perhaps. Nothing is written when
+// are given up first, so that replicas are compared. Grown already it does nothing. The label decides, and comes last: cut off
+// before, the volume comes up as large as it was, with its marks given up. Nothing is written when
 // it is refused: ErrTooSmall, a size below the volume's. progress may be nil.
 func (o *Offline) Grow(ctx context.Context, layout LayoutOptions, progress func(zeroed, total int64)) error {
 	l := &o.label
@@ -22,6 +24,13 @@ func (o *Offline) Grow(ctx context.Context, layout LayoutOptions, progress func(
 	}
 	next, err := o.grown(layout)
 	if err != nil {
+		return err
+	}
+	// The label first: the zeros may reach the era metadata where it stands now, and what
+	// a power cut leaves of that may look whole.
+	if err := o.change(func(l *Label) {
+		l.EraID, l.Cuts, l.MetaFormatted, l.Watch = next.EraID, next.Cuts, next.MetaFormatted, next.Watch
+	}); err != nil {
 		return err
 	}
 	const piece = 256 << 20
@@ -39,12 +48,33 @@ func (o *Offline) Grow(ctx context.Context, layout LayoutOptions, progress func(
 			progress(done, total)
 		}
 	}
+	if err := next.emptyAreas(o.disk); err != nil {
+		return err
+	}
 	if err := o.disk.Flush(); err != nil {
 		return fmt.Errorf("%s: %w", o.Name(), err)
 	}
-	// What lies where the areas are now is not theirs; Up sees that by their
-	// identities, and begins tracking anew.
-	return o.change(func(l *Label) { *l = *next })
+	return o.change(func(l *Label) { l.Areas = next.Areas })
+}
+
+// emptyAreas takes away what an earlier use of the disk left where the areas begin: Up would
+// refuse the identity of another volume. Without one it gives them theirs. The caller flushes.
+func (l *Label) emptyAreas(disk blockdev.Device) error {
+	for _, a := range []struct {
+		elsewhere  bool
+		at, length int64
+	}{
+		{l.CowElsewhere, l.Areas.Cow.Offset, auxIDBytes},
+		{l.MetaElsewhere, l.Areas.Meta.Offset, auxIDBytes + blockdev.BlockSize},
+	} {
+		if a.elsewhere {
+			continue
+		}
+		if err := disk.ZeroOut(a.at, a.length); err != nil {
+			return fmt.Errorf("%s: zeros for %d bytes at %d: %w", disk.Name(), a.length, a.at, err)
+		}
+	}
+	return nil
 }
 
 // CheckGrow says what Grow would refuse before it writes anything; nil: nothing.

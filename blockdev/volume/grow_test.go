@@ -17,6 +17,10 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 	const size, larger = 8<<20 + 4096, 40<<20 + 8192
 	disk := blocktest.NewMemory(200 << 20)
 	disk.Fill(bytes.Repeat([]byte("was here"), 512))
+	// The disk held another volume, with its areas where the larger one's will be.
+	if _, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: larger, TailBytes: 12 << 20}, nil); err != nil {
+		t.Fatal(err)
+	}
 	label, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: size, TailBytes: 8 << 20}, []byte("state"))
 	if err != nil {
 		t.Fatal(err)
@@ -26,6 +30,18 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := o.BeginAt(5, []byte("the caller's")); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.change(func(l *Label) { l.MetaFormatted = true }); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Remember(5); err != nil {
+		t.Fatal(err)
+	}
+	began := o.Label()
+	label = &began
+	era := make([]byte, label.Areas.Meta.Length)
+	if _, err := disk.ReadAt(era, label.Areas.Meta.Offset); err != nil {
 		t.Fatal(err)
 	}
 	grow := func(d *blocktest.Memory) error {
@@ -53,6 +69,17 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 		switch l.Areas.Data.Length {
 		case size:
 			old++
+			// What is left of the marks may look whole: a label vouches for all of them, or for none.
+			marks := make([]byte, len(era))
+			if _, err := d.ReadAt(marks, label.Areas.Meta.Offset); err != nil {
+				t.Fatal(err)
+			}
+			if l.EraID == label.EraID && !bytes.Equal(marks, era) {
+				t.Fatal("the label vouches for marks that are gone")
+			}
+			if l.EraID != label.EraID && (len(l.Cuts) > 0 || l.MetaFormatted || len(l.Watch.Places) > 0) {
+				t.Fatalf("marks of before are believed: %+v", l)
+			}
 			if done {
 				t.Fatal("it has not grown")
 			}
@@ -64,6 +91,15 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 		grown++
 		if firstNonzero(got[size:]) >= 0 {
 			t.Fatalf("what came to it is not zeros at %d", firstNonzero(got[size:]))
+		}
+		for _, at := range []int64{l.Areas.Cow.Offset, l.Areas.Meta.Offset} {
+			if id, err := readAux(d, at); !errors.Is(err, errNoAux) {
+				t.Fatalf("what an earlier use left at %d counts: %+v, %v", at, id, err)
+			}
+		}
+		head := make([]byte, 4096)
+		if _, err := d.ReadAt(head, l.Areas.Meta.Offset+auxIDBytes); err != nil || firstNonzero(head) >= 0 {
+			t.Fatalf("old era metadata is at %d: %v", l.Areas.Meta.Offset+auxIDBytes, err)
 		}
 		if id, err := readAux(d, l.Areas.Meta.Offset); err == nil && id.era == l.EraID || len(l.Cuts) > 0 || l.MetaFormatted {
 			t.Fatalf("marks of before are believed: %+v", l)
