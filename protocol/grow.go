@@ -11,7 +11,7 @@ import (
 //
 //  1. The device was enlarged: change map, journal and superblocks move to its new end. The
 //     new ones do not touch the old superblocks, which count, at the device's
-//     former end, until there is one at the new end.
+//     former end, until there is one at the new end. Then they become zeros.
 //  2. The volume grows: what is behind its former end becomes zeros, as at its primary, so the position names one
 //     content of the new size, too. Then the change map of the new size, then the superblock.
 //
@@ -104,10 +104,16 @@ func planGrow(store Store, o GrowOptions) (p growPlan, err error) {
 }
 
 func (p growPlan) do(ctx context.Context, store Store, o GrowOptions) error {
-	if p.moved == p.sb.layout && p.larger.size == p.sb.layout.size {
+	left := p.sb.leftBehind(p.before)
+	if p.moved == p.sb.layout && p.larger.size == p.sb.layout.size && len(left) == 0 {
 		return nil
 	}
 	sb, err := emptied(ctx, p.before, o.Open)
+	for _, at := range left { // the journal may lie there, but is empty now
+		if err == nil {
+			err = zeroSuperblocks(store, at)
+		}
+	}
 	if err == nil && p.moved != sb.layout {
 		err = sb.moveTail(store, p.moved)
 	}
@@ -130,6 +136,22 @@ func findReplica(store Store) (*superblock, Store, error) {
 		return nil, nil, fmt.Errorf("%s: %w: %s, nor at the former ends that were tried", store.Name(), ErrNoSuperblock, warnings)
 	}
 	return sb, shorter{store, sb.layout.deviceBytes}, nil
+}
+
+// leftBehind is where this replica's superblocks stood before a tail was moved, and
+// still stand: they would count again if the present ones were lost. What is data, or the
+// present change map, is none.
+func (sb *superblock) leftBehind(store Store) (at []int64) {
+	for s := range formerSuperblocks(store) {
+		l, present := s.layout, sb.layout.changeMap
+		free := l.superA >= sb.layout.dataOffset+sb.layout.size &&
+			(l.superA >= present.offset+present.length || l.superA+superAreaBytes <= present.offset)
+		if free && s.replica == sb.replica && s.volume == sb.volume && s.sequence < sb.sequence &&
+			l.deviceBytes < sb.layout.deviceBytes {
+			at = append(at, l.superA)
+		}
+	}
+	return at
 }
 
 // movedLayout is the layout with the tail at the end of a device that may have grown. Its
@@ -168,7 +190,8 @@ func emptied(ctx context.Context, store Store, o OpenOptions) (*superblock, erro
 	return sb, err
 }
 
-// moveTail writes a tail elsewhere; from its first superblock on that one counts.
+// moveTail writes a tail elsewhere; from its first superblock on that one counts, and then
+// is the only one: the new change map keeps off the former, so they can go.
 func (sb *superblock) moveTail(store Store, to layout) error {
 	next := *sb
 	next.layout = to
@@ -176,7 +199,11 @@ func (sb *superblock) moveTail(store Store, to layout) error {
 	if err := next.freshMap(store); err != nil {
 		return err
 	}
-	return sb.become(store, next)
+	former := sb.layout.superA
+	if err := sb.become(store, next); err != nil {
+		return err
+	}
+	return zeroSuperblocks(store, former)
 }
 
 // enlarge makes what comes to the volume zeros, and then says so.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -99,6 +100,9 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 			if n := dev.Count(blocktest.OpWrite); n != writes {
 				t.Errorf("done again it wrote %d times", n-writes)
 			}
+			if was := formerSize(dev); was != nil && was.layout.deviceBytes < super(t, dev).layout.deviceBytes {
+				t.Errorf("its superblocks of when it had %d bytes still stand", was.layout.deviceBytes)
+			}
 			r := open(t, dev)
 			if st := r.Status(); st.SizeBytes != o.SizeBytes || st.Committed != m.acked {
 				t.Fatalf("%+v", st)
@@ -173,4 +177,53 @@ func TestGrowKeepsTheFormerSuperblocks(t *testing.T) {
 		must(t, GrowReplica(context.Background(), d, grow))
 		must(t, open(t, d).Close())
 	})
+}
+
+// Where the power was cut before the former superblocks were gone, the next growth takes them away, though
+// there is nothing else to do, and what the journal holds by then is not lost. Another
+// replica's stay.
+func TestGrowTakesAwayWhatWasLeft(t *testing.T) {
+	m, dev := waiting(t, 44)
+	former := super(t, dev).layout
+	dev = enlarged(t, dev, 9<<20)
+	left := make([]byte, superAreaBytes)
+	_, err := dev.ReadAt(left, former.superA)
+	must(t, err)
+	other := *super(t, shorter{dev, former.deviceBytes})
+	o := GrowOptions{VolumeUUID: testOptions(1).VolumeUUID}
+	must(t, GrowReplica(t.Context(), dev, o))
+	// Epochs wait in the journal, where the former superblocks are back, beside another replica's.
+	r := open(t, dev)
+	must(t, m.send(r, epochPlan{mode: ModeJournal, blocks: 5}))
+	must(t, r.WaitApplied(t.Context(), m.acked.Epoch))
+	image, err := r.Hold(t.Context())
+	must(t, err)
+	must(t, m.send(r, epochPlan{mode: ModeJournal, blocks: 5}))
+	waits := dev.Clone()
+	image.Release()
+	must(t, r.Close())
+	dev = waits
+	_, err = dev.WriteAt(left, former.superA)
+	must(t, err)
+	other.replica[0]++
+	other.layout, err = layoutFor(former.deviceBytes+2<<20, FormatOptions{VolumeUUID: other.volume, SizeBytes: other.layout.size, JournalBytes: other.layout.journal.length})
+	must(t, err)
+	must(t, other.become(dev, other))
+	must(t, dev.Flush())
+	ends := func() (at []int64) {
+		for s := range formerSuperblocks(dev) {
+			if s.layout.deviceBytes < super(t, dev).layout.deviceBytes {
+				at = append(at, s.layout.deviceBytes)
+			}
+		}
+		return at
+	}
+	if got := ends(); !slices.Equal(got, []int64{other.layout.deviceBytes, former.deviceBytes}) {
+		t.Fatalf("ends %v: this test shows nothing", got)
+	}
+	must(t, GrowReplica(t.Context(), dev, o))
+	if got := ends(); !slices.Equal(got, []int64{other.layout.deviceBytes}) {
+		t.Errorf("ends %v are left, want the other replica's, %d", got, other.layout.deviceBytes)
+	}
+	must(t, m.check(dev))
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 )
 
 // A superblock is one block of 4 KiB; two copies are written in turn, the
@@ -407,30 +408,40 @@ func newestSuperblock(store Store) (best *superblock, warnings []string, err err
 	return best, warnings, nil
 }
 
-// formerSize looks for a replica's superblock at the ends that the device may
-// have had: whole GiB, as clouds sell them, or any of a small device. It is for
-// a message only: what stands there may also be the content of a volume.
+// formerSize is the replica that a device was when it was smaller; nil if none is found.
 func formerSize(store Store) *superblock {
-	const probes = 8192
-	step := int64(layoutAlign)
-	if store.Size() > 4<<30 {
-		step = 1 << 30
-	}
-	b := make([]byte, superBytes)
-	for n, end := 0, (store.Size()-1)/step*step; n < probes && end >= superAreaBytes; n, end = n+1, end-step {
-		var best *superblock
-		for i := range uint64(2) {
-			if _, err := store.ReadAt(b, superOffset(layout{superA: end - superAreaBytes}, i)); err != nil {
-				continue
-			}
-			s, err := decodeSuperblock(b)
-			if err == nil && s.layout.deviceBytes == end && s.layout.check(end) == nil && (best == nil || s.sequence > best.sequence) {
-				best = s
-			}
-		}
-		if best != nil {
-			return best
-		}
+	for s := range formerSuperblocks(store) {
+		return s
 	}
 	return nil
+}
+
+// formerSuperblocks looks for a replica's superblock at the ends that the device may
+// have had, the last first: whole GiB, as clouds sell them, or any of a small device. What stands
+// there may also be the content of a volume: none counts where there is one at the
+// device's end, and a growth goes by the first only where there is none.
+func formerSuperblocks(store Store) iter.Seq[*superblock] {
+	return func(yield func(*superblock) bool) {
+		const probes = 8192
+		step := int64(layoutAlign)
+		if store.Size() > 4<<30 {
+			step = 1 << 30
+		}
+		b := make([]byte, superBytes)
+		for n, end := 0, (store.Size()-1)/step*step; n < probes && end >= superAreaBytes; n, end = n+1, end-step {
+			var best *superblock
+			for i := range uint64(2) {
+				if _, err := store.ReadAt(b, superOffset(layout{superA: end - superAreaBytes}, i)); err != nil {
+					continue
+				}
+				s, err := decodeSuperblock(b)
+				if err == nil && s.layout.deviceBytes == end && s.layout.check(end) == nil && (best == nil || s.sequence > best.sequence) {
+					best = s
+				}
+			}
+			if best != nil && !yield(best) {
+				return
+			}
+		}
+	}
 }
