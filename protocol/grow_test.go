@@ -180,22 +180,15 @@ func TestGrowKeepsTheFormerSuperblocks(t *testing.T) {
 }
 
 // Where the power was cut before the former superblocks were gone, the next growth takes them away, though
-// there is nothing else to do, and what the journal holds by then is not lost. Another
+// there is nothing else to do, and what the journal holds beside them by then is not lost. Another
 // replica's stay.
 func TestGrowTakesAwayWhatWasLeft(t *testing.T) {
 	m, dev := waiting(t, 44)
-	former := super(t, dev).layout
+	former := super(t, dev)
 	dev = enlarged(t, dev, 9<<20)
-	left := make([]byte, superAreaBytes)
-	_, err := dev.ReadAt(left, former.superA)
-	must(t, err)
-	other := *super(t, shorter{dev, former.deviceBytes})
 	o := GrowOptions{VolumeUUID: testOptions(1).VolumeUUID}
 	must(t, GrowReplica(t.Context(), dev, o))
-	// Epochs wait in the journal, where the former superblocks are back, beside another replica's.
 	r := open(t, dev)
-	must(t, m.send(r, epochPlan{mode: ModeJournal, blocks: 5}))
-	must(t, r.WaitApplied(t.Context(), m.acked.Epoch))
 	image, err := r.Hold(t.Context())
 	must(t, err)
 	must(t, m.send(r, epochPlan{mode: ModeJournal, blocks: 5}))
@@ -203,27 +196,61 @@ func TestGrowTakesAwayWhatWasLeft(t *testing.T) {
 	image.Release()
 	must(t, r.Close())
 	dev = waits
-	_, err = dev.WriteAt(left, former.superA)
-	must(t, err)
-	other.replica[0]++
-	other.layout, err = layoutFor(former.deviceBytes+2<<20, FormatOptions{VolumeUUID: other.volume, SizeBytes: other.layout.size, JournalBytes: other.layout.journal.length})
-	must(t, err)
-	must(t, other.become(dev, other))
-	must(t, dev.Flush())
+	present := super(t, dev)
+	leave := func(replica [16]byte, end int64, sequence uint64) {
+		old := *former
+		old.replica, old.sequence = replica, sequence
+		old.layout, err = layoutFor(end, FormatOptions{VolumeUUID: old.volume, SizeBytes: old.layout.size, JournalBytes: old.layout.journal.length})
+		must(t, err)
+		must(t, writeSuperblock(dev, old))
+	}
+	// One stands where what waits in the journal is, between its copies.
+	ring := present.layout.journal
+	waiting := ring.offset + int64(present.tail.logical)%ring.length
+	ours := roundUp(waiting+1, layoutAlign)
+	if inside := waiting % layoutAlign; present.head == present.tail || inside%superCopyOffset > superCopyOffset-100<<10 {
+		t.Fatalf("the journal holds %v to %v: this test shows nothing", present.tail, present.head)
+	} else if inside < superCopyOffset {
+		leave(present.replica, ours, 1)
+	} else {
+		leave(present.replica, ours, 2)
+	}
+	other := ours - 3<<20
+	leave([16]byte{7}, other, 1)
 	ends := func() (at []int64) {
 		for s := range formerSuperblocks(dev) {
-			if s.layout.deviceBytes < super(t, dev).layout.deviceBytes {
+			if s.layout.deviceBytes < present.layout.deviceBytes {
 				at = append(at, s.layout.deviceBytes)
 			}
 		}
 		return at
 	}
-	if got := ends(); !slices.Equal(got, []int64{other.layout.deviceBytes, former.deviceBytes}) {
+	if got := ends(); !slices.Equal(got, []int64{ours, other}) {
 		t.Fatalf("ends %v: this test shows nothing", got)
 	}
 	must(t, GrowReplica(t.Context(), dev, o))
-	if got := ends(); !slices.Equal(got, []int64{other.layout.deviceBytes}) {
-		t.Errorf("ends %v are left, want the other replica's, %d", got, other.layout.deviceBytes)
+	if got := ends(); !slices.Equal(got, []int64{other}) {
+		t.Errorf("ends %v are left, want the other replica's, %d", got, other)
 	}
 	must(t, m.check(dev))
+}
+
+// An image of the device within its data is no former superblock.
+func TestGrowLeavesDataAlone(t *testing.T) {
+	o := testOptions(64 << 20)
+	at := Position{Generation{1}, 5}
+	o.Holds = &Holding{Lineage: Lineage{at}}
+	dev := blocktest.NewMemory(160 << 20)
+	must(t, FormatReplica(dev, o))
+	small := testOptions(8 << 20)
+	l, err := layoutFor(60<<20, small)
+	must(t, err)
+	image := *super(t, dev)
+	image.layout, image.sequence, image.watched = l, 1, nil
+	must(t, writeSuperblock(dev, image))
+	before := snapshot(t, dev)[:64<<20]
+	must(t, GrowReplica(t.Context(), dev, GrowOptions{VolumeUUID: o.VolumeUUID, SizeBytes: 65 << 20}))
+	if got := snapshot(t, dev); !bytes.Equal(got[:64<<20], before) {
+		t.Error("data was changed")
+	}
 }

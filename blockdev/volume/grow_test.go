@@ -18,7 +18,11 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 	disk := blocktest.NewMemory(200 << 20)
 	disk.Fill(bytes.Repeat([]byte("was here"), 512))
 	// The disk held another volume, with its areas where the larger one's will be.
-	if _, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: larger, TailBytes: 12 << 20}, nil); err != nil {
+	was, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: larger, TailBytes: 12 << 20}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.WriteAt(bytes.Repeat([]byte("old tree"), 512), was.Areas.Meta.Offset+auxIDBytes); err != nil {
 		t.Fatal(err)
 	}
 	label, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: size, TailBytes: 8 << 20}, []byte("state"))
