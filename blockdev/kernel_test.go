@@ -125,8 +125,7 @@ func TestGlanceAsksNoDisk(t *testing.T) {
 		return path
 	}
 	write("virtio1/block/vda/diskseq", "21\n")
-	write("host0/block/sda/diskseq", "22\n")
-	write("host0/block/sda/device/vpd_pg80", "") // no page
+	write("../virtual/block/dm-0/diskseq", "22\n")
 	serial := write("virtio1/block/vda/serial", "")
 	if err := errors.Join(os.Remove(serial), unix.Mkfifo(serial, 0o600)); err != nil {
 		t.Fatal(err)
@@ -136,11 +135,10 @@ func TestGlanceAsksNoDisk(t *testing.T) {
 		err error
 	}
 	for name, want := range map[string]Identity{
-		"vda": {Major: 254, SizeBytes: 4096, Disk: "vda", Sequence: 21},
-		"sda": {Major: 8, SizeBytes: 8192, Disk: "sda", Sequence: 22},
-		// A device-mapper device is told by its UUID, and where disks have no number all is read.
-		"dm-0":      {WWID: "blockferry-1", Major: 253, SizeBytes: 12288, Disk: "dm-0"},
+		"vda":       {Major: 254, SizeBytes: 4096, Disk: "vda", Sequence: 21},
+		"dm-0":      {WWID: "blockferry-1", Major: 253, SizeBytes: 12288, Disk: "dm-0", Sequence: 22},
 		"nvme0n1p2": {Major: 259, Minor: 2, SizeBytes: 204800, Disk: "nvme0n1", Partition: 2, Sequence: 11},
+		"sda":       {Serial: "ABC123", Model: "QEMU HARDDISK", WWID: "naa.5000", Major: 8, SizeBytes: 8192, Disk: "sda"}, // without a number all is read
 	} {
 		want.Path = filepath.Join(dev, name)
 		done := make(chan look, 1)
