@@ -39,6 +39,9 @@ func IsName(word string) bool {
 	return strings.HasPrefix(word, serialName) || strings.HasPrefix(word, modelName)
 }
 
+// IsModel reports whether a word names a disk by its model, which another may have, too.
+func IsModel(word string) bool { return strings.HasPrefix(word, modelName) }
+
 // CheckName refuses what is no whole path and names no disk by what it is.
 func CheckName(word string) error {
 	if !IsName(word) {

@@ -140,3 +140,31 @@ func TestRestoreStartsOverOnItsOwn(t *testing.T) {
 		t.Error("what is no restore at all was written to")
 	}
 }
+
+// Of several disks of a model the first to come may be any, so none is filled unasked, and
+// status says what to run.
+func TestModelIsNotRestoredByItself(t *testing.T) {
+	for _, c := range []struct {
+		v     config.Volume
+		tries bool
+	}{
+		{config.Volume{Device: "serial:none-such", AutoRestore: true}, true},
+		{config.Volume{Device: "/dev/none-such", AutoRestore: true}, true},
+		{config.Volume{Device: "model:None Such", AutoRestore: true}, false},
+		{config.Volume{Device: "/dev/none-such", CowDevice: "model:None Such", AutoRestore: true}, false},
+		{config.Volume{Device: "/dev/none-such", MetadataDevice: "model:None Such", AutoRestore: true}, false},
+		{config.Volume{Device: "serial:none-such"}, false},
+	} {
+		c.v.Name, c.v.Attach = "data", true
+		m := aManaged(&c.v)
+		m.set(stageBlank, "it is blank", m.blankAdvice())
+		m.restoreUnasked(t.Context())
+		s := m.status()
+		if tried := strings.Contains(s.Reason, "it is not restored by itself"); tried != c.tries || (s.Restore == "auto") != c.tries {
+			t.Errorf("%+v: restore %s, %s; want a try: %v", c.v, s.Restore, s.Reason, c.tries)
+		}
+		if says := strings.Contains(s.Advice, "named by its model is not restored by itself"); says != (c.v.AutoRestore && !c.tries) || !strings.Contains(s.Advice, "blockferry restore data") {
+			t.Errorf("%+v: %s", c.v, s.Advice)
+		}
+	}
+}
