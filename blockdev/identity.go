@@ -39,12 +39,6 @@ type Identity struct {
 // Identify says what the block device at path is.
 func Identify(path string) (Identity, error) { return hostKernel.identify(path) }
 
-// IdentifyNumber says what the block device of that number is; Path is the kernel's own
-// node of it. fs.ErrNotExist: there is none.
-func IdentifyNumber(major, minor uint32) (Identity, error) {
-	return hostKernel.identifyNumber(major, minor)
-}
-
 // Glance is Identify without what the disk itself may be asked for, such as a virtio disk for
 // its serial number, so it never waits for a disk: of Serial, Model and WWID only a
 // device-mapper device's UUID is filled in. Where the kernel does not number disks (Sequence
