@@ -39,11 +39,14 @@ type Identity struct {
 // Identify says what the block device at path is.
 func Identify(path string) (Identity, error) { return hostKernel.identify(path) }
 
-// IdentifyNumber says what the block device of that number is; Path is the kernel's own
-// node of it. fs.ErrNotExist: there is none.
-func IdentifyNumber(major, minor uint32) (Identity, error) {
-	return hostKernel.identifyNumber(major, minor)
-}
+// Glance is Identify without what the disk itself may be asked for, such as a virtio disk for
+// its serial number, so it never waits for a disk: of Serial, Model and WWID only a
+// device-mapper device's UUID is filled in. Where the kernel does not number disks (Sequence
+// is 0) nothing else tells one from another, and it is Identify.
+func Glance(path string) (Identity, error) { return hostKernel.identifyBy(path, hostKernel.glance) }
+
+// GlanceNumber is Glance at the block device of that number; Path is the kernel's own node of it.
+func GlanceNumber(major, minor uint32) (Identity, error) { return hostKernel.glance(major, minor) }
 
 // Disks lists the disks and partitions that there are, by number. Path is the kernel's own
 // node of each. What vanishes meanwhile, or can't be told apart (a disk that does not answer
@@ -138,11 +141,13 @@ func (k kernel) nodeAt(path string) (sysNode, error) {
 	return k.node(major, minor)
 }
 
-func (k kernel) identify(path string) (Identity, error) {
+func (k kernel) identify(path string) (Identity, error) { return k.identifyBy(path, k.identifyNumber) }
+
+func (k kernel) identifyBy(path string, by func(major, minor uint32) (Identity, error)) (Identity, error) {
 	major, minor, err := k.device(path)
 	var id Identity
 	if err == nil {
-		id, err = k.identifyNumber(major, minor)
+		id, err = by(major, minor)
 	}
 	if err != nil {
 		return Identity{}, fmt.Errorf("identify %s: %w", path, err)
@@ -152,40 +157,61 @@ func (k kernel) identify(path string) (Identity, error) {
 }
 
 func (k kernel) identifyNumber(major, minor uint32) (Identity, error) {
-	n, err := k.node(major, minor)
+	id, n, err := k.known(major, minor)
 	if err != nil {
 		return Identity{}, err
 	}
-	sectors, err := ReadNumber(filepath.Join(n.dir, "size"))
-	if err != nil {
-		return Identity{}, err
-	}
-	id := Identity{
-		// Where a name has a folder the kernel shows a '!'.
-		Path:  "/dev/" + strings.ReplaceAll(n.name(), "!", "/"),
-		Major: major, Minor: minor, SizeBytes: sectors * SectorSize, Disk: filepath.Base(n.disk),
-		// virtio has its serial beside the disk, NVMe at the controller, SCSI
-		// in a page of its own.
-		Serial: firstText(n.disk, "serial", "device/serial"),
-		Model:  firstText(n.disk, "device/model"),
-		WWID:   firstText(n.disk, "wwid", "device/wwid", "dm/uuid"),
-	}
+	// virtio has its serial beside the disk, NVMe at the controller, SCSI
+	// in a page of its own.
+	id.Serial = firstText(n.disk, "serial", "device/serial")
+	id.Model = firstText(n.disk, "device/model")
+	id.WWID = firstText(n.disk, "wwid", "device/wwid", "dm/uuid")
 	if id.Serial == "" {
 		if id.Serial, err = unitSerial(filepath.Join(n.disk, "device/vpd_pg80")); err != nil {
 			return Identity{}, err
 		}
 	}
-	if id.Sequence, err = n.sequence(); err != nil {
+	return id, nil
+}
+
+func (k kernel) glance(major, minor uint32) (Identity, error) {
+	id, n, err := k.known(major, minor)
+	switch {
+	case err != nil:
 		return Identity{}, err
+	case id.Sequence == 0:
+		return k.identifyNumber(major, minor)
+	}
+	id.WWID = firstText(n.disk, "dm/uuid")
+	return id, nil
+}
+
+// known is what the kernel knows of a device without asking it.
+func (k kernel) known(major, minor uint32) (Identity, sysNode, error) {
+	n, err := k.node(major, minor)
+	if err != nil {
+		return Identity{}, n, err
+	}
+	sectors, err := ReadNumber(filepath.Join(n.dir, "size"))
+	if err != nil {
+		return Identity{}, n, err
+	}
+	id := Identity{
+		// Where a name has a folder the kernel shows a '!'.
+		Path:  "/dev/" + strings.ReplaceAll(n.name(), "!", "/"),
+		Major: major, Minor: minor, SizeBytes: sectors * SectorSize, Disk: filepath.Base(n.disk),
+	}
+	if id.Sequence, err = n.sequence(); err != nil {
+		return Identity{}, n, err
 	}
 	if n.dir != n.disk {
 		number, err := ReadNumber(filepath.Join(n.dir, "partition"))
 		if err != nil {
-			return Identity{}, err
+			return Identity{}, n, err
 		}
 		id.Partition = int(number)
 	}
-	return id, nil
+	return id, n, nil
 }
 
 // sequence is the disk's, 0 where the kernel has none.

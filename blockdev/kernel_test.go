@@ -2,12 +2,17 @@ package blockdev
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fakeKernel is a tree as Linux shows it on a machine with disks of several
@@ -105,6 +110,57 @@ func fakeKernel(t *testing.T) (k kernel, dev string) {
 	link("mnt:[2]", "proc/11/ns/mnt")
 	link("mnt:[3]", "proc/12/ns/mnt") // ended meanwhile
 	return k, dev
+}
+
+// A disk that hangs or fails when it is asked for its serial number is no reason to wait, nor
+// to think it is another.
+func TestGlanceAsksNoDisk(t *testing.T) {
+	k, dev := fakeKernel(t)
+	write := func(file, text string) string {
+		t.Helper()
+		path := filepath.Join(k.sys, "devices/pci0000:00", file)
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	write("virtio1/block/vda/diskseq", "21\n")
+	write("../virtual/block/dm-0/diskseq", "22\n")
+	serial := write("virtio1/block/vda/serial", "")
+	if err := errors.Join(os.Remove(serial), unix.Mkfifo(serial, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	type look struct {
+		id  Identity
+		err error
+	}
+	for name, want := range map[string]Identity{
+		"vda":       {Major: 254, SizeBytes: 4096, Disk: "vda", Sequence: 21},
+		"dm-0":      {WWID: "blockferry-1", Major: 253, SizeBytes: 12288, Disk: "dm-0", Sequence: 22},
+		"nvme0n1p2": {Major: 259, Minor: 2, SizeBytes: 204800, Disk: "nvme0n1", Partition: 2, Sequence: 11},
+		"sda":       {Serial: "ABC123", Model: "QEMU HARDDISK", WWID: "naa.5000", Major: 8, SizeBytes: 8192, Disk: "sda"}, // without a number all is read
+	} {
+		want.Path = filepath.Join(dev, name)
+		done := make(chan look, 1)
+		go func() {
+			id, err := k.identifyBy(want.Path, k.glance)
+			done <- look{id, err}
+		}()
+		select {
+		case got := <-done:
+			if got.err != nil || got.id != want {
+				t.Errorf("%s: %+v, %v; want %+v", name, got.id, got.err, want)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: the disk was asked, and does not answer", name)
+			if f, err := os.OpenFile(serial, os.O_RDWR, 0); err == nil { // it ends
+				f.Close()
+			}
+		}
+	}
+	if id, err := k.glance(254, 99); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("none: %+v, %v", id, err)
+	}
 }
 
 func TestIdentify(t *testing.T) {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"blockferry/blockdev"
 )
 
@@ -36,6 +38,9 @@ var ErrAmbiguous = errors.New("more than one disk is meant")
 func IsName(word string) bool {
 	return strings.HasPrefix(word, serialName) || strings.HasPrefix(word, modelName)
 }
+
+// IsModel reports whether a word names a disk by its model, which another may have, too.
+func IsModel(word string) bool { return strings.HasPrefix(word, modelName) }
 
 // CheckName refuses what is no whole path and names no disk by what it is.
 func CheckName(word string) error {
@@ -71,7 +76,8 @@ func Path(name string) (string, error) {
 
 // Look says what the disk, or the regular file, that is called name is now; of a file only Path
 // and SizeBytes are known. fs.ErrNotExist: it is not there, or it is a drive without medium (a
-// loop device without file). It may be called by several goroutines.
+// loop device without file). Of a path it is what blockdev.Glance says, so no disk is waited
+// for; a name that has found no disk yet has every disk asked for its serial number. It may be called by several goroutines.
 func Look(name string) (blockdev.Identity, error) {
 	var id blockdev.Identity
 	path, err := Path(name)
@@ -85,14 +91,16 @@ func Look(name string) (blockdev.Identity, error) {
 	case info.Mode().IsRegular():
 		return blockdev.Identity{Path: path, SizeBytes: info.Size()}, nil
 	}
-	if id, err = blockdev.Identify(path); err == nil && id.SizeBytes == 0 {
+	if id, err = blockdev.Glance(path); err == nil && id.SizeBytes == 0 {
 		err = fmt.Errorf("%s has no medium: %w", path, fs.ErrNotExist)
 	}
 	return id, err
 }
 
 // There reports whether a disk that Look has seen is still there, whatever its name leads to
-// by now. A regular file always is.
+// by now. It is if the kernel can't say: only one that it does not have any more, has without
+// medium, or has exchanged, is gone. A regular file always is there. Where the kernel numbers
+// disks no disk is waited for.
 func There(seen blockdev.Identity) bool { return host.there(seen) }
 
 // Open opens the disk or file that is called name. One that was exchanged meanwhile is refused.
@@ -109,7 +117,7 @@ func Open(name string, o blockdev.OpenOptions) (*blockdev.File, error) {
 		return f, err
 	}
 	// An open device keeps its number to itself.
-	now, err := blockdev.Identify(seen.Path)
+	now, err := blockdev.Glance(seen.Path)
 	if err == nil && !Same(seen, now) {
 		err = fmt.Errorf("open device: %s was replaced while it was being opened: try again", seen.Path)
 	}
@@ -120,15 +128,20 @@ func Open(name string, o blockdev.OpenOptions) (*blockdev.File, error) {
 	return f, nil
 }
 
-// Same reports whether two looks saw one disk, whatever size it had.
+// Same reports whether two looks saw one disk, whatever size it had. Where the kernel numbers
+// disks that tells it: a virtio disk that fails shows no serial number, and is still the same.
 func Same(a, b blockdev.Identity) bool {
-	if a.Major == 0 && b.Major == 0 {
+	switch {
+	case a.Major == 0 && b.Major == 0:
 		return a.Path == b.Path
+	case a.Major != b.Major || a.Minor != b.Minor || a.Disk != b.Disk || a.Partition != b.Partition:
+		return false
+	case strings.HasPrefix(a.Disk, "dm-"):
+		return a.WWID == b.WWID // its UUID; another table does not make it another disk
+	case a.Sequence > 0 || b.Sequence > 0:
+		return a.Sequence == b.Sequence
 	}
-	if strings.HasPrefix(a.Disk, "dm-") {
-		a.Sequence = b.Sequence // its UUID says it; another table does not make it another disk
-	}
-	return a.Major == b.Major && a.Minor == b.Minor && a.Disk == b.Disk && a.Sequence == b.Sequence && a.Serial == b.Serial && a.WWID == b.WWID && a.Partition == b.Partition
+	return a.Serial == b.Serial && a.WWID == b.WWID
 }
 
 // finder finds disks by name. Tests give it disks of their own.
@@ -140,14 +153,25 @@ type finder struct {
 	found map[string]blockdev.Identity
 }
 
-var host = &finder{disks: blockdev.Disks, at: blockdev.IdentifyNumber, found: map[string]blockdev.Identity{}}
+var host = &finder{disks: blockdev.Disks, at: blockdev.GlanceNumber, found: map[string]blockdev.Identity{}}
 
 func (f *finder) there(seen blockdev.Identity) bool {
+	there, err := f.still(seen)
+	return there || err != nil && !gone(err)
+}
+
+// still is there, with the error for which it can't be told.
+func (f *finder) still(seen blockdev.Identity) (bool, error) {
 	if seen.Major == 0 && seen.Minor == 0 {
-		return true
+		return true, nil
 	}
 	now, err := f.at(seen.Major, seen.Minor)
-	return err == nil && now.SizeBytes > 0 && Same(seen, now)
+	return err == nil && now.SizeBytes > 0 && Same(seen, now), err
+}
+
+// gone says whether an error about a device in sysfs is that it is not there.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO)
 }
 
 func (f *finder) find(name string) (blockdev.Identity, error) {
@@ -155,12 +179,14 @@ func (f *finder) find(name string) (blockdev.Identity, error) {
 		return blockdev.Identity{}, err
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if seen, known := f.found[name]; known && seen.Sequence > 0 && f.there(seen) { // without a sequence a twin can't be told
-		return seen, nil
+	seen := f.found[name]
+	f.mu.Unlock()
+	if seen.Sequence > 0 { // without a sequence a twin can't be told
+		if there, _ := f.still(seen); there {
+			return seen, nil
+		}
 	}
-	delete(f.found, name)
-	all, err := f.disks()
+	all, err := f.disks() // without mu: a disk that hangs keeps who asks for its serial number
 	if err != nil {
 		return blockdev.Identity{}, err
 	}
@@ -174,7 +200,9 @@ func (f *finder) find(name string) (blockdev.Identity, error) {
 	case 0:
 		return blockdev.Identity{}, fmt.Errorf("no disk is '%s'; there are: %s: %w", name, list(all), fs.ErrNotExist)
 	case 1:
+		f.mu.Lock()
 		f.found[name] = fit[0]
+		f.mu.Unlock()
 		return fit[0], nil
 	}
 	return blockdev.Identity{}, fmt.Errorf("%w by '%s': %s; name one by its serial number, or by its path below /dev/disk", ErrAmbiguous, name, list(fit))

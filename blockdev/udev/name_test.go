@@ -2,11 +2,16 @@ package udev
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"blockferry/blockdev"
 )
@@ -143,7 +148,6 @@ func TestThere(t *testing.T) {
 	for what, change := range map[string]func(*blockdev.Identity){
 		"another disk":             func(id *blockdev.Identity) { id.Sequence++ },
 		"another number":           func(id *blockdev.Identity) { id.Minor = 77 },
-		"another serial":           func(id *blockdev.Identity) { id.Serial = "other" },
 		"without its medium":       func(id *blockdev.Identity) { id.SizeBytes = 0 },
 		"a partition in its place": func(id *blockdev.Identity) { id.Partition = 1 },
 	} {
@@ -153,6 +157,33 @@ func TestThere(t *testing.T) {
 			t.Errorf("%s: is there", what)
 		}
 	}
+	for what, change := range map[string]func(*blockdev.Identity){
+		"without sequences, another serial": func(id *blockdev.Identity) { id.Serial = "other" },
+		"without sequences, another WWID":   func(id *blockdev.Identity) { id.WWID = "other" },
+	} {
+		old := seen
+		old.Sequence = 0
+		disks = machine()
+		disks[3].Sequence = 0
+		if !f.there(old) {
+			t.Errorf("%s: the same is gone", what)
+		}
+		if change(&disks[3]); f.there(old) {
+			t.Errorf("%s: is there", what)
+		}
+	}
+	mapped := blockdev.Identity{Disk: "dm-0", Major: 253, WWID: "LVM-1", Sequence: 3, SizeBytes: 1}
+	disks = []blockdev.Identity{mapped}
+	if disks[0].Sequence = 4; !f.there(mapped) {
+		t.Error("a mapped device with another table is another")
+	}
+	if disks[0].WWID = "LVM-2"; f.there(mapped) {
+		t.Error("a mapped device with another UUID is the same")
+	}
+	disks = machine()
+	if disks[3].Serial = ""; !f.there(seen) {
+		t.Error("a disk that does not say its serial number is gone")
+	}
 	disks = machine()
 	disks[3].SizeBytes *= 2
 	if !f.there(seen) {
@@ -161,6 +192,54 @@ func TestThere(t *testing.T) {
 	if !f.there(blockdev.Identity{Path: "/some/file"}) {
 		t.Error("a file is gone")
 	}
+}
+
+// What can't be looked at is not gone.
+func TestThereWhenTheKernelCantSay(t *testing.T) {
+	var failure error
+	f := &finder{at: func(uint32, uint32) (blockdev.Identity, error) {
+		return blockdev.Identity{}, fmt.Errorf("look: %w", failure)
+	}}
+	for err, want := range map[error]bool{unix.EMFILE: true, unix.ENFILE: true, unix.EIO: true, unix.ENOMEM: true, unix.ENOENT: false, unix.ENODEV: false, unix.ENXIO: false} {
+		if failure = err; f.there(machine()[3]) != want {
+			t.Errorf("%v: there %v, want %v", err, !want, want)
+		}
+	}
+}
+
+// A disk that does not answer keeps who looks for a name that is not known yet, and nobody else.
+func TestFindBesideADiskThatHangs(t *testing.T) {
+	disks := machine()
+	f := finderOn(&disks)
+	const name = "serial:ABC123"
+	if _, err := f.find(name); err != nil {
+		t.Fatal(err)
+	}
+	asked, answer := make(chan struct{}), make(chan struct{})
+	f.disks = func() ([]blockdev.Identity, error) {
+		close(asked)
+		<-answer
+		return disks, nil
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		if id, err := f.find("serial:disk 7"); err != nil || id.Path != "/dev/vda" {
+			t.Errorf("once it answers: %+v, %v", id, err)
+		}
+	})
+	<-asked
+	found := make(chan error, 1)
+	both.Go(func() { _, err := f.find(name); found <- err })
+	select {
+	case err := <-found:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a name that is known waits for a disk that hangs")
+	}
+	close(answer)
+	both.Wait()
 }
 
 func TestCheckName(t *testing.T) {

@@ -21,6 +21,8 @@ type FormatOptions struct {
 	// Overwrite takes a device that is not blank. Its data area is not
 	// touched, but everything else is.
 	Overwrite bool
+	// Check, if not nil, may refuse Device once that is held, before anything is written.
+	Check func(disk *blockdev.File) error
 	// Wait is how long a program that has one of the devices is waited for.
 	Wait time.Duration
 }
@@ -55,6 +57,11 @@ func Format(o FormatOptions) (*Label, error) {
 	disk, err := open(o.Device)
 	if err != nil {
 		return nil, err
+	}
+	if o.Check != nil {
+		if err := o.Check(disk); err != nil {
+			return nil, err
+		}
 	}
 	cow, meta := disk, disk
 	layout := LayoutOptions{SizeBytes: o.SizeBytes, EraBlockBytes: o.EraBlockBytes, CowBytes: o.CowBytes, TailBytes: o.TailBytes}

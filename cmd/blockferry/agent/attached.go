@@ -185,12 +185,8 @@ func (o attachedOffline) UUID() volume.UUID { return o.Offline.UUID() }
 
 // openForRestore takes the device of an attached volume to fill it. An attached
 // volume is as large as its device.
-func (m *managed) openForRestore(p restorePlan) (fillable, error) {
+func (m *managed) openForRestore(p restorePlan, device string) (fillable, error) {
 	v := m.config
-	device, err := pathOf(v.Device)
-	if err != nil {
-		return nil, err
-	}
 	if p.resume {
 		o, err := attach.OpenOffline(device, v.StateFile)
 		return attachedOffline{o}, err

@@ -245,9 +245,12 @@ func (d *disks) wake() {
 // lookAtAll looks at each disk, and says whether one is missing.
 func (d *disks) lookAtAll() (missing bool) {
 	for _, one := range d.all {
+		// Nothing but this changes what was seen, so it may be read; and mu is not held while
+		// a disk may be waited for.
 		now, err := d.look(one.name)
+		still := err != nil && one.is && d.there(one.seen)
 		d.mu.Lock()
-		told := d.note(one, now, err)
+		told := d.note(one, now, err, still)
 		missing = missing || !one.is
 		d.mu.Unlock()
 		for _, tell := range told {
@@ -260,12 +263,12 @@ func (d *disks) lookAtAll() (missing bool) {
 	return missing
 }
 
-// note takes what a look at a disk found, and returns what is to be told of it, once mu is
-// not held any more.
-func (d *disks) note(one *disk, now blockdev.Identity, err error) (told []func()) {
+// note takes what a look at a disk found, or that it failed and whether the disk is still
+// there, and returns what is to be told of it, once mu is not held any more.
+func (d *disks) note(one *disk, now blockdev.Identity, err error, still bool) (told []func()) {
 	before := *one
 	switch {
-	case err != nil && one.is && d.there(one.seen):
+	case err != nil && still:
 		return nil // its name was lost, a link for one, or has become another's, too
 	case err != nil:
 		one.is = false

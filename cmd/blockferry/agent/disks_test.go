@@ -163,6 +163,35 @@ func TestDisksAreNoted(t *testing.T) {
 	}
 }
 
+// While one disk is looked at, and does not answer, what is known of the others can be had.
+func TestDisksBesideOneThatHangs(t *testing.T) {
+	f := newFakeMachine()
+	f.disks["serial:x"] = blockdev.Identity{Path: "/dev/vda", Disk: "vda", Major: 254, Sequence: 1, SizeBytes: 1}
+	d := f.watch("serial:x", "serial:y")
+	d.lookAtAll()
+	delete(f.disks, "serial:x") // its name is lost
+	asked, answer, done := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	d.there = func(blockdev.Identity) bool {
+		close(asked)
+		<-answer
+		return true
+	}
+	var both sync.WaitGroup
+	both.Go(func() { d.lookAtAll() })
+	<-asked
+	both.Go(func() { d.goneSince("serial:y"); d.settle("serial:x"); close(done) })
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Error("all wait for a disk that hangs")
+	}
+	close(answer)
+	both.Wait()
+	if !d.find("serial:x").is {
+		t.Error("it is there, and missing")
+	}
+}
+
 // Who looks at its disk finds it by the name of which the kernel tells, or now and then.
 func TestDisksPatience(t *testing.T) {
 	d := newFakeMachine().watch("serial:x", "/dev/sda", "/srv/file")

@@ -95,21 +95,31 @@ func (m *managed) outcome(p restorePlan, begun time.Time) string {
 
 // fill formats the disk, unless a restore is resumed, and copies the image.
 func (m *managed) fill(ctx context.Context, p restorePlan, state *restoreProgress, send func(*proto.Progress) error, force bool) (r restored, err error) {
+	at, err := pathsOf(m.config)
+	if err == nil {
+		err = p.stillThat(at.device)
+	}
+	if err != nil {
+		return r, err
+	}
 	var disk fillable
 	switch {
 	case m.config.Attach:
-		disk, err = m.openForRestore(p)
+		disk, err = m.openForRestore(p, at.device)
 	case p.resume:
-		disk, err = openLabelled(m.config.Device)
+		disk, err = openLabelled(at.device)
 	default:
-		if err = m.formatForRestore(p, force); err == nil {
-			disk, err = openLabelled(m.config.Device)
+		if err = m.formatForRestore(p, at, force); err == nil {
+			disk, err = openLabelled(at.device)
 		}
 	}
 	if err != nil {
 		return r, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	if err := p.stillThat(at.device); err != nil { // now it is held
+		return r, err
+	}
 	codec, _, err := compression(p.from.config)
 	if err != nil {
 		return r, err
@@ -180,20 +190,22 @@ func saveRestore(disk fillable, s protocol.RestoreState) error {
 
 // formatForRestore makes the disk one that says 'half restored' before its
 // first byte is written. The volume keeps its UUID and its size.
-func (m *managed) formatForRestore(p restorePlan, force bool) error {
+func (m *managed) formatForRestore(p restorePlan, at diskPaths, force bool) error {
 	state, err := protocol.BeginRestore(p.from.config.Name, p.status.Lineage).Encode()
 	if err != nil {
 		return err
 	}
 	v := m.config
-	at, err := pathsOf(v)
-	if err != nil {
-		return err
-	}
 	_, err = volume.Format(volume.FormatOptions{
 		Device: at.device, CowDevice: at.cow, MetaDevice: at.metadata,
 		SizeBytes: p.status.SizeBytes, EraBlockBytes: v.EraBlockBytes, CowBytes: p.layout.Volume.CowBytes, TailBytes: p.layout.Volume.TailBytes,
 		UUID: p.status.VolumeUUID, State: state, Overwrite: force || p.overwrite,
+		Check: func(disk *blockdev.File) error {
+			if err := p.stillThat(disk.Name()); err != nil || force || !p.overwrite {
+				return err
+			}
+			return p.stillBegun(disk)
+		},
 	})
 	return err
 }

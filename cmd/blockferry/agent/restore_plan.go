@@ -24,6 +24,9 @@ const replicaPatience = 15 * time.Second
 type restorePlan struct {
 	from   *localReplica
 	status protocol.ReplicaStatus // of it
+	// seen is the disk that was looked at, begun the restore that was begun on it (nil: none).
+	seen  blockdev.Identity
+	begun *protocol.RestoreState
 	// resume: the disk holds the beginning of this very restore.
 	resume bool
 	// overwrite: the disk holds the beginning of another restore.
@@ -46,7 +49,7 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 		return p, exit.Errorf(exit.Refused, "volume '%s' is up: its disk %s is not blank; take it down first if it is to be filled anew", m.config.Name, m.config.Device)
 	}
 	named := from != ""
-	started, begun, err := m.diskForRestore(force)
+	seen, started, begun, err := m.diskForRestore(force)
 	if err != nil {
 		return p, err
 	}
@@ -69,6 +72,7 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 			return p, err
 		}
 	}
+	p.seen, p.begun = seen, started
 	p.resume = started != nil && started.Replica == p.from.config.Name && started.Lineage.Equal(p.status.Lineage)
 	p.overwrite = started != nil && !p.resume
 	if m.config.Attach {
@@ -78,42 +82,67 @@ func (m *managed) planRestore(ctx context.Context, from string, force bool) (res
 	return p, err
 }
 
-// diskForRestore refuses a disk that holds what is not to be lost. A restore
-// that was begun on it is returned, with its volume.
-func (m *managed) diskForRestore(force bool) (*protocol.RestoreState, volume.UUID, error) {
-	var none volume.UUID
+// stillThat refuses what is at path unless it is the disk that was looked at: while replicas
+// were asked another may have come under its name.
+func (p restorePlan) stillThat(path string) error {
+	now, err := udev.Look(path)
+	if err == nil && !udev.Same(p.seen, now) {
+		err = exit.Errorf(exit.Refused, "%s is another disk than the one that was looked at before; nothing was written to it; see that the right one is attached, then repeat the restore", path)
+	}
+	return err
+}
+
+// stillBegun refuses a disk that is to be overwritten, unasked, for the restore begun on it,
+// unless it holds that.
+func (p restorePlan) stillBegun(disk *blockdev.File) error {
+	label, err := volume.ReadLabel(disk)
+	if err != nil {
+		return err
+	}
+	if s, err := protocol.DecodeSourceState(label.State); err != nil || s.Restore == nil || s.Restore.Replica != p.begun.Replica || !s.Restore.Lineage.Equal(p.begun.Lineage) {
+		return exit.Errorf(exit.Refused, "%s no longer holds the restore from replica '%s' that was begun on it; nothing was written; repeat the restore", disk.Name(), p.begun.Replica)
+	}
+	return nil
+}
+
+// diskForRestore refuses a disk that holds what is not to be lost, and says which it looked at.
+// A restore that was begun on it is returned, with its volume.
+func (m *managed) diskForRestore(force bool) (seen blockdev.Identity, begun *protocol.RestoreState, of volume.UUID, err error) {
 	path := m.config.Device
 	disk, err := udev.Open(path, blockdev.OpenOptions{Exclusive: true})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, none, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
+		return seen, nil, of, exit.Errorf(exit.Prerequisite, "%s is not there; attach the disk", path)
 	}
 	if err != nil {
-		return nil, none, exit.Mark(exit.Refused, err)
+		return seen, nil, of, exit.Mark(exit.Refused, err)
 	}
 	defer disk.Close()
+	if seen, err = udev.Look(disk.Name()); err != nil { // held: no other can be there
+		return seen, nil, of, exit.Mark(exit.Refused, err)
+	}
 	content, why := volume.Inspect(disk)
 	if m.config.Attach {
 		if s, of, err := m.attachedRestore(); s != nil || err != nil {
-			return s, of, err
+			return seen, s, of, err
 		}
 	} else if content == volume.Labelled {
 		label, err := volume.ReadLabel(disk)
 		if err != nil {
-			return nil, none, err
+			return seen, nil, of, err
 		}
 		if s, err := protocol.DecodeSourceState(label.State); err == nil && s.Restore != nil {
-			return s.Restore, label.UUID, nil
+			return seen, s.Restore, label.UUID, nil
 		}
 	}
 	if content == volume.Foreign {
 		if err := notAReplica(disk); err != nil {
-			return nil, none, exit.Errorf(exit.Refused, "%w; nothing was written; check the paths in the configuration; if that copy may be lost, overwrite the disk's last MiB first", err)
+			return seen, nil, of, exit.Errorf(exit.Refused, "%w; nothing was written; check the paths in the configuration; if that copy may be lost, overwrite the disk's last MiB first", err)
 		}
 	}
 	if content != volume.Blank && !force {
-		return nil, none, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
+		return seen, nil, of, exit.Errorf(exit.Refused, "%s is not blank: %s; nothing was written; if that may be lost, repeat with --force", path, why)
 	}
-	return nil, none, nil
+	return seen, nil, of, nil
 }
 
 // sameSize refuses a device for an attached volume, which is as large as its

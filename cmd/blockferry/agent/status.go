@@ -18,7 +18,7 @@ func (m *managed) status() status.Volume {
 		IntervalSeconds: m.config.Interval.Seconds(), Paused: m.paused, Reason: m.reason, Advice: m.advice, Replicas: []status.Replica{},
 		Stage: stageWords[m.stage], Restore: "manual", BothRoles: m.config.Switches(),
 	}
-	if m.config.AutoRestore {
+	if m.restoresItself() {
 		s.Restore = "auto"
 	}
 	st, stack, r, restoring := m.stage, m.stack, m.running, m.progress

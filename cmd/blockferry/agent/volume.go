@@ -161,12 +161,25 @@ func (m *managed) look(ctx context.Context) {
 	if err == nil || ctx.Err() != nil {
 		return
 	}
-	if m.at() != stageBlank || !m.config.AutoRestore {
+	m.restoreUnasked(ctx)
+}
+
+// restoreUnasked fills a blank disk without the operator if it may; op is held.
+func (m *managed) restoreUnasked(ctx context.Context) {
+	if m.at() != stageBlank || !m.restoresItself() {
 		return
 	}
 	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil {
 		m.set(stageBlank, "it is not restored by itself: "+err.Error(), m.blankAdvice())
 	}
+}
+
+// restoresItself says whether a blank disk is filled without the operator. Which disk a model
+// names is chance while several of it come one after another, as at boot, so none is filled
+// that is named so.
+func (m *managed) restoresItself() bool {
+	v := m.config
+	return v.AutoRestore && !udev.IsModel(v.Device) && !udev.IsModel(v.CowDevice) && !udev.IsModel(v.MetadataDevice)
 }
 
 func (m *managed) at() stage {
@@ -179,7 +192,7 @@ func (m *managed) at() stage {
 func (m *managed) set(s stage, reason, advice string) {
 	m.mu.Lock()
 	news := s != m.stage || reason != m.reason
-	if s == stageBlank && m.stage == s && m.config.AutoRestore {
+	if s == stageBlank && m.stage == s && m.restoresItself() {
 		news = false // between two tries of a restore
 	}
 	m.stage, m.reason, m.advice = s, reason, advice
@@ -429,6 +442,9 @@ func notAReplica(disk *blockdev.File) error {
 
 // blankAdvice says what a blank disk is waiting for.
 func (m *managed) blankAdvice() string {
+	if m.config.AutoRestore && !m.restoresItself() {
+		return "a disk named by its model is not restored by itself, as another of that model may come; if it is the right one: blockferry restore " + m.config.Name
+	}
 	for _, r := range m.replicas {
 		if s, open, _, _ := r.status(); open && s.State == protocol.DiskConsistent {
 			return "to fill it from replica '" + r.config.Name + "': blockferry restore " + m.config.Name

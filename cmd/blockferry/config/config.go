@@ -120,7 +120,7 @@ type Volume struct {
 	CowDevice string
 	// MetadataDevice, when not empty, holds the kernel's marks.
 	MetadataDevice string
-	// AutoRestore lets the agent restore a blank Device by itself.
+	// AutoRestore lets the agent restore a blank Device by itself, but one named by its model.
 	AutoRestore bool
 	// SplitBrain says what gives way when a replica was written on its own: none,
 	// discard-older-primary, discard-least-changes or discard-zero-changes.
