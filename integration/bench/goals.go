@@ -70,7 +70,7 @@ var reasons = []struct{ prefix, why string }{
 	{"cut-stall/", "The guest has one CPU, its clock ticks every 10 ms and its kernel does not preempt: a stop waits for several processes' turns, each as long as what others make of theirs. Its longest single write to the bare disk took about half of 20 ms, or more, in the same runs (the raw numbers of outside/longest-write). With two CPUs: cut-stall-debian."},
 	{"cut-stall-debian/pre-copy/", emulatedStall + "What was written since the last round is read inside, too: under load that is the longest part."},
 	{"cut-stall-debian/", emulatedStall + "The longest part is the exchange of the base's table, for the cut and again for the release of its view: each waits for four of the kernel's grace periods, which take a turn of " +
-		"several of its threads. Realtime threads for the agent and its dead-man, and expedited grace periods, were tried on a busy host: no difference could be told from the noise."},
+		"several of its threads. Expedited grace periods were tried on a busy host: no difference could be told from the noise."},
 	{"agent-rss/", "See which part holds it: the set of blocks sent (32 MiB per TiB), what is marked, and buffers."},
 }
 
