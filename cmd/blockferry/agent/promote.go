@@ -359,9 +359,9 @@ func (s *switching) drainFirst(ctx context.Context, force bool) error {
 }
 
 // useAgain has the hook start what uses the volume, which it may have ended for nothing: the
-// volume is up as it was. One that went down and is up again was told of by that.
+// volume is up as it was, and does not fail soon with its lease. One that went down and is up again was told of by that.
 func (s *switching) useAgain(was raised) {
-	if was != nil && s.managed.upNow() == was {
+	if ending := s.lease != nil && s.lease.told; was != nil && !ending && s.managed.upNow() == was {
 		s.managed.hooks.Tell(hooks.AfterUp, hooks.Info{Device: was.Path(), Reason: "it did not stand down"})
 	}
 }
