@@ -14,7 +14,7 @@ DEPS := linux.uml=user-mode-linux modprobe=kmod dmsetup=dmsetup losetup=mount \
 	systemctl=systemd udevadm=udev fio=fio ip=iproute2 etcd=etcd-server
 # What demo and benchmarks do without.
 TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-deb=dpkg xz=xz-utils clang=clang llvm-strip=llvm \
-	rpm=rpm mandoc=mandoc zsh=zsh fish=fish \
+	rpm=rpm man=man-db mandoc=mandoc zsh=zsh fish=fish \
 	corosync=corosync pacemakerd=pacemaker crm_mon=pacemaker-cli-utils ocf-tester=resource-agents xmllint=libxml2-utils
 # What benchmarks compare with and draw with. Tests do without.
 BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox

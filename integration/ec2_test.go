@@ -154,8 +154,8 @@ func (s *ec2Stub) run(env []string, args ...string) (said string, code int) {
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// ec2Short is for what does not succeed: long enough for some calls on a busy machine.
-var ec2Short = []string{"FENCE_SECONDS=6", "ADDRESS_SECONDS=6", "FENCE_EVERY=1", "ADDRESS_EVERY=1"}
+// ec2Short is for what does not succeed: long enough for the metadata and some calls on a busy machine.
+var ec2Short = []string{"FENCE_SECONDS=15", "ADDRESS_SECONDS=15", "FENCE_EVERY=1", "ADDRESS_EVERY=1"}
 
 func TestEC2FencePeer(t *testing.T) {
 	const forA = "BLOCKFERRY_PEER=node-a"
@@ -211,7 +211,7 @@ func TestEC2FencePeer(t *testing.T) {
 			if c.state != "" && !strings.Contains(s.read("instances"), "i-a "+c.state+" prod") || c.name != "none of that name" && strings.Contains(s.read("instances"), "i-x stop") {
 				t.Errorf("in the end: %s", s.read("instances"))
 			}
-			if took := time.Since(began); took > 45*time.Second {
+			if took := time.Since(began); took > 90*time.Second {
 				t.Errorf("it took %v", took)
 			}
 			if code == 0 { // once more it finds it done
@@ -280,7 +280,7 @@ func TestEC2Address(t *testing.T) {
 			if routes, had := s.read("routes"), c.files["routes"]; had == "" && c.name != "no route yet" && !strings.Contains(routes, "rtb-1 10.99.0.11/32 eni-a active") {
 				t.Errorf("another address's route was changed: %s", routes)
 			}
-			if took := time.Since(began); took > 45*time.Second {
+			if took := time.Since(began); took > 90*time.Second {
 				t.Errorf("it took %v", took)
 			}
 			if code == 0 {

@@ -29,13 +29,13 @@ func exampleServices(t *testing.T, server string) (files map[string]string) {
 		here := strings.NewReplacer("/srv/data", mountPoint, "srv-data", "mnt-data")
 		files["/etc/systemd/system/"+here.Replace(filepath.Base(path))] = here.Replace(mustRead(t, path))
 	}
-	files["/etc/systemd/system/data-server.service.d/here.conf"] = fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s\nEnvironment=%s=%s/history\nTimeoutStopSec=%v\n", server, applicationVar, mountPoint, serverStop)
+	files["/etc/systemd/system/data-server.service.d/here.conf"] = fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s\nEnvironment=%s=%s/history\nTimeoutStopSec=30\n", server, applicationVar, mountPoint)
 	files["/etc/systemd/system/data-address.service.d/here.conf"] = "[Service]\nEnvironment=ADDRESS=192.0.2.10 PREFIX=32 INTERFACE=lo\n"
 	files["/usr/lib/blockferry/role"] = mustRead(t, "../deploy/hooks/role")
 	return files
 }
 
-// serverStop is how long the application has to end.
+// serverStop is how long the application has to end when it does not.
 const serverStop = 3 * time.Second
 
 // roleUnits are those units, in the order in which they start.
@@ -61,7 +61,7 @@ func TestRoleTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	files := logs(exampleServices(t, uml.GuestPath(self)))
-	inGuest(t, guest{Systemd: true, Files: files, Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 5 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: files, Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 8 * time.Minute}, func(t *testing.T) {
 		const hooked = "    hooks: {after-up: [/bin/sh, /usr/lib/blockferry/role], before-demote: [/bin/sh, /usr/lib/blockferry/role], timeout: 3m}\n"
 		a, b := installedTwins(t, hooked)
 		makeFileSystem(t)
@@ -160,7 +160,7 @@ func TestRoleTarget(t *testing.T) {
 		a.must(t, "primary")
 		serves(before)
 		// One that does not end is ended, when its time is over.
-		if err := os.WriteFile("/etc/systemd/system/data-server.service.d/deaf.conf", []byte("[Service]\nKillSignal=SIGWINCH\n"), 0o644); err != nil {
+		if err := os.WriteFile("/etc/systemd/system/data-server.service.d/now-deaf.conf", fmt.Appendf(nil, "[Service]\nKillSignal=SIGWINCH\nTimeoutStopSec=%v\n", serverStop), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		run(t, "systemctl", "daemon-reload")

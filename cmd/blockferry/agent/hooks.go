@@ -45,6 +45,13 @@ func (m *managed) path() string {
 	return m.stack.Path()
 }
 
+// upNow is what is up, nil if nothing is.
+func (m *managed) upNow() raised {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stack
+}
+
 // watchLag runs 'behind' once when a replica is late, and once when it is not any
 // more, until ctx ends.
 func (m *managed) watchLag(ctx context.Context) {

@@ -324,14 +324,46 @@ func (s *switching) secondary(ctx context.Context, force bool) (string, error) {
 	if err := s.room(); err != nil {
 		return "", err
 	}
+	if err := s.drainFirst(ctx, force); err != nil {
+		return "", err
+	}
+	was := s.managed.upNow()
 	if err := s.endUse(ctx, force); err != nil {
+		s.useAgain(was)
 		return "", err
 	}
 	at, message, err := s.standDownNow(ctx, force)
 	if err != nil {
+		s.useAgain(was)
 		return "", err
 	}
 	return message, s.reached(ctx, hooks.AfterDemote, at, message)
+}
+
+// drainFirst refuses before the hook ends what uses the volume, if a replica can't have what was
+// written so far; and what is left to send while nobody uses it is little.
+func (s *switching) drainFirst(ctx context.Context, force bool) error {
+	m := s.managed
+	m.mu.Lock()
+	r := m.running
+	m.mu.Unlock()
+	if force || r == nil || !m.hooks.Has(hooks.BeforeDemote) {
+		return nil
+	}
+	limited, cancel := context.WithTimeout(ctx, downSend)
+	defer cancel()
+	if _, _, err := r.primary.Drain(limited, false); err != nil {
+		return exit.Errorf(exit.Refused, "%w%s%s", err, allTheSame, s.config.Name)
+	}
+	return nil
+}
+
+// useAgain has the hook start what uses the volume, which it may have ended for nothing: the
+// volume is up as it was, and does not fail soon with its lease. One that went down and is up again was told of by that.
+func (s *switching) useAgain(was raised) {
+	if ending := s.lease != nil && s.lease.told; was != nil && !ending && s.managed.upNow() == was {
+		s.managed.hooks.Tell(hooks.AfterUp, hooks.Info{Device: was.Path(), Reason: "it did not stand down"})
+	}
 }
 
 // endUse has the hook end what uses the volume here, before it stands down. Only an order without force
@@ -393,6 +425,8 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	return at, message, nil
 }
 
+const allTheSame = "; to stand down all the same: blockferry secondary --force "
+
 // goDown takes the volume down after all replicas have what was written; it
 // returns their names. If that can't be had it is up again. m.op is held.
 func (s *switching) goDown(ctx context.Context, force bool) (waited []string, err error) {
@@ -401,14 +435,13 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	stack, _ := m.stack.(*volume.Volume)
 	r := m.running
 	m.mu.Unlock()
-	const all = "; to stand down all the same: blockferry secondary --force "
 	if stack == nil {
 		exists, err := m.stackExists()
 		switch {
 		case err != nil:
 			return nil, err
 		case exists && !force:
-			return nil, exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s%s%[1]s", m.config.Name, m.why(), all)
+			return nil, exit.Errorf(exit.Refused, "volume '%s' is up but not managed: %s%s%[1]s", m.config.Name, m.why(), allTheSame)
 		case exists:
 			err = volume.Down(m.agent.dm, m.config.Name)
 		}
@@ -425,7 +458,7 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if _, _, err := r.primary.Drain(limited, force); err != nil && !force {
-		return nil, exit.Errorf(exit.Refused, "%w%s%s", err, all, m.config.Name)
+		return nil, exit.Errorf(exit.Refused, "%w%s%s", err, allTheSame, m.config.Name)
 	}
 	clean, gone, err := m.sealAndStop(limited, stack, r)
 	m.forget()

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -64,11 +65,77 @@ func TestHooksEndTheUse(t *testing.T) {
 	if exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "hook before-demote (/bin/sh) ended with exit status 1") || s.managed.at() != stageUp || s.at() != rolePrimary {
 		t.Errorf("%v; it is %s", err, stageWords[s.managed.at()])
 	}
+	// What it may have ended is started again: the volume stays up.
+	if got := told(t, file, 3); got != up+end+up {
+		t.Errorf("told %q", got)
+	}
 	if err := s.endUse(t.Context(), true); err != nil {
 		t.Errorf("by force: %v", err)
 	}
-	if got := told(t, file, 3); got != up+end+end {
+	if got := told(t, file, 4); got != up+end+up+end {
 		t.Errorf("told %q", got)
+	}
+
+	// So it is when the hook was content, and what came after it was not: here the disk went meanwhile.
+	end0 := []string{"/bin/sh", "-c", `echo "$BLOCKFERRY_EVENT $BLOCKFERRY_DEVICE" >>"$1"; : >"$2"`, "hook", file, s.config.Device}
+	s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.BeforeDemote: end0, hooks.AfterUp: line("0"), hooks.AfterDemote: line("0")}, time.Minute, quiet())
+	t.Cleanup(s.managed.hooks.Close)
+	if _, err := s.secondary(t.Context(), false); exit.Of(err) != exit.Refused || s.managed.at() != stageUp {
+		t.Errorf("%v; it is %s", err, stageWords[s.managed.at()])
+	}
+	if got := told(t, file, 6); got != up+end+up+end+end+up {
+		t.Errorf("told %q", got)
+	}
+}
+
+// statefulStack is one that replicates, as far as is asked here.
+type statefulStack struct {
+	fakeStack
+	state []byte
+}
+
+func (s *statefulStack) State() []byte               { return s.state }
+func (s *statefulStack) SetState(state []byte) error { s.state = state; return nil }
+func (*statefulStack) WrittenBytes() (uint64, error) { return 1, nil }
+
+// A replica that can't have what was written refuses before anybody has to end, but by force.
+func TestHooksEndNothingInVain(t *testing.T) {
+	disk := blocktest.NewMemory(64 << 20)
+	if _, err := volume.FormatOn(disk, volume.UUID{7}, volume.LayoutOptions{SizeBytes: 4 << 20, CowBytes: config.MinCowBytes, TailBytes: protocol.TailBytes(4<<20, protocol.MinJournalBytes)}, nil); err != nil {
+		t.Fatal(err)
+	}
+	raw := make([]byte, disk.Size())
+	if _, err := disk.ReadAt(raw, 0); err != nil {
+		t.Fatal(err)
+	}
+	s := aSwitching(t, raw)
+	file := filepath.Join(t.TempDir(), "told")
+	s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.BeforeDemote: {"/bin/sh", "-c", `echo >>"$1"; exit 1`, "hook", file}}, time.Minute, quiet())
+	t.Cleanup(s.managed.hooks.Close)
+	stack := &statefulStack{}
+	state, _, err := protocol.BeginPrimary(keptState{stack})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := protocol.NewPrimary(protocol.PrimaryConfig{Volume: "data", Source: &source{raised: stack, take: func(context.Context, uint64, protocol.CutWish) (cut, error) { return cut{}, errors.New("none") }},
+		State: keptState{stack}, Replicas: []protocol.ReplicaConfig{{Name: "away", Client: protocol.LocalClient(protocol.NewReceiver(protocol.ReceiverConfig{}))}}}, state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		limited, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_, _ = p.Stop(limited, func() error { return nil }) // there is no cut to be had
+	}()
+	if err := p.Pause(""); err != nil {
+		t.Fatal(err)
+	}
+	s.managed.nowUp(stack, &running{primary: p})
+	if _, err := s.secondary(t.Context(), false); exit.Of(err) != exit.Refused || !strings.Contains(err.Error(), "away (paused)") {
+		t.Errorf("%v", err)
+	}
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the hook was run: %v", err)
 	}
 }
 
