@@ -65,6 +65,9 @@ func newStage(t *testing.T, what answers) *stage {
 	// Nobody is waited for here, but the clock goes on.
 	s.write("bin/sleep", "#!/bin/sh\nread -r up _ <\"$STAGE/proc/uptime\"\necho \"$((${up%%.*} + ${1%%.*})).00 0.00\" >\"$STAGE/proc/uptime\"\n", 0o755)
 	s.write("proc/uptime", "1000.00 0.00\n", 0o644)
+	for line, do := range map[string]string{lastWas: "echo -\n", lastIs: ""} { // nothing is recorded, but can be
+		s.write("do/"+strings.NewReplacer(" ", "_", "/", "+").Replace(line), do, 0o644)
+	}
 	for line, do := range what {
 		s.write("do/"+strings.NewReplacer(" ", "_", "/", "+").Replace(line), do, 0o644)
 	}
@@ -72,6 +75,12 @@ func newStage(t *testing.T, what answers) *stage {
 		"SYSFS_PATH=" + s.dir + "/sys", "PROC_PATH=" + s.dir + "/proc", "OCF_RESOURCE_INSTANCE=vol", "OCF_RESKEY_volume=data", "OCF_RESKEY_CRM_meta_on_node=node-a"}
 	return s
 }
+
+// What is recorded of the node that was promoted last.
+const (
+	lastWas = "crm_attribute --type=crm_config --name=blockferry-data --query --quiet --default=-"
+	lastIs  = "crm_attribute --type=crm_config --name=blockferry-data --quiet --update=node-a"
+)
 
 func (s *stage) write(name, text string, mode os.FileMode) {
 	s.t.Helper()
@@ -138,7 +147,7 @@ func (s *stage) run(action string, env ...string) (code int, calls []string, sai
 		s.t.Fatal(err)
 	}
 	for line := range strings.Lines(string(text)) {
-		if line = strings.TrimSpace(line); !strings.HasPrefix(line, "blockferry status") {
+		if line = strings.TrimSpace(line); !strings.HasPrefix(line, "blockferry status") && line != lastWas {
 			calls = append(calls, line)
 		}
 	}
@@ -213,7 +222,7 @@ func TestScores(t *testing.T) {
 		v    *status.Volume
 		want []string
 	}{
-		"primary":              {up(), []string{scored(10000)}},
+		"primary":              {up(), []string{lastIs, scored(10000)}},
 		"down":                 {at("down"), []string{scored(5000)}},
 		"level":                {secondary(0), []string{scored(1000)}},
 		"what is on its way":   {secondary(2), []string{scored(1000)}},
@@ -226,7 +235,7 @@ func TestScores(t *testing.T) {
 		"its disk is away":     {at("absent"), []string{unscored}},
 		"for a moment":         {at("busy"), nil},
 		"its disk went":        {diskless(), []string{unscored}},
-		"a replica's did":      {behind(), []string{scored(10000)}},
+		"a replica's did":      {behind(), []string{lastIs, scored(10000)}},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
@@ -478,6 +487,44 @@ func TestStayDown(t *testing.T) {
 		code, calls, said := st.run(c.action)
 		calls = slices.DeleteFunc(calls, func(c string) bool { return strings.HasPrefix(c, scoring) })
 		if code != c.want || !slices.Equal(calls, c.calls) {
+			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
+		}
+	}
+}
+
+// The disk of a primary that comes back is of before another one was promoted: that one's writes
+// are what counts. Where the last promotion was, the cluster knows.
+func TestOldPrimary(t *testing.T) {
+	const plain = "blockferry primary data"
+	for name, c := range map[string]struct {
+		v        *status.Volume
+		last     string // what the cluster says
+		full     bool   // it records nothing
+		monitor  []string
+		promote  int
+		promotes []string
+	}{
+		"it was here":               {v: at("down"), last: "echo node-a\n", monitor: []string{scored(5000)}, promotes: []string{plain, scored(10000)}},
+		"nothing is recorded":       {v: at("down"), last: "echo -\n", monitor: []string{scored(5000)}, promotes: []string{plain, lastIs, scored(10000)}},
+		"it was elsewhere":          {v: at("down"), last: "echo node-b\n", monitor: []string{unscored}, promote: failed},
+		"nobody can tell":           {v: at("down"), last: "exit 1\n", monitor: []string{unscored}, promote: failed},
+		"it starts, and is old":     {v: at("starting"), last: "echo node-b\n", promote: failed},
+		"a copy, which asks":        {v: secondary(0), last: "echo node-b\n", monitor: []string{scored(1000)}, promotes: []string{plain, lastIs, scored(10000)}},
+		"a copy, if nobody can say": {v: secondary(0), last: "exit 1\n", monitor: []string{scored(1000)}, promotes: []string{plain, scored(10000)}},
+		"it can't be recorded":      {v: secondary(0), last: "echo node-b\n", full: true, monitor: []string{scored(1000)}, promote: failed, promotes: []string{plain, lastIs}},
+		"up, as an operator wanted": {v: up(), last: "echo node-b\n", monitor: []string{lastIs, scored(10000)}, promotes: []string{lastIs, scored(10000)}},
+		"up, and recorded":          {v: up(), last: "echo node-a\n", monitor: []string{scored(10000)}, promotes: []string{scored(10000)}},
+	} {
+		s := newStage(t, answers{lastWas: c.last, plain: then(t, up())})
+		if c.full {
+			s.write("do/"+strings.ReplaceAll(lastIs, " ", "_"), "exit 1\n", 0o644)
+		}
+		s.is(c.v)
+		s.started(true)
+		if _, calls, said := s.run("monitor"); !slices.Equal(calls, c.monitor) {
+			t.Errorf("%s: a monitor: %q: %s", name, calls, said)
+		}
+		if code, calls, said := s.run("promote"); code != c.promote || !slices.Equal(calls, c.promotes) {
 			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
 		}
 	}
