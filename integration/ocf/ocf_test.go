@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"blockferry/cmd/blockferry/status"
 )
@@ -61,14 +62,25 @@ func newStage(t *testing.T, what answers) *stage {
 	for _, name := range []string{"blockferry", "crm_attribute", "crm_mon", "crm_node"} {
 		s.write("bin/"+name, stand, 0o755)
 	}
-	s.write("bin/sleep", "#!/bin/sh\n", 0o755) // nobody is waited for here
+	// Nobody is waited for here, but the clock goes on.
+	s.write("bin/sleep", "#!/bin/sh\nread -r up _ <\"$STAGE/proc/uptime\"\necho \"$((${up%%.*} + ${1%%.*})).00 0.00\" >\"$STAGE/proc/uptime\"\n", 0o755)
+	s.write("proc/uptime", "1000.00 0.00\n", 0o644)
+	for line, do := range map[string]string{lastWas: "echo -\n", lastIs: ""} { // nothing is recorded, but can be
+		s.write("do/"+strings.NewReplacer(" ", "_", "/", "+").Replace(line), do, 0o644)
+	}
 	for line, do := range what {
 		s.write("do/"+strings.NewReplacer(" ", "_", "/", "+").Replace(line), do, 0o644)
 	}
 	s.env = []string{"PATH=" + s.dir + "/bin:/usr/sbin:/usr/bin:/sbin:/bin", "STAGE=" + s.dir, "OCF_ROOT=/usr/lib/ocf", "OCF_FUNCTIONS_DIR=" + from, "HA_RSCTMP=" + s.dir + "/run",
-		"SYSFS_PATH=" + s.dir + "/sys", "OCF_RESOURCE_INSTANCE=vol", "OCF_RESKEY_volume=data", "OCF_RESKEY_CRM_meta_on_node=node-a"}
+		"SYSFS_PATH=" + s.dir + "/sys", "PROC_PATH=" + s.dir + "/proc", "OCF_RESOURCE_INSTANCE=vol", "OCF_RESKEY_volume=data", "OCF_RESKEY_CRM_meta_on_node=node-a"}
 	return s
 }
+
+// What is recorded of the node that was promoted last.
+const (
+	lastWas = "crm_attribute --type=crm_config --name=blockferry-data --query --quiet --default=-"
+	lastIs  = "crm_attribute --type=crm_config --name=blockferry-data --quiet --update=node-a"
+)
 
 func (s *stage) write(name, text string, mode os.FileMode) {
 	s.t.Helper()
@@ -135,7 +147,7 @@ func (s *stage) run(action string, env ...string) (code int, calls []string, sai
 		s.t.Fatal(err)
 	}
 	for line := range strings.Lines(string(text)) {
-		if line = strings.TrimSpace(line); !strings.HasPrefix(line, "blockferry status") {
+		if line = strings.TrimSpace(line); !strings.HasPrefix(line, "blockferry status") && line != lastWas {
 			calls = append(calls, line)
 		}
 	}
@@ -151,6 +163,20 @@ const unscored = scoring + "--delete"
 func up() *status.Volume {
 	return &status.Volume{Name: "data", Device: "/dev/x", Path: "/dev/mapper/data", Role: "Primary", Disk: "UpToDate", Up: true, BothRoles: true, Stage: "up",
 		Replicas: []status.Replica{{Name: "other", Peer: "node-b", Disk: "UpToDate"}}}
+}
+
+// diskless is up, and its disk went.
+func diskless() *status.Volume {
+	v := up()
+	v.Disk = "Diskless"
+	return v
+}
+
+// behind is a primary with a replica that is not whole.
+func behind() *status.Volume {
+	v := up()
+	v.Replicas[0].Disk = "Diskless"
+	return v
 }
 
 func at(stage string) *status.Volume {
@@ -196,7 +222,7 @@ func TestScores(t *testing.T) {
 		v    *status.Volume
 		want []string
 	}{
-		"primary":              {up(), []string{scored(10000)}},
+		"primary":              {up(), []string{lastIs, scored(10000)}},
 		"down":                 {at("down"), []string{scored(5000)}},
 		"level":                {secondary(0), []string{scored(1000)}},
 		"what is on its way":   {secondary(2), []string{scored(1000)}},
@@ -208,12 +234,20 @@ func TestScores(t *testing.T) {
 		"refused":              {at("refused"), []string{unscored}},
 		"its disk is away":     {at("absent"), []string{unscored}},
 		"for a moment":         {at("busy"), nil},
+		"its disk went":        {diskless(), []string{unscored}},
+		"a replica's did":      {behind(), []string{lastIs, scored(10000)}},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
 		s.started(true)
 		code, calls, said := s.run("monitor")
-		if want := map[bool]int{true: promoted, false: success}[c.v.Up]; code != want || !slices.Equal(calls, c.want) {
+		want := success
+		if c.v.Disk == "Diskless" {
+			want = failedPromoted
+		} else if c.v.Up {
+			want = promoted
+		}
+		if code != want || !slices.Equal(calls, c.want) {
 			t.Errorf("%s: %d, %q\n%s", name, code, calls, said)
 		}
 	}
@@ -239,6 +273,7 @@ func TestMonitor(t *testing.T) {
 		"no agent, and the device is there":      {started: true, device: true, want: failedPromoted, words: "no agent serves it"},
 		"no agent before a start, but a device":  {device: true, want: failedPromoted, words: "no agent serves it"},
 		"another volume's device is no concern":  {v: secondary(0), started: true, want: success},
+		"up, and its disk is gone":               {v: diskless(), started: true, device: true, want: failedPromoted, words: "its disk is gone"},
 		"a volume that is not in the file there": {want: notInstalled, words: "not in this node's blockferry configuration"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -275,14 +310,55 @@ func TestMonitorWaitsForTheAgent(t *testing.T) {
 	}
 }
 
+// How long, is told by the clock: each try may take its time.
+func TestPatience(t *testing.T) {
+	for name, c := range map[string]struct{ each, tries int }{"it refuses at once": {0, 21}, "it hangs": {9, 3}} {
+		s := newStage(t, nil)
+		s.write("do/blockferry_status_--json_data", fmt.Sprintf("sleep %d\necho >>\"$STAGE/tries\"\nexit 5\n", c.each), 0o644)
+		s.started(true)
+		code, _, said := s.run("monitor")
+		tries, err := os.ReadFile(filepath.Join(s.dir, "tries"))
+		if err != nil || len(tries) != c.tries || code != failed {
+			t.Errorf("%s: %d after %d tries: %v %s", name, code, len(tries), err, said)
+		}
+	}
+}
+
+// Whatever is wrong with the configuration, what counts to a stop and a monitor is what is there.
+func TestStopWithoutAProgram(t *testing.T) {
+	for name, c := range map[string]struct {
+		env           string
+		device        bool
+		stop, monitor int
+	}{
+		"no blockferry":               {"PATH=/usr/bin:/bin", false, success, notRunning},
+		"no blockferry, and a device": {"PATH=/usr/bin:/bin", true, failed, failedPromoted},
+		"a wrong word":                {"OCF_RESKEY_failover=always", false, success, success},
+		"a wrong word, and a device":  {"OCF_RESKEY_failover=always", true, failed, failedPromoted},
+		"no volume is named":          {"OCF_RESKEY_volume=", true, success, notConfigured},
+	} {
+		for action, want := range map[string]int{"stop": c.stop, "monitor": c.monitor} {
+			s := newStage(t, nil)
+			s.is(secondary(0))
+			s.started(true)
+			if c.device {
+				s.write("sys/class/block/dm-1/dm/name", "data\n", 0o644)
+			}
+			if code, _, said := s.run(action, c.env); code != want {
+				t.Errorf("%s: %s: %d: %s", name, action, code, said)
+			}
+		}
+	}
+}
+
 func TestStart(t *testing.T) {
 	for name, c := range map[string]struct {
-		v     *status.Volume
-		other string // is promoted
-		do    func(*testing.T) answers
-		want  int
-		calls []string
-		words string
+		v              *status.Volume
+		other, planned string // is promoted, or about to be
+		do             func(*testing.T) answers
+		want           int
+		calls          []string
+		words          string
 	}{
 		"a secondary":   {v: secondary(1), calls: []string{scored(1000)}},
 		"a useless one": {v: useless(), calls: []string{unscored}},
@@ -300,7 +376,11 @@ func TestStart(t *testing.T) {
 		"in use beside another": {v: up(), other: "node-b", want: failed, words: "does not stand down", calls: []string{"blockferry secondary data", "blockferry secondary --force data"}},
 		"one that another left behind": {v: at("refused"), other: "node-b", do: func(t *testing.T) answers { return answers{"blockferry secondary --force data": then(t, useless())} },
 			calls: []string{"blockferry secondary data", "blockferry secondary --force data", unscored}},
-		"one that can't follow yet": {v: at("refused"), other: "node-b", calls: []string{"blockferry secondary data", "blockferry secondary --force data", unscored}},
+		"one that can't follow yet": {v: at("absent"), other: "node-b", do: func(t *testing.T) answers { return answers{"blockferry down --force data": "echo down\n"} },
+			calls: []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}},
+		"one that might come up beside another": {v: at("absent"), other: "node-b", want: failed, words: "may come up by itself",
+			calls: []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data"}},
+		"another is only to be": {v: at("refused"), planned: "node-b", calls: []string{unscored}},
 	} {
 		var do answers
 		if c.do != nil {
@@ -308,7 +388,7 @@ func TestStart(t *testing.T) {
 		}
 		s := newStage(t, do)
 		s.is(c.v)
-		code, calls, said := s.run("start", "OCF_RESKEY_CRM_meta_notify_promoted_uname="+c.other)
+		code, calls, said := s.run("start", "OCF_RESKEY_CRM_meta_notify_promoted_uname="+c.other, "OCF_RESKEY_CRM_meta_notify_promote_uname="+c.planned)
 		if code != c.want || !slices.Equal(calls, c.calls) || s.isStarted() != (c.want == success) || !strings.Contains(said, c.words) {
 			t.Errorf("%s: %d, %q, started %v: %s", name, code, calls, s.isStarted(), said)
 		}
@@ -368,6 +448,162 @@ func TestStopAndDemote(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A stop, and a demotion, leave nothing that the agent brings up by itself a moment later.
+func TestStayDown(t *testing.T) {
+	const s, sf, d = "blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data"
+	for name, c := range map[string]struct {
+		action string
+		v      *status.Volume
+		after  *status.Volume // of a secondary --force, which fails
+		down   bool           // succeeds
+		want   int
+		calls  []string
+	}{
+		"starting":                       {"stop", at("starting"), nil, true, success, []string{d}},
+		"its disk is away":               {"stop", at("absent"), nil, true, success, []string{d}},
+		"busy":                           {"stop", at("busy"), nil, true, success, []string{d}},
+		"refused":                        {"stop", at("refused"), nil, true, success, []string{d}},
+		"it can't be told":               {"stop", at("busy"), nil, false, failed, []string{d}},
+		"a secondary":                    {"stop", secondary(0), nil, false, success, nil},
+		"down":                           {"stop", at("down"), nil, false, success, nil},
+		"a demotion while it starts":     {"demote", at("starting"), nil, true, success, []string{s, d}},
+		"one that can't be told":         {"demote", at("starting"), nil, false, failed, []string{s, d}},
+		"one that fails halfway":         {"demote", up(), at("starting"), true, success, []string{s, sf, d}},
+		"that fails halfway, and a stop": {"stop", up(), at("starting"), true, success, []string{s, sf, d}},
+		"one that stays up":              {"demote", up(), up(), true, failed, []string{s, sf}},
+	} {
+		st := newStage(t, nil)
+		st.is(c.v)
+		st.started(true)
+		if c.after != nil {
+			st.write("do/blockferry_secondary_--force_data", then(t, c.after)+"exit 6\n", 0o644)
+		}
+		if c.down {
+			st.write("do/blockferry_down_--force_data", then(t, at("down")), 0o644)
+		}
+		code, calls, said := st.run(c.action)
+		calls = slices.DeleteFunc(calls, func(c string) bool { return strings.HasPrefix(c, scoring) })
+		if code != c.want || !slices.Equal(calls, c.calls) {
+			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
+		}
+	}
+}
+
+// The disk of a primary that comes back is of before another one was promoted: that one's writes
+// are what counts. Where the last promotion was, the cluster knows.
+func TestOldPrimary(t *testing.T) {
+	const plain = "blockferry primary data"
+	for name, c := range map[string]struct {
+		v        *status.Volume
+		last     string // what the cluster says
+		full     bool   // it records nothing
+		monitor  []string
+		promote  int
+		promotes []string
+	}{
+		"it was here":               {v: at("down"), last: "echo node-a\n", monitor: []string{scored(5000)}, promotes: []string{plain, scored(10000)}},
+		"nothing is recorded":       {v: at("down"), last: "echo -\n", monitor: []string{scored(5000)}, promotes: []string{plain, lastIs, scored(10000)}},
+		"it was elsewhere":          {v: at("down"), last: "echo node-b\n", monitor: []string{unscored}, promote: failed},
+		"nobody can tell":           {v: at("down"), last: "exit 1\n", monitor: []string{unscored}, promote: failed},
+		"it starts, and is old":     {v: at("starting"), last: "echo node-b\n", promote: failed},
+		"a copy, which asks":        {v: secondary(0), last: "echo node-b\n", monitor: []string{scored(1000)}, promotes: []string{plain, lastIs, scored(10000)}},
+		"a copy, if nobody can say": {v: secondary(0), last: "exit 1\n", monitor: []string{scored(1000)}, promotes: []string{plain, scored(10000)}},
+		"it can't be recorded":      {v: secondary(0), last: "echo node-b\n", full: true, monitor: []string{scored(1000)}, promote: failed, promotes: []string{plain, lastIs}},
+		"up, as an operator wanted": {v: up(), last: "echo node-b\n", monitor: []string{lastIs, scored(10000)}, promotes: []string{lastIs, scored(10000)}},
+		"up, and recorded":          {v: up(), last: "echo node-a\n", monitor: []string{scored(10000)}, promotes: []string{scored(10000)}},
+	} {
+		s := newStage(t, answers{lastWas: c.last, plain: then(t, up())})
+		if c.full {
+			s.write("do/"+strings.ReplaceAll(lastIs, " ", "_"), "exit 1\n", 0o644)
+		}
+		s.is(c.v)
+		s.started(true)
+		if _, calls, said := s.run("monitor"); !slices.Equal(calls, c.monitor) {
+			t.Errorf("%s: a monitor: %q: %s", name, calls, said)
+		}
+		if code, calls, said := s.run("promote"); code != c.promote || !slices.Equal(calls, c.promotes) {
+			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
+		}
+	}
+}
+
+// fence is an event of crm_mon's.
+func fence(action, target, ended, completed string) string {
+	if completed != "" {
+		completed = ` completed="` + completed + `"`
+	}
+	return fmt.Sprintf("    <fence_event status=\"%s\" action=\"%s\" target=\"%s\" client=\"x\" origin=\"node-a\" delegate=\"node-a\"%s/>\n", ended, action, target, completed)
+}
+
+// clusterOf has node-b in some state, with a history.
+func clusterOf(online, unclean bool, events ...string) string {
+	return fmt.Sprintf("cat <<'END'\n<pacemaker-result>\n  <nodes>\n    <node name=\"node-a\" id=\"1\" online=\"true\" unclean=\"false\" type=\"member\"/>\n    <node name=\"node-b\" id=\"2\" online=\"%v\" standby=\"false\" pending=\"false\" unclean=\"%v\" type=\"member\"/>\n  </nodes>\n  <fence_history status=\"0\">\n%s  </fence_history>\n</pacemaker-result>\nEND\n",
+		online, unclean, strings.Join(events, ""))
+}
+
+// A node was fenced if that was the last that was heard of it: not on Monday, if it was with
+// the cluster on Wednesday and then left in order.
+func TestFenced(t *testing.T) {
+	const crmMon = "do/crm_mon_--one-shot_--output-as=xml"
+	monday := fence("reboot", "node-b", "success", "2026-11-23 10:00:00.5 +01:00")
+	wednesday := func(action, ended string) string {
+		return fence(action, "node-b", ended, "2026-11-25 10:00:00.123456Z")
+	}
+	seen := clusterOf(true, false, monday)
+	for name, c := range map[string]struct {
+		before  string // "": it was never seen
+		between func(*stage)
+		now     string
+		want    bool
+	}{
+		"it was":                         {before: seen, now: clusterOf(false, false, wednesday("reboot", "success"), monday), want: true},
+		"for the first time":             {before: clusterOf(true, false), now: clusterOf(false, false, wednesday("off", "success")), want: true},
+		"listed in another order":        {before: seen, now: clusterOf(false, false, monday, wednesday("reboot", "success")), want: true},
+		"of old, and then it left":       {before: seen, now: clusterOf(false, false, monday)},
+		"never, and then it left":        {before: clusterOf(true, false), now: clusterOf(false, false)},
+		"it was never seen":              {now: clusterOf(false, false, wednesday("reboot", "success"))},
+		"seen as unclean only":           {before: clusterOf(true, true, monday), now: clusterOf(false, false, wednesday("reboot", "success"))},
+		"what came last is no fence":     {before: seen, now: clusterOf(false, false, wednesday("on", "success"), monday)},
+		"what came last failed":          {before: seen, now: clusterOf(false, false, fence("off", "node-b", "failed", "2026-11-25 10:00:01Z"), wednesday("reboot", "success"))},
+		"it failed first":                {before: seen, now: clusterOf(false, false, wednesday("reboot", "success"), fence("off", "node-b", "failed", "2026-11-25 09:00:00Z")), want: true},
+		"it is under way":                {before: seen, now: clusterOf(false, false, fence("reboot", "node-b", "pending", ""), monday)},
+		"another one was":                {before: seen, now: clusterOf(false, false, fence("reboot", "node-bb", "success", "2026-11-25 10:00:00Z"), monday)},
+		"an hour less, at another place": {before: seen, now: clusterOf(false, false, fence("reboot", "node-b", "success", "2026-11-23 09:30:00Z")), want: true},
+		"an hour more, and before that":  {before: seen, now: clusterOf(false, false, fence("reboot", "node-b", "success", "2026-11-23 11:30:00 +03:00"))},
+		"a time nobody can read":         {before: seen, now: clusterOf(false, false, fence("reboot", "node-b", "success", "soon"))},
+		"seen before a stop": {before: seen, between: func(s *stage) { s.run("stop", "OCF_RESKEY_failover=fenced") },
+			now: clusterOf(false, false, wednesday("reboot", "success"))},
+		"seen before a pause": {before: seen, between: func(s *stage) {
+			old := time.Now().Add(-time.Hour)
+			if err := os.Chtimes(filepath.Join(s.dir, "run/blockferry-data.seen"), old, old); err != nil {
+				t.Error(err)
+			}
+		}, now: clusterOf(false, false, wednesday("reboot", "success"))},
+	} {
+		for _, looks := range []string{"monitor", "start", "notify"} {
+			if looks != "monitor" && name != "it was" {
+				continue
+			}
+			s := newStage(t, cluster("true"))
+			s.is(secondary(0))
+			s.started(true)
+			s.write("do/blockferry_primary_--fenced_node-b_data", then(t, up()), 0o644)
+			s.write("do/blockferry_primary_data", then(t, up()), 0o644)
+			if c.before != "" {
+				s.write(crmMon, c.before, 0o644)
+				s.run(looks, "OCF_RESKEY_failover=fenced")
+			}
+			if c.between != nil {
+				c.between(s)
+			}
+			s.write(crmMon, c.now, 0o644)
+			if code, calls, said := s.run("promote", "OCF_RESKEY_failover=fenced"); code != success || slices.Contains(calls, "blockferry primary --fenced node-b data") != c.want {
+				t.Errorf("%s, seen by %s: %d, %q: %s", name, looks, code, calls, said)
+			}
+		}
 	}
 }
 
@@ -431,6 +667,7 @@ func TestPromote(t *testing.T) {
 		"a disk that another left behind": {v: at("refused"), failover: "fenced", do: takes(b, cluster("true", "node-b fenced")), want: failed, tried: []string{plain}},
 		"the cluster fences another node": {v: secondary(0), failover: "fenced", do: takes(b, cluster("true", "node-bb fenced")), want: failed, tried: []string{plain}},
 		"the agent does not answer":       {want: failed},
+		"its disk is gone":                {v: diskless(), want: failedPromoted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -441,6 +678,9 @@ func TestPromote(t *testing.T) {
 			s := newStage(t, do)
 			s.is(c.v)
 			s.started(true)
+			for _, name := range []string{"", ".node-b", ".node-c", ".node-bb"} {
+				s.write("run/blockferry-data.seen"+name, "0\n", 0o644)
+			}
 			env := []string{}
 			if c.failover != "" {
 				env = append(env, "OCF_RESKEY_failover="+c.failover)
@@ -450,7 +690,7 @@ func TestPromote(t *testing.T) {
 			if code != c.want || !slices.Equal(tried, c.tried) || (c.want == success) != slices.Contains(calls, scored(10000)) {
 				t.Errorf("%d, %q: %s", code, calls, said)
 			}
-			if c.want == failed && !strings.Contains(said, "ocf-exit-reason:volume 'data'") {
+			if c.want != success && !strings.Contains(said, "ocf-exit-reason:volume 'data'") {
 				t.Errorf("no reason: %s", said)
 			}
 		})
@@ -465,7 +705,7 @@ func TestNotify(t *testing.T) {
 		calls []string
 	}{
 		"a secondary":          {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, []string{scored(1000)}},
-		"one left behind":      {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", unscored}},
+		"one left behind":      {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}},
 		"its own promotion":    {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{unscored}},
 		"the primary":          {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{scored(10000)}},
 		"another is to be":     {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}},
