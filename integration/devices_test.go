@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -117,9 +118,14 @@ func mustMount(t *testing.T, kind, device, options string) string {
 	return dir
 }
 
+// mustUnmount bears with an agent that holds an attached file system open while it freezes it.
 func mustUnmount(t *testing.T, dir string) {
 	t.Helper()
-	if err := unix.Unmount(dir, 0); err != nil {
+	err := unix.Unmount(dir, 0)
+	for deadline := time.Now().Add(20 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); err = unix.Unmount(dir, 0) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
 		t.Fatalf("unmount %s: %v", dir, err)
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 
 	"blockferry/cmd/blockferry/status"
 )
@@ -115,9 +114,7 @@ func TestPeerHooks(t *testing.T) {
 		return strings.Count(p.b.logText(t), `msg="fed by"`) > came
 	})
 	await("it is the same still", func(l []string) bool { return strings.Count(strings.Join(l, "\n"), "split-brain") == 1 })
-	if err := unix.Unmount(p.dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	mustUnmount(t, p.dir)
 	for _, c := range []*cli{p.a, p.b} {
 		if err := c.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the agent ended with %v", err)

@@ -64,9 +64,7 @@ func (p *pair) begin(t *testing.T) {
 // end stops both in order and compares all three devices, byte by byte.
 func (p *pair) end(t *testing.T) {
 	t.Helper()
-	if err := unix.Unmount(p.dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	mustUnmount(t, p.dir)
 	p.a.must(t, "sync", "--wait", "--timeout", "60s")
 	for _, c := range []*cli{p.a, p.b} {
 		if err := c.stop(t, syscall.SIGTERM); err != nil {
@@ -254,9 +252,7 @@ func TestPeerIsAskedBeforeARestore(t *testing.T) {
 			t.Errorf("the agent ended with %v", err)
 		}
 	}
-	if err := unix.Unmount(p.dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	mustUnmount(t, p.dir)
 	current := old + "-current"
 	t.Cleanup(func() { os.Remove(current) })
 	run(t, "cp", "--sparse=always", p.ebs, current)
