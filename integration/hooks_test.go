@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-
 	"blockferry/cmd/blockferry/status"
 )
 
