@@ -131,14 +131,14 @@ func needs(t *testing.T, tools ...string) {
 // The resource agent does what the standard wants, by the standard's own tester.
 func TestPacemakerTester(t *testing.T) {
 	needs(t, "ocf-tester", "xmllint")
-	inGuest(t, guest{Systemd: true, Files: withAgent(logs(map[string]string{})), Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 8 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: withAgent(logs(map[string]string{})), Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 12 * time.Minute}, func(t *testing.T) {
 		a, b := installedTwins(t, "")
 		run(t, "chmod", "755", ocfAgent)
 		out, err := tryRun(t, "ocf-tester", "-n", "data", "-o", "volume=data", ocfAgent)
 		if err != nil || !strings.Contains(out, "passed all tests") {
 			t.Errorf("%v\n%s", err, out)
 		}
-		a.await(t, "secondary", time.Minute, isSecondary)
+		a.await(t, "secondary", 3*time.Minute, isSecondary)
 		if err := b.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the agent ended with %v", err)
 		}
@@ -232,7 +232,7 @@ func pacemaker(t *testing.T, g *guests) {
 	online := func(node string) string {
 		return strings.Join([]string{`<node name="` + node + `" `, ` online="true"`, ` unclean="false"`, ` pending="false"`}, inOneTag)
 	}
-	a.awaitCluster(farWait, online("node-a"), online("node-b"), `with_quorum="true"`)
+	a.awaitCluster(2*farWait, online("node-a"), online("node-b"), `with_quorum="true"`)
 	for scope, xml := range map[string]string{"crm_config": clusterOptions, "resources": clusterResources} {
 		a.shell("cat >/run/" + scope + ".xml <<'END'\n" + xml + "\nEND\ncibadmin --modify --allow-create --scope " + scope + " --xml-file /run/" + scope + ".xml")
 	}

@@ -61,7 +61,7 @@ func TestRoleTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	files := logs(exampleServices(t, uml.GuestPath(self)))
-	inGuest(t, guest{Systemd: true, Files: files, Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 8 * time.Minute}, func(t *testing.T) {
+	inGuest(t, guest{Systemd: true, Files: files, Memory: "1200M", Disks: []disk{{Size: 400 << 20}, {Size: 400 << 20}}, Timeout: 12 * time.Minute}, func(t *testing.T) {
 		const hooked = "    hooks: {after-up: [/bin/sh, /usr/lib/blockferry/role], before-demote: [/bin/sh, /usr/lib/blockferry/role], timeout: 3m}\n"
 		a, b := installedTwins(t, hooked)
 		makeFileSystem(t)
@@ -74,7 +74,7 @@ func TestRoleTarget(t *testing.T) {
 		// serves waits until all run, and checks the order in which they came.
 		serves := func(before int) {
 			t.Helper()
-			for end := time.Now().Add(time.Minute); !strings.Contains(log()[before:], "data-address.service: started in "); time.Sleep(50 * time.Millisecond) {
+			for end := time.Now().Add(3 * time.Minute); !strings.Contains(log()[before:], "data-address.service: started in "); time.Sleep(50 * time.Millisecond) {
 				if time.Now().After(end) {
 					out, _ := tryRun(t, "systemctl", append([]string{"status", "--no-pager", "blockferry-primary@data.target"}, roleUnits...)...)
 					t.Fatalf("the services do not start:\n%s", out)
@@ -120,7 +120,7 @@ func TestRoleTarget(t *testing.T) {
 
 		run(t, "systemctl", append([]string{"enable"}, roleUnits...)...)
 		a.must(t, "secondary") // nothing ran yet
-		a.await(t, "secondary", time.Minute, isSecondary)
+		a.await(t, "secondary", 3*time.Minute, isSecondary)
 		before := len(log())
 		a.must(t, "primary")
 		serves(before)
@@ -138,7 +138,7 @@ func TestRoleTarget(t *testing.T) {
 		if out := a.must(t, "secondary"); !strings.Contains(out, "nothing is lost") {
 			t.Errorf("secondary: %s", out)
 		}
-		a.await(t, "secondary", time.Minute, isSecondary)
+		a.await(t, "secondary", 3*time.Minute, isSecondary)
 		ended(before)
 		// All that the application was told is done is at the other node.
 		var acked uint64
@@ -146,7 +146,7 @@ func TestRoleTarget(t *testing.T) {
 			t.Fatalf("the application was stopped too soon, or not in order: %d, %v", acked, err)
 		}
 		b.must(t, "primary")
-		b.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
+		b.await(t, "up", 3*time.Minute, func(v status.Volume) bool { return v.Up })
 		other := t.TempDir()
 		run(t, "mount", "/dev/mapper/data", other)
 		judgeDevice(t, other+"/history", applicationHistory, acked, acked)
@@ -170,7 +170,7 @@ func TestRoleTarget(t *testing.T) {
 		if took := time.Since(begun); took < serverStop {
 			t.Errorf("it took %v", took)
 		}
-		a.await(t, "secondary", time.Minute, isSecondary)
+		a.await(t, "secondary", 3*time.Minute, isSecondary)
 		ended(before)
 		if result := strings.TrimSpace(run(t, "systemctl", "show", "--property=Result", "--value", "data-server.service")); result != "timeout" {
 			t.Errorf("it ended with %s", result)
@@ -202,6 +202,6 @@ func installedTwins(t *testing.T, more string) (a, b *cli) {
 	b.start(t)
 	a.must(t, "create")
 	run(t, "systemctl", "start", "blockferry.service")
-	a.await(t, "up to date", 2*time.Minute, upToDate)
+	a.await(t, "up to date", 5*time.Minute, upToDate)
 	return a, b
 }
