@@ -25,8 +25,7 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 	if _, err := disk.WriteAt(bytes.Repeat([]byte("old tree"), 512), was.Areas.Meta.Offset+auxIDBytes); err != nil {
 		t.Fatal(err)
 	}
-	label, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: size, TailBytes: 8 << 20}, []byte("state"))
-	if err != nil {
+	if _, err := FormatOn(disk, NewUUID(), LayoutOptions{SizeBytes: size, TailBytes: 8 << 20}, []byte("state")); err != nil {
 		t.Fatal(err)
 	}
 	o, err := OfflineOn(disk)
@@ -43,7 +42,7 @@ func TestGrowSurvivesPowerCuts(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := o.Label()
-	label = &began
+	label := &began
 	era := make([]byte, label.Areas.Meta.Length)
 	if _, err := disk.ReadAt(era, label.Areas.Meta.Offset); err != nil {
 		t.Fatal(err)
