@@ -169,10 +169,21 @@ func makeFileSystem(t *testing.T) {
 	t.Helper()
 	run(t, "udevadm", "settle", "--timeout=60")
 	run(t, "mkfs.ext4", "-q", "-F", "-U", fileSystemID, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "/dev/mapper/data")
-	// Where cuts keep udevd's queue from being empty its link is all there is to wait for.
-	if out, err := tryRun(t, "udevadm", "settle", "--timeout=120", "--exit-if-exists=/dev/disk/by-uuid/"+fileSystemID); err != nil {
-		t.Logf("udevd is behind: %v %s", err, out)
+	// Where cuts keep udevd's queue from being empty its link is all there is to wait for. While
+	// udevd looks at the device after a cut it does not watch it, so that it may not see what is
+	// written then: it is told.
+	link := "/dev/disk/by-uuid/" + fileSystemID
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); {
+		if out, err := tryRun(t, "udevadm", "settle", "--timeout=30", "--exit-if-exists="+link); err != nil {
+			t.Logf("udevd is behind: %v %s", err, out)
+		}
+		if _, err := os.Stat(link); err == nil {
+			return
+		}
+		run(t, "udevadm", "trigger", "--action=change", "/dev/mapper/data")
+		time.Sleep(time.Second)
 	}
+	t.Fatalf("udevd makes no %s", link)
 }
 
 const dataMount = "[Unit]\nRequires=blockferry-volume@data.service\nAfter=blockferry-volume@data.service\n" +
