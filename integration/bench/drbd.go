@@ -88,30 +88,33 @@ func aloneDRBD() error {
 	return nil
 }
 
+// onBoth calls do for each guest, with its own and the other's address, until one fails.
+func (d *drbd) onBoth(do func(run runner, own, peer string) error) error {
+	own, peer := "ipv4:"+ownAddress+drbdPort, "ipv4:"+peerAddress+drbdPort
+	if err := do(here, own, peer); err != nil {
+		return err
+	}
+	return do(d.there, peer, own)
+}
+
 // connect joins the two with a protocol.
 func (d *drbd) connect(protocol string) error {
 	if d.protocol == protocol {
 		return nil
 	}
-	for _, guest := range []struct {
-		run       runner
-		own, peer string
-	}{{here, ownAddress, peerAddress}, {d.there, peerAddress, ownAddress}} {
-		own, peer := "ipv4:"+guest.own+drbdPort, "ipv4:"+guest.peer+drbdPort
-		if d.protocol != "" {
-			if _, err := guest.run("drbdsetup", "disconnect", own, peer); err != nil {
-				return err
-			}
-		}
-	}
-	for _, guest := range []struct {
-		run       runner
-		own, peer string
-	}{{here, ownAddress, peerAddress}, {d.there, peerAddress, ownAddress}} {
-		own, peer := "ipv4:"+guest.own+drbdPort, "ipv4:"+guest.peer+drbdPort
-		if _, err := guest.run("drbdsetup", "connect", "bench", own, peer, "--protocol="+protocol); err != nil {
+	if d.protocol != "" {
+		if err := d.onBoth(func(run runner, own, peer string) error {
+			_, err := run("drbdsetup", "disconnect", own, peer)
+			return err
+		}); err != nil {
 			return err
 		}
+	}
+	if err := d.onBoth(func(run runner, own, peer string) error {
+		_, err := run("drbdsetup", "connect", "bench", own, peer, "--protocol="+protocol)
+		return err
+	}); err != nil {
+		return err
 	}
 	d.protocol = protocol
 	return d.await("cs:Connected")

@@ -34,9 +34,9 @@ func told(t *testing.T, path string, lines int) string {
 	}
 }
 
-// Who uses a volume is asked to end before it stands down; that can refuse it, but for force,
-// and then nothing has changed. That it is up is told whatever brought it up.
-func TestHooksEndTheUse(t *testing.T) {
+// formattedVolume is what a volume's disk holds at first, with room for a replica's tail.
+func formattedVolume(t *testing.T) []byte {
+	t.Helper()
 	disk := blocktest.NewMemory(64 << 20)
 	if _, err := volume.FormatOn(disk, volume.UUID{7}, volume.LayoutOptions{SizeBytes: 4 << 20, CowBytes: config.MinCowBytes, TailBytes: protocol.TailBytes(4<<20, protocol.MinJournalBytes)}, nil); err != nil {
 		t.Fatal(err)
@@ -45,7 +45,13 @@ func TestHooksEndTheUse(t *testing.T) {
 	if _, err := disk.ReadAt(raw, 0); err != nil {
 		t.Fatal(err)
 	}
-	s := aSwitching(t, raw)
+	return raw
+}
+
+// Who uses a volume is asked to end before it stands down; that can refuse it, but for force,
+// and then nothing has changed. That it is up is told whatever brought it up.
+func TestHooksEndTheUse(t *testing.T) {
+	s := aSwitching(t, formattedVolume(t))
 	s.config.Attach = true // needs no mapper
 	file := filepath.Join(t.TempDir(), "told")
 	line := func(status string) []string {
@@ -100,15 +106,7 @@ func (*statefulStack) WrittenBytes() (uint64, error) { return 1, nil }
 
 // A replica that can't have what was written refuses before anybody has to end, but by force.
 func TestHooksEndNothingInVain(t *testing.T) {
-	disk := blocktest.NewMemory(64 << 20)
-	if _, err := volume.FormatOn(disk, volume.UUID{7}, volume.LayoutOptions{SizeBytes: 4 << 20, CowBytes: config.MinCowBytes, TailBytes: protocol.TailBytes(4<<20, protocol.MinJournalBytes)}, nil); err != nil {
-		t.Fatal(err)
-	}
-	raw := make([]byte, disk.Size())
-	if _, err := disk.ReadAt(raw, 0); err != nil {
-		t.Fatal(err)
-	}
-	s := aSwitching(t, raw)
+	s := aSwitching(t, formattedVolume(t))
 	file := filepath.Join(t.TempDir(), "told")
 	s.managed.hooks = hooks.New("node-a", "data", map[hooks.Event][]string{hooks.BeforeDemote: {"/bin/sh", "-c", `echo >>"$1"; exit 1`, "hook", file}}, time.Minute, quiet())
 	t.Cleanup(s.managed.hooks.Close)
