@@ -197,10 +197,13 @@ func pendingRoles(ctx context.Context, s *stand, m *measured) error {
 		What: "the same as forced, with 256 MiB that were committed at the copy, and not applied, when the command was called"}
 	left := row{Name: "forced/pending/journal", Unit: "MiB", What: "what lay in the copy's journal at that moment, its frames' headers included"}
 	disk := row{Name: "forced/pending/disk", Unit: "s", What: "for comparison: 256 MiB read from one place of the copy's disk, written to another and flushed, 1 MiB at a time"}
-	for range m.runs(5, 1) {
-		written, journal, err := pendingOnce(ctx, s)
+	for n := range m.runs(5, 1) {
+		// Other bytes each time: the disk still has those of the run before, and what is
+		// equal is not sent.
+		seed := uint64(n * pendingTries)
+		written, journal, err := pendingOnce(ctx, s, seed)
 		for tries := 1; errors.Is(err, errApplied) && tries < pendingTries; tries++ {
-			written, journal, err = pendingOnce(ctx, s)
+			written, journal, err = pendingOnce(ctx, s, seed+uint64(tries))
 		}
 		if err != nil {
 			return err
@@ -218,7 +221,7 @@ func pendingRoles(ctx context.Context, s *stand, m *measured) error {
 	return nil
 }
 
-func pendingOnce(ctx context.Context, s *stand) (written, journal float64, err error) {
+func pendingOnce(ctx context.Context, s *stand, seed uint64) (written, journal float64, err error) {
 	b, err := newBothRoles(ctx, s, pendingRoleBytes, "    journal: 320MiB\n    cow: 64MiB\n")
 	if err != nil {
 		return 0, 0, err
@@ -232,7 +235,7 @@ func pendingOnce(ctx context.Context, s *stand) (written, journal float64, err e
 	if err := a.Run(ctx, "pause", "data"); err != nil {
 		return 0, 0, err
 	}
-	if err := fill(top, pendingBytes, 1); err != nil {
+	if err := fill(top, pendingBytes, 100+seed); err != nil {
 		return 0, 0, err
 	}
 	if err := a.Run(ctx, "resume", "data"); err != nil {
