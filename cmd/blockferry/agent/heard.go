@@ -447,7 +447,7 @@ func (s *silentError) Error() string {
 
 // supersedes says why a primary's disk is not written beside what another node said;
 // "": it may be. Of two that went their own ways from where both were, none is out of
-// date; but one that serves, or comes up at this moment, is not joined by a second.
+// date, and of two that forgot where that was either may be; and one that serves, or comes up at this moment, is not joined by a second.
 func (h heard) supersedes(disk protocol.Lineage, node string) string {
 	switch {
 	case len(h.lineage) == 0:
@@ -458,6 +458,8 @@ func (h heard) supersedes(disk protocol.Lineage, node string) string {
 			how = "the copy there is of a primary that took over, or newer"
 		}
 		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: %s", disk, node, h.lineage, how)
+	case protocol.Compare(disk, h.lineage).Kind == protocol.Unrelated:
+		return fmt.Sprintf("may be out of date: it holds history [%v], node '%s' [%v]: neither remembers what both held once", disk, node, h.lineage)
 	case h.primary && h.serving:
 		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, comes up at this moment, or can't tell whether it is up", disk, node, h.lineage)
 	}

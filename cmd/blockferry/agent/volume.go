@@ -169,7 +169,7 @@ func (m *managed) restoreUnasked(ctx context.Context) {
 	if m.at() != stageBlank || !m.restoresItself() {
 		return
 	}
-	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil {
+	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil && m.at() == stageBlank {
 		m.set(stageBlank, "it is not restored by itself: "+err.Error(), m.blankAdvice())
 	}
 }
@@ -522,11 +522,12 @@ func (m *managed) overtaken(id volume.UUID, disk protocol.Lineage) error {
 			continue
 		}
 		relation := protocol.Compare(disk, s.Lineage)
-		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged
+		forgot := relation.Kind == protocol.Unrelated && len(disk) > 0 // either may be the newer one
+		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged || forgot
 		if m.roles != nil {
 			// A volume that comes back from another node left the replica's line, which
 			// is the replica's to settle: its plan refuses, or gives it up.
-			behind = protocol.Superseded(disk, s.Lineage)
+			behind = protocol.Superseded(disk, s.Lineage) || forgot
 		}
 		if behind {
 			return &overtakenError{fmt.Sprintf("%s is out of date: it holds history [%v], replica '%s' on %s holds [%v]: %v",
