@@ -127,13 +127,13 @@ func cascaded(t *testing.T) {
 
 	// Its own disk is lost and restored from that one. Whether the other node took over meanwhile
 	// nobody says: the operator does.
-	w.b.must(t, "down")
-	stopAll(t, w.b)
+	w.b.kill(t)
+	removeStack(t, "data")
 	wipe(t, ubd(1), twinDisk)
 	w.b.beginAs(t, "primary")
 	w.b.start(t)
 	w.b.await(t, "blank", time.Minute, func(v status.Volume) bool { return v.Stage == "blank" })
-	w.b.refused(t, 3, []string{"restored epoch", "it is restored, but not up", "node 'node-a' does not say where it stands"}, "restore")
+	w.b.refused(t, 3, []string{"restored epoch", "it is restored, but not up", "node 'node-a' does not say where it stands"}, "restore", "--from", "ebs")
 	v = w.b.await(t, "waiting for the other node", time.Minute, func(v status.Volume) bool { return v.Stage == "waiting" })
 	if !strings.Contains(v.Advice, "blockferry primary data") {
 		t.Errorf("it waits: %+v", v)
