@@ -124,5 +124,22 @@ func cascaded(t *testing.T) {
 	if full, compared := plans(log, "full"), plans(log, "compare"); full+compared > 0 || plans(log, "incremental") == 0 || passed > written+written/4+1<<20 {
 		t.Errorf("after the take-over: %d full copies, %d comparisons, %d incremental epochs, %d bytes", full, compared, plans(log, "incremental"), passed)
 	}
+
+	// Its own disk is lost and restored from that one. Whether the other node took over meanwhile
+	// nobody says: the operator does.
+	w.b.kill(t)
+	removeStack(t, "data")
+	wipe(t, ubd(1), twinDisk)
+	w.b.beginAs(t, "primary")
+	w.b.start(t)
+	w.b.await(t, "blank", time.Minute, func(v status.Volume) bool { return v.Stage == "blank" })
+	w.b.refused(t, 3, []string{"restored epoch", "it is restored, but not up", "node 'node-a' does not say where it stands"}, "restore", "--from", "ebs")
+	v = w.b.await(t, "waiting for the other node", time.Minute, func(v status.Volume) bool { return v.Stage == "waiting" })
+	if !strings.Contains(v.Advice, "blockferry primary data") {
+		t.Errorf("it waits: %+v", v)
+	}
+	w.b.must(t, "primary")
+	v = w.b.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
+	judgeDevice(t, v.Path, h, end, end)
 	stopAll(t, w.b)
 }

@@ -57,7 +57,13 @@ func TestSplitBrainHealed(t *testing.T) {
 		strayed := image(t, v.Path, 0, twinVolume)
 		w.b.kill(t)
 		removeStack(t, "data")
-		w.a.start(t) // nobody answers it
+		w.a.start(t)
+		waits := w.a.await(t, "waiting for the other node", time.Minute, func(v status.Volume) bool { return v.Stage == "waiting" })
+		if waits.Up || !strings.Contains(waits.Reason, "node 'node-b' does not say where it stands") || !strings.Contains(waits.Advice, "blockferry primary data") {
+			t.Errorf("nobody answers the first one: %+v", waits)
+		}
+		w.a.refused(t, 3, []string{"may have taken over"}, "up")
+		w.a.must(t, "primary") // the operator knows less than we do
 		v = w.a.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up })
 		write()
 

@@ -80,7 +80,7 @@ volumes:
 		ratio := row{Name: name, Unit: "bytes", What: fmt.Sprintf("bytes sent, both ways, after %d min away (%d writes), per byte of the blocks of 4 KiB that had changed", minutes, writes)}
 		total := row{Name: name + "/sent", Unit: "MB", What: "bytes sent then, in all"}
 		saved := row{Name: name + "/written", Unit: "bytes", What: "bytes sent then, per byte written meanwhile"}
-		for range m.runs(3, 1) {
+		for range m.runs(5, 1) {
 			if err := s.settle(ctx); err != nil {
 				return err
 			}

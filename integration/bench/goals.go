@@ -66,7 +66,7 @@ var reasons = []struct{ prefix, why string }{
 		"The kernel waits for a grace period at each of three gates that it closes to writers; the raw numbers go in steps of 8.3 ms, so the ratio moves in steps of a fourth."},
 	{"tracked-vs-drbd-a/tracking/", "With nothing sent, a write to DRBD passes one driver, here four mappings as in tracked-vs-raw: some microseconds of CPU for each, on disks to which a write takes no longer than some tens."},
 	{"tracked-vs-drbd-a/", "Each machine is one emulated CPU. DRBD sends a write from the kernel, as it comes; here the writer shares that CPU with an agent that cuts each second, and without fine tracking nearly every write at random " +
-		"is the first to its block since the cut and waits for a commit of the era's marks. Fine tracking spares that: tracked-vs-drbd-a-debian."},
+		"is the first to its block since the cut and waits for a commit of the era's marks. With fine tracking, which this guest's kernel has not, an era lasts a minute, and most writes find their block marked."},
 	{"cut-stall/", "The guest has one CPU, its clock ticks every 10 ms and its kernel does not preempt: a stop waits for several processes' turns, each as long as what others make of theirs. Its longest single write to the bare disk took about half of 20 ms, or more, in the same runs (the raw numbers of outside/longest-write). With two CPUs: cut-stall-debian."},
 	{"cut-stall-debian/pre-copy/", emulatedStall + "What was written since the last round is read inside, too: under load that is the longest part."},
 	{"cut-stall-debian/", emulatedStall + "The longest part is the exchange of the base's table, for the cut and again for the release of its view: each waits for four of the kernel's grace periods, which take a turn of " +

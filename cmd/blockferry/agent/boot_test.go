@@ -156,7 +156,7 @@ func TestBootBesideOneThatTakesOver(t *testing.T) {
 // A node whose disk had no label when its agent began, such as one that is restored, is
 // heard as soon as it comes up; and one that the operator decided for is heard, too.
 func TestHeardWhileItComesUp(t *testing.T) {
-	for name, decided := range map[string]bool{"it asks": false, "it was decided for": true} {
+	for name, decided := range map[string]decision{"it asks": toBePrimary, "it was decided for": forced} {
 		nodes, run := twoNodes(t, diskAt(t, history(1, 10, 2, 12)), diskAt(t, history(1, 10, 3, 14)))
 		nodes[0].uuid = volume.UUID{}
 		nodes[0].decide(decided)
@@ -180,6 +180,7 @@ func TestNobodyAsksUnheard(t *testing.T) {
 	case <-time.After(100 * time.Millisecond):
 	}
 	run(1)
+	nodes[1].decide(toBePrimary)
 	if err := nodes[1].comesUp(); err != nil {
 		t.Fatalf("nobody answers, and it stays down: %v", err)
 	}

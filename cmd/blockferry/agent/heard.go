@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -385,9 +386,10 @@ func (h heard) inWords(mine protocol.Lineage, node string) string {
 }
 
 // superseded refuses a primary's disk, before anybody can write to it, that
-// another node's copy has left behind. From before they are asked, whether or not they
-// are, other nodes hear that it comes up, until rise(false): of two that come up at once
-// at least one hears of the other. A nil s asks nobody.
+// another node's copy has left behind, or that may have been while a node is silent: unless
+// the volume has a lease, which tells that, or the operator decided. From before they are
+// asked, whether or not they are, other nodes hear that it comes up, until rise(false): of two
+// that come up at once at least one hears of the other. A nil s asks nobody.
 func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	if s == nil {
 		return nil
@@ -398,9 +400,9 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 		return nil
 	}
 	s.mu.Lock()
-	decided := s.decided
+	word := s.decided
 	s.mu.Unlock()
-	if decided {
+	if word == forced {
 		return nil
 	}
 	s.agent.peers.heardHere()
@@ -419,14 +421,33 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 		if h, was := s.overtaken[node]; was && protocol.Superseded(disk, h.lineage) {
 			return &supersededError{s.config.Device + " " + h.supersedes(disk, node) + ", as it said before; now it does not answer: " + why}
 		}
+	}
+	if len(silent) > 0 && word == undecided && s.lease == nil {
+		return &silentError{silent}
+	}
+	for node, why := range silent {
 		s.log.Info("another node does not say where it stands", "node", node, "reason", why)
 	}
 	return nil
 }
 
+// silentError says that some nodes do not say where they stand: any may have taken over.
+type silentError struct{ silent map[string]string }
+
+func (s *silentError) Error() string {
+	words := "it was primary when it went down, and since then another node may have taken over:"
+	for i, node := range slices.Sorted(maps.Keys(s.silent)) {
+		if i > 0 {
+			words += ";"
+		}
+		words += fmt.Sprintf(" node '%s' does not say where it stands (%s)", node, s.silent[node])
+	}
+	return words
+}
+
 // supersedes says why a primary's disk is not written beside what another node said;
 // "": it may be. Of two that went their own ways from where both were, none is out of
-// date; but one that serves, or comes up at this moment, is not joined by a second.
+// date, and of two that forgot where that was either may be; and one that serves, or comes up at this moment, is not joined by a second.
 func (h heard) supersedes(disk protocol.Lineage, node string) string {
 	switch {
 	case len(h.lineage) == 0:
@@ -437,6 +458,8 @@ func (h heard) supersedes(disk protocol.Lineage, node string) string {
 			how = "the copy there is of a primary that took over, or newer"
 		}
 		return fmt.Sprintf("is out of date: it holds history [%v], node '%s' [%v]: %s", disk, node, h.lineage, how)
+	case protocol.Compare(disk, h.lineage).Kind == protocol.Unrelated:
+		return fmt.Sprintf("may be out of date: it holds history [%v], node '%s' [%v]: neither remembers what both held once", disk, node, h.lineage)
 	case h.primary && h.serving:
 		return fmt.Sprintf("would be a second primary: it holds history [%v], node '%s' [%v], and that node is primary and up, comes up at this moment, or can't tell whether it is up", disk, node, h.lineage)
 	}

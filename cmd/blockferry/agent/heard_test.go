@@ -42,6 +42,8 @@ func TestSecondPrimaryStaysDown(t *testing.T) {
 		"this one took over from it, which went on":        {history(1, 10, 3, 13), history(1, 11), down, false},
 		"it serves, and this one went on from what it has": {history(1, 10, 3, 13), history(1, 10), serving, true},
 		"both hold the same":                               {history(1, 10), history(1, 10), serving, true},
+		"neither remembers where they parted":              {history(1, 10), history(3, 13), down, true},
+		"the same, and it is secondary, too":               {history(1, 10), history(3, 13), heard{}, true},
 		"it says nothing of its history":                   {history(1, 10), nil, serving, false},
 	} {
 		h := c.h

@@ -132,12 +132,12 @@ func (s *switching) primaryWithout(ctx context.Context, force bool, off []string
 		if err := s.needHere(ctx, force); err != nil {
 			return "", err
 		}
-		s.decide(force) // also where another node went on from what it has
+		s.decide(forcedIf(force)) // by force also where another node went on from what it has
 		message, err := s.managed.up(ctx)
 		if err != nil {
 			return "", err
 		}
-		s.decide(false) // it may have been up
+		s.decide(undecided) // it may have been up
 		return "is primary already: " + message, nil
 	}
 	begun := time.Now()
@@ -188,6 +188,7 @@ func (s *switching) primaryWithout(ctx context.Context, force bool, off []string
 	if err != nil && !errors.Is(err, protocol.ErrTookOver) {
 		if s.roleOnDisk() == rolePrimary { // what failed came after the label
 			taken = true
+			s.decide(forcedIf(force))
 			s.set(rolePrimary, st.VolumeUUID)
 			s.unhear()
 			return "", fmt.Errorf("it is primary, and is brought up by itself: %w", err)
@@ -196,10 +197,10 @@ func (s *switching) primaryWithout(ctx context.Context, force bool, off []string
 		return "", exit.Mark(exit.Refused, err)
 	}
 	taken = true
-	s.decide(true) // the nodes were asked just now, and hear of this one since
+	s.decide(forced) // the nodes were asked just now, and hear of this one since
 	up, err := s.startTaken(st.VolumeUUID)
-	s.decide(force && err != nil)
 	if err != nil {
+		s.decide(forcedIf(force))
 		return "", fmt.Errorf("it is primary, and not up: %w", err)
 	}
 	message := fmt.Sprintf("primary from %v on, %s, in %s: %s", st.Lineage.Tip(), up, progress.FormatDuration(time.Since(begun)), did.Loss)
@@ -396,7 +397,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 	h, err := s.standDown(force)
 	if err != nil && s.roleOnDisk() == roleSecondary { // what failed came after the label
 		s.unhear()
-		s.decide(false)
+		s.decide(undecided)
 		s.set(roleSecondary, volume.UUID{})
 		s.lease.decline()
 		return at, "", fmt.Errorf("it is secondary, and its disk is settled by itself: %w", err)
@@ -409,7 +410,7 @@ func (s *switching) standDownNow(ctx context.Context, force bool) (at protocol.P
 		return at, "", exit.Mark(exit.Refused, err)
 	}
 	s.unhear()
-	s.decide(false)
+	s.decide(undecided)
 	s.set(roleSecondary, volume.UUID{})
 	s.lease.decline()
 	at = h.Lineage.Tip()
@@ -476,8 +477,8 @@ func (s *switching) goDown(ctx context.Context, force bool) (waited []string, er
 	}
 	m.set(stageStarting, err.Error(), "")
 	m.log.Warn("it does not stand down", "error", err, "stack-gone", gone)
-	s.decide(true) // it goes on as it was
-	defer s.decide(false)
+	s.decide(forced) // it goes on as it was
+	defer s.decide(undecided)
 	if up := m.bringUp(nil); up != nil {
 		return nil, errors.Join(err, up)
 	}

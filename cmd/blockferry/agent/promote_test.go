@@ -96,17 +96,17 @@ func (fakeStack) Path() string         { return "/dev/mapper/data" }
 func TestForceCountsOnce(t *testing.T) {
 	s := aSwitching(t, nil)
 	s.config.Attach = true // needs no mapper
-	s.decide(true)
-	if _, err := s.managed.down(t.Context(), true); err != nil || s.decided {
+	s.decide(forced)
+	if _, err := s.managed.down(t.Context(), true); err != nil || s.decided != undecided {
 		t.Errorf("after a down: %v, %v", s.decided, err)
 	}
-	s.decide(true)
+	s.decide(forced)
 	s.managed.nowUp(fakeStack{}, nil)
-	if s.decided {
+	if s.decided != undecided {
 		t.Error("after it came up")
 	}
-	s.decide(true)
-	if _, err := s.primary(t.Context(), true); err != nil || s.decided {
+	s.decide(forced)
+	if _, err := s.primary(t.Context(), true); err != nil || s.decided != undecided {
 		t.Errorf("after 'primary' of one that is up: %v, %v", s.decided, err)
 	}
 }

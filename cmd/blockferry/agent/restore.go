@@ -62,9 +62,6 @@ func (m *managed) restoreHere(ctx context.Context, from string, force bool, send
 	m.mu.Lock()
 	m.progress = nil
 	m.mu.Unlock()
-	if err == nil {
-		err = m.bringUp(&done)
-	}
 	if err != nil {
 		m.log.Error("restore failed", "error", err)
 		m.set(stageBlank, "a restore failed: "+err.Error(), "blockferry restore "+m.config.Name+" goes on where it stopped")
@@ -77,6 +74,12 @@ func (m *managed) restoreHere(ctx context.Context, from string, force bool, send
 	message := m.outcome(plan, begun)
 	m.log.Info("restored", "outcome", message)
 	m.agent.hub.publish(m.config.Name, state.replica, "restored", message)
+	if err := m.bringUp(&done); err != nil {
+		if m.at() == stageRestoring {
+			m.set(stageStarting, err.Error(), "")
+		}
+		return fmt.Errorf("%s; it is restored, but not up: %w", message, err)
+	}
 	if send == nil {
 		return nil
 	}
@@ -88,7 +91,7 @@ func (m *managed) restoreHere(ctx context.Context, from string, force bool, send
 func (m *managed) outcome(p restorePlan, begun time.Time) string {
 	at := time.Unix(0, p.status.CutUnixNanos).UTC()
 	lost := begun.Sub(at)
-	return fmt.Sprintf("%s: restored epoch %d (%v) from replica '%s', cut at %s, %s compared, in %s; writes after the cut are lost: at most %s, the time from the cut to the restore",
+	return fmt.Sprintf("%s: restored epoch %d (%v) from replica '%s', cut at %s, %s, what holds data compared, in %s; writes after the cut are lost: at most %s, the time from the cut to the restore",
 		m.config.Name, p.status.Committed.Epoch, p.status.Committed, p.from.config.Name, at.Format("2006-01-02 15:04:05.000 UTC"),
 		config.FormatSize(p.status.SizeBytes), progress.FormatDuration(time.Since(begun)), progress.FormatDuration(lost))
 }

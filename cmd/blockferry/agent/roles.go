@@ -51,7 +51,7 @@ type switching struct {
 	mu      sync.Mutex
 	role    role
 	uuid    volume.UUID // zero: not known
-	decided bool        // it comes up once as primary, whatever other nodes say
+	decided decision
 	heard   map[string]heard
 	// overtaken is what a node said last, beside which the primary's disk here is not written.
 	overtaken map[string]heard
@@ -95,15 +95,32 @@ func (s *switching) at() role {
 	return s.role
 }
 
-// decide has the next start ask no other node, or asks again. That is the operator's word,
-// and counts until the volume is up. A nil s does nothing.
-func (s *switching) decide(decided bool) {
+// decision is the operator's word on a primary's disk that is down. It counts for one start,
+// until the volume is up.
+type decision int
+
+const (
+	undecided   decision = iota // it comes up when every other node answers, and none stands against it
+	toBePrimary                 // those that do not answer do not count
+	forced                      // whatever other nodes say
+)
+
+// forcedIf is what 'primary' decides.
+func forcedIf(force bool) decision {
+	if force {
+		return forced
+	}
+	return toBePrimary
+}
+
+// decide sets it. A nil s does nothing.
+func (s *switching) decide(word decision) {
 	if s == nil {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.decided = decided
+	s.decided = word
 }
 
 // promote has other nodes hear of a primary while the copy here takes over from at; nil

@@ -113,7 +113,7 @@ func (m *managed) down(ctx context.Context, force bool) (string, error) {
 	if err := m.notSecondary(); err != nil { // since it was asked
 		return "", err
 	}
-	m.roles.decide(false)
+	m.roles.decide(undecided)
 	if m.config.Attach {
 		return m.detach(ctx, force)
 	}

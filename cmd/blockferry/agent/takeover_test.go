@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -152,7 +153,8 @@ func secondaryAt(t *testing.T, o protocol.FormatOptions) *switching {
 }
 
 // A primary's disk that a node left behind stays down when that node does not answer any more, unless
-// the operator decides; one that nobody left behind comes up beside nodes that are silent.
+// the operator forces it. One that nobody left behind waits for nodes that are silent, unless the
+// operator decides, or a lease tells that none of them is primary.
 func TestOvertakenStaysDown(t *testing.T) {
 	disk := history(1, 10)
 	for name, c := range map[string]struct {
@@ -172,17 +174,23 @@ func TestOvertakenStaysDown(t *testing.T) {
 			t.Errorf("%s, and answers: it comes up", name)
 		}
 		stop()
+		var silent *silentError
+		if err := s.superseded(volume.UUID{7}, history(1, 10, 3, 20)); !errors.As(err, &silent) || !strings.Contains(err.Error(), "node 'node-b' does not say") {
+			t.Errorf("%s, and does not answer, and the disk has another history: %v", name, err)
+		}
+		s.decide(toBePrimary)
 		err := s.superseded(volume.UUID{7}, disk)
 		if c.stays != (err != nil) || c.stays && !strings.Contains(err.Error(), "as it said before") {
 			t.Errorf("%s, and does not answer: %v", name, err)
 		}
-		s.decide(true)
+		s.decide(forced)
 		if err := s.superseded(volume.UUID{7}, disk); err != nil {
 			t.Errorf("%s, and the operator decided: %v", name, err)
 		}
-		s.decide(false)
+		s.decide(undecided)
+		s.lease = &keeper{}
 		if err := s.superseded(volume.UUID{7}, history(1, 10, 3, 20)); err != nil {
-			t.Errorf("%s, and the disk has another history: %v", name, err)
+			t.Errorf("%s, the disk has another history, and a lease: %v", name, err)
 		}
 	}
 }

@@ -39,7 +39,7 @@ const (
 	stageRefused                // its disk holds what is not this volume
 	stageRestoring              // it is being filled
 	stageDown                   // the operator took it down
-	stageWaiting                // it may not be written here without its lease
+	stageWaiting                // it may not be written here without its lease, or while other nodes are silent
 	stageUp
 )
 
@@ -169,7 +169,7 @@ func (m *managed) restoreUnasked(ctx context.Context) {
 	if m.at() != stageBlank || !m.restoresItself() {
 		return
 	}
-	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil {
+	if err := m.restoreHere(ctx, "", false, nil); err != nil && ctx.Err() == nil && m.at() == stageBlank {
 		m.set(stageBlank, "it is not restored by itself: "+err.Error(), m.blankAdvice())
 	}
 }
@@ -205,11 +205,11 @@ func (m *managed) set(s stage, reason, advice string) {
 		words += ": " + reason
 	}
 	m.agent.hub.publish(m.config.Name, "", "volume-"+stageWords[s], words)
+	level := slog.LevelInfo
 	if s == stageRefused || s == stageBusy || s == stageAbsent {
-		m.log.Warn("volume is "+stageWords[s], "reason", reason, "advice", advice)
-	} else {
-		m.log.Info("volume is "+stageWords[s], "reason", reason)
+		level = slog.LevelWarn
 	}
+	m.log.Log(context.Background(), level, "volume is "+stageWords[s], "reason", reason, "advice", advice)
 }
 
 var stageWords = map[stage]string{stageStarting: "starting", stageAbsent: "absent", stageBlank: "blank", stageBusy: "busy", stageRefused: "refused",
@@ -322,7 +322,7 @@ func (m *managed) nowUp(stack raised, r *running) {
 	m.on, m.lostWords, m.lostAdvice = on, "", ""
 	m.mu.Unlock()
 	m.agent.disks.settle(m.config.Device)
-	m.roles.decide(false)
+	m.roles.decide(undecided)
 	if why := stack.TrackingLost(); why != "" {
 		m.log.Warn("what changed before is not known; replicas are compared in full", "reason", why)
 	}
@@ -355,6 +355,7 @@ func (m *managed) refuse(err error) error {
 	var foreign *foreignContent
 	var stale *overtakenError
 	var superseded *supersededError
+	var silent *silentError
 	var waits *noLeaseError
 	switch {
 	case errors.As(err, &waits):
@@ -371,6 +372,8 @@ func (m *managed) refuse(err error) error {
 		advice = "nothing is written to it; to have it follow the node that is primary: blockferry secondary " + m.config.Name
 	case errors.As(err, &superseded):
 		advice = switchAdvice(m.config)
+	case errors.As(err, &silent):
+		stage, advice = stageWaiting, "it comes up by itself when they answer; where it is known that none of them is primary: blockferry primary "+m.config.Name
 	case errors.As(err, &foreign):
 		advice = "nothing is written to it; if its content may be lost: blockferry restore --force " + m.config.Name + ", or, for a new volume, blockferry create"
 	case errors.Is(err, udev.ErrAmbiguous):
@@ -519,11 +522,12 @@ func (m *managed) overtaken(id volume.UUID, disk protocol.Lineage) error {
 			continue
 		}
 		relation := protocol.Compare(disk, s.Lineage)
-		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged
+		forgot := relation.Kind == protocol.Unrelated && len(disk) > 0 // either may be the newer one
+		behind := relation.Kind == protocol.Behind || relation.Kind == protocol.Diverged || forgot
 		if m.roles != nil {
 			// A volume that comes back from another node left the replica's line, which
 			// is the replica's to settle: its plan refuses, or gives it up.
-			behind = protocol.Superseded(disk, s.Lineage)
+			behind = protocol.Superseded(disk, s.Lineage) || forgot
 		}
 		if behind {
 			return &overtakenError{fmt.Sprintf("%s is out of date: it holds history [%v], replica '%s' on %s holds [%v]: %v",

@@ -29,7 +29,7 @@ type Volume struct {
 	// BothRoles: it can be primary and secondary here.
 	BothRoles bool `json:"both-roles,omitempty"`
 	// Stage is where the agent is with it: starting (not looked at yet),
-	// absent, blank, busy (somebody else has a disk), refused, restoring, waiting (for its lease),
+	// absent, blank, busy (somebody else has a disk), refused, restoring, waiting (for its lease, or for other nodes to answer),
 	// down or up; or secondary: it is only a replica here.
 	Stage string `json:"stage"`
 	// Lease is that of a volume with 'promote: auto'.
