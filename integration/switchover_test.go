@@ -17,7 +17,8 @@ import (
 // primary, under one name.
 type twins struct {
 	a, b *cli
-	wire *zone
+	wire *zone    // b's end of what joins them
+	ends [2]*zone // both ends, a's first
 }
 
 const (
@@ -70,7 +71,7 @@ func madeTwins(t *testing.T, diskA, diskB, top, more string) *twins {
 	file := func(me, other, role, here, there, device string) *cli {
 		return newCLI(t, twinFile(top, me, folders[me], here, t.TempDir(), role, device, twinVolume, more, other, there))
 	}
-	w := &twins{wire: zoneB}
+	w := &twins{wire: zoneB, ends: [2]*zone{zoneA, zoneB}}
 	w.a = file("node-a", "node-b", "primary", "10.9.0.1", "10.9.0.2", diskA)
 	w.b = file("node-b", "node-a", "secondary", "10.9.0.2", "10.9.0.1", diskB)
 	w.a.inside, w.b.inside = zoneA.inside(), zoneB.inside()

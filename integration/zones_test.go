@@ -5,7 +5,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -62,6 +65,52 @@ func twoZones(t *testing.T) (a, b *zone) {
 		z.ip("link set wire up")
 	}
 	return a, b
+}
+
+// netem has the zone's end of the wire delay, lose and hold back what leaves there, in
+// the words of tc's netem. The guest needs the module sch_netem.
+func (z *zone) netem(words string) {
+	z.t.Helper()
+	z.tc("qdisc replace dev wire root netem " + words)
+}
+
+func (z *zone) tc(args string) string {
+	z.t.Helper()
+	return run(z.t, "nsenter", append([]string{"--net=" + z.path, "tc"}, strings.Fields(args)...)...)
+}
+
+var droppedPackets = regexp.MustCompile(`\(dropped (\d+),`)
+
+// dropped is how many packets netem lost at the zone's end of the wire.
+func (z *zone) dropped() int {
+	z.t.Helper()
+	out := z.tc("-s qdisc show dev wire")
+	m := droppedPackets.FindStringSubmatch(out)
+	if m == nil {
+		z.t.Fatalf("tc does not say what was dropped: %s", out)
+	}
+	n, err := strconv.Atoi(m[1])
+	if err != nil {
+		z.t.Fatal(err)
+	}
+	return n
+}
+
+// arrived is how many bytes came out of the wire at the zone's end, headers included.
+func (z *zone) arrived() int64 {
+	z.t.Helper()
+	table := mustRead(z.t, filepath.Join(filepath.Dir(filepath.Dir(z.path)), "net/dev"))
+	for line := range strings.Lines(table) {
+		if counts, ok := strings.CutPrefix(strings.TrimSpace(line), "wire:"); ok {
+			n, err := strconv.ParseInt(strings.Fields(counts)[0], 10, 64)
+			if err != nil {
+				z.t.Fatal(err)
+			}
+			return n
+		}
+	}
+	z.t.Fatalf("no wire in %s", table)
+	return 0
 }
 
 // slowLink passes connections on at a rate, in bytes per second each way, and
