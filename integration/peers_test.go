@@ -122,7 +122,8 @@ func TestPeer(t *testing.T) {
 		return r.Connection != "Connected" && r.Reason != ""
 	})
 	t.Logf("the cut link was noticed after %v: %s", time.Since(cut).Round(10*time.Millisecond), replicaNamed(t, v, "zone-b").Reason)
-	if took := time.Since(cut); took > 40*time.Second {
+	// 10 s of silence, or 10 s from when something was sent within these; and a busy machine.
+	if took := time.Since(cut); took > 25*time.Second {
 		t.Errorf("a dead path was noticed after %v", took)
 	}
 	p.b.await(t, "aware of the cut link", time.Minute, func(v status.Volume) bool { return v.FedBy == "" && strings.Contains(v.Reason, "nobody feeds it") })
