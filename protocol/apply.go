@@ -263,14 +263,14 @@ func watchPlaces(sizeBytes int64) (out []watchedPlace) {
 	return out
 }
 
-// watch returns the digests of the watched places; those in old that nothing
-// in t touched are taken as they are.
-func watch(store Store, l layout, old []watchedPlace, t *touched) ([]watchedPlace, error) {
+// watch returns the digests of the watched places; those in old that did not
+// change are taken as they are.
+func watch(store Store, l layout, old []watchedPlace, changed func(Range) bool) ([]watchedPlace, error) {
 	places := watchPlaces(l.size)
 	buf := make([]byte, maxWatchedBytes)
 	for i := range places {
 		w := &places[i]
-		if len(old) == len(places) && !t.has(Range{w.offset, w.length}) {
+		if len(old) == len(places) && !changed(Range{w.offset, w.length}) {
 			*w = old[i]
 			continue
 		}

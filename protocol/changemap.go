@@ -143,6 +143,16 @@ func (t *touched) has(r Range) bool {
 	return false
 }
 
+// looked is has, or that something in the range was compared.
+func (t *touched) looked(r Range) bool {
+	for c := r.Offset / ChunkBytes; c <= (r.End()-1)/ChunkBytes; c++ {
+		if p := t.pages[c/mapPageEntries]; p != nil && p.same[c%mapPageEntries/64]&(1<<(c%mapPageEntries%64)) != 0 {
+			return true
+		}
+	}
+	return t.has(r)
+}
+
 // takeNew moves what f touches to t and returns it if some was not there.
 func (t *touched) takeNew(o *touched) (added *touched) {
 	for index, p := range o.pages {

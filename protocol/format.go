@@ -255,6 +255,6 @@ func (sb *superblock) hold(store Store, h *Holding) (err error) {
 	if _, err := cmap.update(changed, tip.Epoch); err != nil {
 		return err
 	}
-	sb.watched, err = watch(store, sb.layout, nil, newTouched(sb.layout.size))
+	sb.watched, err = watch(store, sb.layout, nil, nil)
 	return err
 }

@@ -232,7 +232,7 @@ func (sb *superblock) enlarge(ctx context.Context, store Store, to layout, progr
 	}
 	if sb.state == DiskConsistent {
 		var err error
-		if next.watched, err = watch(store, to, nil, newTouched(to.size)); err != nil {
+		if next.watched, err = watch(store, to, nil, nil); err != nil {
 			return err
 		}
 	}

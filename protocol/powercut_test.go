@@ -77,7 +77,7 @@ func TestAcceptChangesSurvivesPowerCuts(t *testing.T) {
 	must(t, FormatReplica(dev, testOptions(testVolume)))
 	sb := super(t, dev)
 	tip := Position{Generation{7}, 1}
-	watched, err := watch(dev, sb.layout, nil, newTouched(testVolume))
+	watched, err := watch(dev, sb.layout, nil, nil)
 	must(t, err)
 	sb.sequence++
 	sb.state, sb.lineage, sb.applied, sb.committed, sb.mapBase, sb.watched = DiskConsistent, Lineage{tip}, tip, tip, 1, watched

@@ -280,6 +280,15 @@ func (r *rig) sync() uint64 {
 	if err != nil {
 		r.t.Fatalf("%v; voids %v, lost %v", err, r.voids, r.lost)
 	}
+	// Who waits for the status may see it before the event that tells of the epoch.
+	eventually(r.t, "what was committed is told of", func() bool {
+		for _, report := range r.p.Status().Replicas {
+			if e := r.epochs(report.Name); report.LastEpoch != nil && (len(e) == 0 || e[len(e)-1].Epoch < report.LastEpoch.Epoch) {
+				return false
+			}
+		}
+		return true
+	})
 	return epoch
 }
 

@@ -96,7 +96,7 @@ func (r *Replica) AcceptChanges(g Generation) error {
 	if err := r.cmap.writeAll(next.Epoch, nil); err != nil {
 		return r.failed(err)
 	}
-	watched, err := watch(r.store, r.lay, nil, newTouched(r.lay.size))
+	watched, err := watch(r.store, r.lay, nil, nil)
 	if err != nil {
 		return r.failed(err)
 	}

@@ -554,7 +554,11 @@ func (r *Replica) markApplied(t *touched, c commitRecord, p *pendingEpoch, then 
 	r.mu.Lock()
 	old := r.sb.watched
 	r.mu.Unlock()
-	watched, err := watch(r.store, r.lay, old, t)
+	changed := t.has
+	if p == nil { // one before that was cut off may have brought what now was found equal
+		changed = t.looked
+	}
+	watched, err := watch(r.store, r.lay, old, changed)
 	if err != nil {
 		return err
 	}

@@ -61,8 +61,11 @@ func TestSimulate(t *testing.T) {
 	if *simulateSeeds >= 500 && all["inherited"] == 0 { // one walk in ten or twenty
 		t.Error("nobody ever asked for the time before a take-over")
 	}
+	if *simulateSeeds >= 500 && all["restore cut off"] == 0 {
+		t.Error("no restore was ever cut off")
+	}
 	for _, what := range []string{"incremental", "compare", "full", "refuse", "gave up", "rescued", "took over", "stood down", "strayed", "crash", "fault", "power cut", "disk lost", "two primaries", "link cut", "resumed", "not resumed",
-		"another in the session", "not passed on", "passed on, incremental", "passed on, compare", "passed on, full", "passed on, nothing", "passed on, refuse"} {
+		"another in the session", "restored", "restored, primary", "not passed on", "passed on, incremental", "passed on, compare", "passed on, full", "passed on, nothing", "passed on, refuse"} {
 		if all[what] == 0 {
 			t.Errorf("it never came to: %s", what)
 		}

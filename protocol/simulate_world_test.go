@@ -215,6 +215,8 @@ func (w *simWorld) move() error {
 		return n.standDown(other)
 	case k > 14 && k < 18 && !n.primary:
 		return n.takeOver()
+	case k == 18 && !n.primary && !other.primary && n != other:
+		return n.restore(other)
 	case k == 19 && w.rng.IntN(4) == 0 && !n.primary:
 		w.did["disk lost"]++
 		w.say("%s loses its disk", n.name)
