@@ -71,10 +71,10 @@ var builtBPFTests = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// checkTrackerOn runs the tracker's own tests on a disk with requests and on
-// those that take bios as they come: of exactness, and of cuts of a disk that is written to
+// checkTrackerOn runs the tracker's own tests on disks with requests, one of them NVMe with
+// a partition, and on those that take bios as they come: of exactness, and of cuts of a disk that is written to
 // all the time. Stripes split what is written.
-func checkTrackerOn(t *testing.T, disk string) {
+func checkTrackerOn(t *testing.T, disk, nvme, partition string) {
 	const size = 16 << 20
 	modprobe(t, "zram", "num_devices=1")
 	put := func(path, text string) {
@@ -98,9 +98,12 @@ func checkTrackerOn(t *testing.T, disk string) {
 	})
 	for _, c := range []struct{ device, test, uncounted string }{
 		{disk, "EveryChangeOfADevice", ""},
+		{nvme, "EveryChangeOfADevice", ""},
+		{partition, "EveryChangeOfADevice", ""},
 		{linear, "EveryChangeOfADevice", ""},
 		{"/dev/zram0", "EveryChangeOfADevice", "discard, zero-out, punch hole, zero range"},
 		{"/dev/md77", "EveryChangeOfADevice", "discard"},
+		{partition, "BusyDevice", ""},
 		{striped, "BusyDevice", ""},
 		{"/dev/zram0", "BusyDevice", ""},
 		{"/dev/md77", "BusyDevice", ""},

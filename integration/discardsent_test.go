@@ -2,7 +2,6 @@ package integration
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -216,126 +215,6 @@ func checkDiscardsAreSent(t *testing.T, ssd, ebs string, cuts int, image string)
 	c.must(t, "down")
 }
 
-// What a file system gives back under load is free on both sides. What is
-// discarded while an epoch is read from a frozen view is not; so replication is
-// paused for it.
-func TestTrimFreesBothSides(t *testing.T) {
-	t.Parallel()
-	const size = 320 << 20 // as small as xfs may be
-	for _, kind := range []string{"ext4", "xfs"} {
-		t.Run(kind, func(t *testing.T) {
-			inGuest(t, guest{Memory: "2000M", Disks: []disk{{Size: 16 << 20}}, Modules: []string{"loop"}, Timeout: 8 * time.Minute}, func(t *testing.T) {
-				ssd, ssdFile := thinDisk(t, 1100<<20)
-				ebs, ebsFile := thinDisk(t, 1100<<20)
-				c := newCLI(t, strings.Replace(onlyOnSync(ssd, ebs, size), "interval: 1h", "interval: 100ms", 1))
-				c.must(t, "create")
-				c.start(t)
-				path := c.await(t, "up", time.Minute, func(v status.Volume) bool { return v.Up }).Path
-				mkfs(t, kind, path)
-				dir := mustMount(t, kind, path, "")
-				stop, stopped := make(chan struct{}), make(chan error, 1)
-				go func() { stopped <- churn(dir, stop, writerPause) }()
-				// freed is what the volume takes less of on each side after a large file
-				// was removed and trimmed, in MiB.
-				freed := func(trim func()) (ssdMiB, ebsMiB int64) {
-					t.Helper()
-					if err := os.WriteFile(dir+"/large", filled(100<<20), 0o600); err != nil {
-						t.Fatal(err)
-					}
-					unix.Sync()
-					c.syncAndSettle(t, ebs)
-					taken := func() [2]int64 {
-						return [2]int64{allocatedWithin(t, ssdFile, dataOffset, size), allocatedWithin(t, ebsFile, 0, size)}
-					}
-					full := taken()
-					if err := os.Remove(dir + "/large"); err != nil {
-						t.Fatal(err)
-					}
-					unix.Sync()
-					trim()
-					c.syncAndSettle(t, ebs)
-					left := taken()
-					return (full[0] - left[0]) >> 20, (full[1] - left[1]) >> 20
-				}
-				one, other := freed(func() { t.Log(run(t, "fstrim", "-v", dir)) })
-				t.Logf("while it is replicated: of 100 MiB the SSD gave back %d, the replica %d", one, other)
-				// Some of it may have been dropped, as a frozen view was held.
-				if other < one-10 {
-					t.Errorf("while it is replicated: of 100 MiB the SSD gave back %d, the replica %d", one, other)
-				}
-				one, other = freed(func() {
-					c.must(t, "pause")
-					awaitNoView(t)
-					t.Log(run(t, "fstrim", "-v", dir))
-					c.must(t, "resume")
-				})
-				t.Logf("paused: of 100 MiB the SSD gave back %d, the replica %d", one, other)
-				if one < 80 || other < 80 {
-					t.Errorf("paused: of 100 MiB the SSD gave back %d, the replica %d", one, other)
-				}
-				close(stop)
-				if err := <-stopped; err != nil {
-					t.Error(err)
-				}
-				mustUnmount(t, dir)
-				c.syncAndSettle(t, ebs)
-				same(t, path, ebs, size)
-				if out, err := checkCopy(t, kind, ebs, size); err != nil {
-					t.Errorf("%v\n%s", err, out)
-				}
-				// A discard alone is a change: nobody asks for an epoch here.
-				awaitNoView(t)
-				discardRange(t, path, 0, 1<<20)
-				replica := openBoth(t, ebs)
-				defer replica.Close()
-				image := alignedBuffer(1 << 20)
-				for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-					if _, err := replica.ReadAt(image, 0); err != nil {
-						t.Fatal(err)
-					}
-					if allZero(image) {
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Fatal("what was discarded on an idle volume is not zeros on the replica after a minute")
-					}
-				}
-				c.must(t, "verify")
-				c.must(t, "down")
-			})
-		})
-	}
-}
-
-// dataOffset is where the volume begins on its SSD.
-const dataOffset = 1 << 20
-
-// allocatedWithin is how much of a range of a sparse file takes room.
-func allocatedWithin(t *testing.T, path string, offset, length int64) (bytes int64) {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for at, end := offset, offset+length; at < end; {
-		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) { // a hole up to the end
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		hole, err := unix.Seek(int(f.Fd()), data, unix.SEEK_HOLE)
-		if err != nil {
-			t.Fatal(err)
-		}
-		bytes += max(0, min(hole, end)-data)
-		at = hole
-	}
-	return bytes
-}
-
 // awaitNoView waits until no frozen view is held.
 func awaitNoView(t *testing.T) {
 	t.Helper()
@@ -475,13 +354,4 @@ func fillDifferent(t *testing.T, device string, offset, length int64, try byte) 
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// filled is content without a zero.
-func filled(n int) []byte {
-	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(i%251 + 1)
-	}
-	return b
 }

@@ -23,7 +23,7 @@ import (
 // guest says what kind of guest a test needs.
 type guest struct {
 	Memory  string // default 1000M
-	Disks   []disk // /dev/ubda, /dev/ubdb, … (ubd); under qemu vd
+	Disks   []disk // /dev/ubda, /dev/ubdb, … (ubd); under qemu vd, or NVMe
 	Modules []string
 	Timeout time.Duration // default 3 minutes
 	Env     []string

@@ -2,6 +2,8 @@ package integration
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"strings"
@@ -10,6 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"blockferry/blockdev/udev"
+	"blockferry/integration/qemu"
 	"blockferry/integration/uml"
 	"blockferry/integration/vm"
 )
@@ -17,7 +21,10 @@ import (
 // The kernel that users have: Debian's, with preemption and two CPUs. It boots
 // once for all that is tested on it.
 func TestDebianKernel(t *testing.T) {
-	g := guest{Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}}, Modules: []string{"ext4", "loop"}, Timeout: 15 * time.Minute}
+	g := guest{
+		Memory: "2000M", Modules: []string{"ext4", "loop", "nvme"}, Timeout: 15 * time.Minute,
+		Disks: []disk{{Size: frozenViewDisk}, {Size: pointInTimeDisk}, {Size: pointInTimeDisk}, {Size: trackedDisk}, {Size: pointInTimeDisk + 1<<20, NVMe: true}},
+	}
 	if !uml.Inside() {
 		mustHost(t, emulator)
 		tests, err := builtBPFTests()
@@ -28,20 +35,60 @@ func TestDebianKernel(t *testing.T) {
 	}
 	inQemu(t, g, func(t *testing.T) {
 		t.Run("HasWhatTestsNeed", checkDebianKernel)
+		partition := nvmePartition(t)
+		t.Run("NamesOfNVMe", checkNVMeNames)
 		t.Run("FrozenView", func(t *testing.T) { checkFrozenView(t, vd(0)) })
 		t.Run("NumberedWrites", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 2, "snapshot") })
 		t.Run("PreCopy", func(t *testing.T) { checkNumberedWrites(t, vd(1), vd(2), 6, "pre-copy") })
 		t.Run("FineTracking", func(t *testing.T) { checkFineTracking(t, vd(1), vd(2)) })
-		t.Run("FineDiscards", func(t *testing.T) { checkFineDiscards(t, vd(1), vd(2)) })
+		t.Run("FineDiscards", func(t *testing.T) { checkFineDiscards(t, "serial:"+nvmeVolume+"-part1", vd(2)) })
 		t.Run("DiscardsAreSent", func(t *testing.T) {
 			wipe(t, vd(1), pointInTimeDisk)
 			checkDiscardsAreSent(t, vd(1), vd(2), 5, "pre-copy")
 		})
 		t.Run("DiscardsOutliveTheAgent", func(t *testing.T) { checkDiscardsOutliveTheAgent(t, vd(1), vd(2), "snapshot") })
 		t.Run("DiscardsAreNamed", checkDiscardsAreNamed)
-		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3)) })
+		t.Run("TrimWhileReplicated", checkTrimWhileReplicated)
+		t.Run("Tracker", func(t *testing.T) { checkTrackerOn(t, vd(3), nvmeDisk, partition) })
 		t.Run("TrackerBelowEra", func(t *testing.T) { checkTrackerBelowEra(t, vd(3)) })
 	})
+}
+
+const (
+	// nvmeDisk is the guest's fifth; it says that it is this volume of EBS.
+	nvmeDisk   = "/dev/nvme0n1"
+	nvmeVolume = "vol-00000000000000004"
+)
+
+// nvmePartition is one of pointInTimeDisk bytes that begins at no block's border.
+func nvmePartition(t *testing.T) (path string) {
+	t.Helper()
+	awaitFile(t, nvmeDisk)
+	run(t, "addpart", nvmeDisk, "1", fmt.Sprint(2048-63), fmt.Sprint(pointInTimeDisk/sector))
+	awaitFile(t, nvmeDisk+"p1")
+	return nvmeDisk + "p1"
+}
+
+// A disk is found by what it says that it is, as the kernel shows it.
+func checkNVMeNames(t *testing.T) {
+	for name, want := range map[string]string{
+		"serial:" + nvmeVolume:               nvmeDisk,
+		"serial:" + qemu.NVMeSerial(4):       nvmeDisk,
+		"model:" + qemu.NVMeModel:            nvmeDisk,
+		"serial:" + nvmeVolume + "-part1":    nvmeDisk + "p1",
+		"model:" + qemu.NVMeModel + "-part1": nvmeDisk + "p1",
+		"serial:disk2":                       vd(2),
+	} {
+		id, err := udev.Look(name)
+		if err != nil || id.Path != want || id.SizeBytes != sectors(t, want)*sector || id.Sequence == 0 {
+			t.Errorf("%s is %+v, %v; want %s", name, id, err, want)
+		}
+	}
+	for _, name := range []string{"serial:vol-00000000000000005", "serial:" + nvmeVolume + "-part2", "model:QEMU"} {
+		if id, err := udev.Look(name); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), nvmeDisk+" (serial:"+qemu.NVMeSerial(4)) {
+			t.Errorf("%s is %+v, %v; want that there is none", name, id, err)
+		}
+	}
 }
 
 func checkDebianKernel(t *testing.T) {

@@ -31,7 +31,7 @@ var noise = regexp.MustCompile(`(?m)^\[ *[0-9.]+\] (reboot: Power down|kvm: exit
 
 // NewHost makes a Host for at most limit guests at once, which also count as
 // guests of the Host beside it, if there is one. Their disks are /dev/vda, /dev/vdb
-// and so on; they pass discards on to their files. Close removes what it keeps.
+// and so on, or NVMe; they pass discards on to their files. Close removes what it keeps.
 func NewHost(limit int, beside *vm.Host) (*vm.Host, error) {
 	if _, err := exec.LookPath(Binary); err != nil {
 		return nil, fmt.Errorf("%w: install the package qemu-system-x86 (make deps)", vm.ErrNoGuest)
@@ -45,7 +45,7 @@ func NewHost(limit int, beside *vm.Host) (*vm.Host, error) {
 		return nil, fmt.Errorf("%w: %w (make deps)", vm.ErrNoGuest, err)
 	}
 	m := vm.Machine{
-		Modules: k.modules(), Card: "eth0", CardModules: []string{"virtio_net"}, Noise: noise,
+		Modules: k.modules(), NVMe: true, Card: "eth0", CardModules: []string{"virtio_net"}, Noise: noise,
 		Shared: func(vm.Guest) vm.Mount { return vm.Mount{Kind: "9p", From: tagShared, Data: plan9} },
 	}
 	initramfs := ""
@@ -82,8 +82,11 @@ func command(k kernel, initramfs string, g vm.Guest) []string {
 	share(tagShared, g.Shared, "")
 	for i, disk := range g.Disks {
 		// A disk's writes need no flush to survive the guest: its host goes on.
-		args = append(args, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,discard=unmap,cache=writeback,file=%s", i, disk),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%[1]d,serial=disk%[1]d", i))
+		device := fmt.Sprintf("virtio-blk-pci,drive=disk%[1]d,serial=disk%[1]d", i)
+		if g.Spec.Disks[i].NVMe {
+			device = fmt.Sprintf("nvme,drive=disk%d,serial=%s", i, NVMeSerial(i))
+		}
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,discard=unmap,cache=writeback,file=%s", i, disk), "-device", device)
 	}
 	if g.Tap != "" {
 		args = append(args, "-netdev", "tap,id=net,ifname="+g.Tap+",script=no,downscript=no",
@@ -91,6 +94,13 @@ func command(k kernel, initramfs string, g vm.Guest) []string {
 	}
 	return args
 }
+
+// NVMeModel is the model of all NVMe disks.
+const NVMeModel = "QEMU NVMe Ctrl"
+
+// NVMeSerial is the serial number of a guest's i-th disk, if that is an NVMe disk: one
+// as an EBS volume's, of 20 characters, which is all that there is room for.
+func NVMeSerial(i int) string { return fmt.Sprintf("vol%017x", i) }
 
 // cacheDir is where the kernel is kept: .cache/qemu at the module's root.
 func cacheDir() (string, error) {

@@ -170,6 +170,18 @@ func TestRunGivesUpOnAStuckProgram(t *testing.T) {
 	}
 }
 
+// A disk that such a guest can't have is refused, and nothing is left of it.
+func TestRunRefusesADisk(t *testing.T) {
+	h := testHost(t)
+	result, err := h.Run(context.Background(), vm.Spec{Name: "x", Disks: []vm.Disk{{Size: 1 << 20, NVMe: true}}, Args: []string{"/bin/true"}})
+	if err == nil || errors.Is(err, vm.ErrNoEnd) || result.Retried || !strings.Contains(err.Error(), "guest x") {
+		t.Errorf("%+v, %v", result, err)
+	}
+	if left, err := filepath.Glob(h.Dir() + "/guest-*"); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 func TestRunEndsWithItsContext(t *testing.T) {
 	h := testHost(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)

@@ -48,6 +48,9 @@ const (
 // in its page cache is not.
 type Disk struct {
 	Size int64 // bytes, a multiple of 512
+	// NVMe makes it the next of /dev/nvme0n1, /dev/nvme1n1 and so on, in the order in which
+	// the module nvme finds them; such a disk takes no letter of the others'.
+	NVMe bool
 }
 
 // Spec says what to run in a guest.
@@ -97,6 +100,8 @@ var ErrNoGuest = errors.New("no guest kernel")
 type Machine struct {
 	// Command is the command that boots one: the program and its arguments.
 	Command func(Guest) []string
+	// NVMe says that a guest's disks may be of that kind.
+	NVMe bool
 	// OneCPU says that a guest has one CPU. All that it is made of is then kept on
 	// one of this machine's: it takes turns, and to hand over to another CPU takes
 	// longer than most of what is done in a turn.
@@ -324,6 +329,9 @@ func (h *Host) newBody(spec Spec) (b *body, err error) {
 		path := filepath.Join(b.dir, fmt.Sprintf("disk%c", 'a'+i))
 		b.disks = append(b.disks, path)
 		err = errors.Join(err, makeSparse(path, disk.Size))
+		if disk.NVMe && !h.machine.NVMe {
+			err = errors.Join(err, fmt.Errorf("guest %s: guests of this kind have no NVMe disks", spec.Name))
+		}
 	}
 	if err != nil {
 		b.remove()
