@@ -154,6 +154,8 @@ func TestPackageContents(t *testing.T) {
 		"../deploy/systemd": "/usr/lib/systemd/system", "../deploy/udev": "/usr/lib/udev/rules.d", "../docs/config/valid": "/usr/share/doc/blockferry/examples",
 		"../deploy/ec2/terraform": "/usr/share/doc/blockferry/examples/ec2/terraform",
 		"../deploy/services":      "/usr/share/doc/blockferry/examples/services",
+		"../deploy/single":        "/usr/share/doc/blockferry/examples/single",
+		"../deploy/postgres":      "/usr/share/doc/blockferry/examples/postgres",
 	} {
 		entries, err := os.ReadDir(folder)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {

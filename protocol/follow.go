@@ -36,9 +36,8 @@ type Standing struct {
 
 // FollowedCut is a Cut of a Follower.
 type FollowedCut interface {
-	Cut
-	Lineage() Lineage    // its tip is the cut
-	CutUnixNanos() int64 // the wall clock of the primary's cut, for people only
+	DatedCut          // when the primary took it
+	Lineage() Lineage // its tip is the cut
 }
 
 // NewFollower starts to feed replicas from a Follower, cfg.Source. cfg.State is not used. It

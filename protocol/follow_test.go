@@ -82,7 +82,7 @@ func TestCascade(t *testing.T) {
 			if n, m := watchM(), watchL(); n < 3 || m < 3 {
 				t.Fatalf("only %d and %d images were looked at", n, m)
 			}
-			if last.check(src) != st.Committed.Epoch || st.CutUnixNanos != from.CutUnixNanos || st.CutUnixNanos == 0 {
+			if last.check(src) != st.Committed.Epoch || st.CutUnixNanos != from.CutUnixNanos || st.CutUnixNanos != memCutNanos(st.Committed.Epoch) {
 				t.Fatalf("%v cut at %d, %v at %d", st.Committed, st.CutUnixNanos, from.Committed, from.CutUnixNanos)
 			}
 			if first := down.epochs("last")[0]; first.Action != "full" {

@@ -254,7 +254,7 @@ func (p *Primary) share(cut Cut, wish CutWish, joiners []*replicaWorker) *shared
 		cut: cut, rec: p.lastCut, lineage: p.state.Lineage.Clone(), unixNanos: time.Now().UnixNano(),
 		stop: make(chan struct{}), idle: make(chan struct{}), answers: map[uint64]*changedAnswer{},
 	}
-	if c, ok := cut.(FollowedCut); ok {
+	if c, ok := cut.(DatedCut); ok {
 		s.unixNanos = c.CutUnixNanos()
 	}
 	var takers []*replicaWorker

@@ -112,3 +112,9 @@ type Cut interface {
 	WrittenBytes() uint64
 	Release() error
 }
+
+// DatedCut is a Cut that knows when it was taken. Another one counts as taken when it is there.
+type DatedCut interface {
+	Cut
+	CutUnixNanos() int64 // by the wall clock of whoever took it, for people only
+}

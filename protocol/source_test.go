@@ -261,6 +261,10 @@ func (c *memCut) FlushSource() error {
 
 func (c *memCut) Stalled() time.Duration { return time.Millisecond }
 func (c *memCut) WrittenBytes() uint64   { return c.written }
+func (c *memCut) CutUnixNanos() int64    { return memCutNanos(c.epoch) }
+
+// memCutNanos is when a cut was taken, by its number.
+func memCutNanos(epoch uint64) int64 { return int64(epoch)*1000 + 7 }
 
 func (c *memCut) Release() error {
 	c.s.mu.Lock()

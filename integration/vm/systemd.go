@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Etc is a folder in a guest with Systemd whose files are in /etc from the
-// next boot on.
+// Etc is a folder in a guest with Systemd: what is in it is in /etc from the next boot
+// on, with its owners and modes.
 const Etc = Dir + "/etc"
 
 const (
@@ -79,17 +79,6 @@ func becomeSystemd(plan bootPlan, planPath string) error {
 	for path, content := range plan.Files {
 		files[path] = content
 	}
-	kept, err := os.ReadDir(Etc)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	for _, entry := range kept {
-		content, err := os.ReadFile(filepath.Join(Etc, entry.Name()))
-		if err != nil {
-			return err
-		}
-		files["/etc/"+entry.Name()] = string(content)
-	}
 	for path, content := range files {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
@@ -97,6 +86,13 @@ func becomeSystemd(plan bootPlan, planPath string) error {
 		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 			return err
 		}
+	}
+	if _, err := os.Stat(Etc); err == nil {
+		if out, err := exec.Command("cp", "-a", Etc+"/.", "/etc/").CombinedOutput(); err != nil {
+			return fmt.Errorf("what the last boot left for /etc: %w: %s", err, out)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	links := map[string]string{}
 	for _, unit := range masked {

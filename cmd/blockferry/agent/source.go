@@ -190,7 +190,10 @@ type cut struct {
 	before func(since uint64, tracked func(uint64) ([]protocol.Range, error)) ([]protocol.Range, error) // may be nil
 }
 
+var _ protocol.DatedCut = cut{}
+
 func (c cut) Epoch() uint64                  { return c.Number() }
+func (c cut) CutUnixNanos() int64            { return c.At().UnixNano() }
 func (c cut) View() io.ReaderAt              { return c.view }
 func (c cut) NoView() error                  { return c.noView }
 func (c cut) WholeView() bool                { return c.whole }
