@@ -156,6 +156,7 @@ func TestPackageContents(t *testing.T) {
 		"../deploy/services":      "/usr/share/doc/blockferry/examples/services",
 		"../deploy/single":        "/usr/share/doc/blockferry/examples/single",
 		"../deploy/postgres":      "/usr/share/doc/blockferry/examples/postgres",
+		"../deploy/nfs":           "/usr/share/doc/blockferry/examples/nfs",
 	} {
 		entries, err := os.ReadDir(folder)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
