@@ -40,6 +40,8 @@ type (
 		Path    string
 		History history
 		From    uint64
+		// Records of recordBytes, each made durable, in a file, instead of the history's writes.
+		Records, Lock bool
 	}
 	written struct {
 		Acked, Issued uint64
@@ -134,7 +136,15 @@ func nodeTasks() tasks {
 		}),
 		"log":      task(func(t *testing.T, _ none) string { return c.logText(t) }),
 		"dead-man": task(func(*testing.T, none) string { return deadMan.String() }),
-		"write":    task(func(t *testing.T, in writing) none { w = startWriter(t, in.Path, in.History, in.From); return none{} }),
+		"installed": task(func(t *testing.T, _ none) none { c = installedCLI(t); return none{} }),
+		"write": task(func(t *testing.T, in writing) none {
+			if in.Records {
+				w = startRecords(t, in.Path, in.History, in.Lock)
+			} else {
+				w = startWriter(t, in.Path, in.History, in.From)
+			}
+			return none{}
+		}),
 		"stop":     task(func(t *testing.T, _ none) written { w.stop(t); return state(t) }),
 		"look":     task(func(t *testing.T, _ none) written { return state(t) }),
 		"judge": task(func(t *testing.T, in judging) verdict {
@@ -289,7 +299,7 @@ func (n *farNode) await(what string, limit time.Duration, ok func(status.Volume)
 // writes begins to write a history, and waits for the first of it.
 func (n *farNode) writes(path string, h history) {
 	n.t.Helper()
-	n.ask(n.name, "write", writing{path, h, 1}, nil)
+	n.ask(n.name, "write", writing{Path: path, History: h, From: 1}, nil)
 	n.acked(20)
 }
 
@@ -317,13 +327,19 @@ func (n *farNode) written() (s written) {
 // acknowledged, and the last that a copy has to hold by what status said of it meanwhile.
 func (n *farNode) watch(lasting time.Duration) (acked, claimed uint64) {
 	n.t.Helper()
+	return n.watchWriter(n, lasting)
+}
+
+// watchWriter is that where another guest writes.
+func (n *farNode) watchWriter(writer *farNode, lasting time.Duration) (acked, claimed uint64) {
+	n.t.Helper()
 	type sample struct {
 		at    time.Time
 		acked uint64
 	}
 	var seen []sample
 	for end := time.Now().Add(lasting); time.Now().Before(end); {
-		acked = n.written().Acked
+		acked = writer.written().Acked
 		seen = append(seen, sample{time.Now(), acked})
 		asked := time.Now()
 		v, _, known := n.look()
