@@ -134,8 +134,8 @@ func nodeTasks() tasks {
 			}
 			return d
 		}),
-		"log":      task(func(t *testing.T, _ none) string { return c.logText(t) }),
-		"dead-man": task(func(*testing.T, none) string { return deadMan.String() }),
+		"log":       task(func(t *testing.T, _ none) string { return c.logText(t) }),
+		"dead-man":  task(func(*testing.T, none) string { return deadMan.String() }),
 		"installed": task(func(t *testing.T, _ none) none { c = installedCLI(t); return none{} }),
 		"write": task(func(t *testing.T, in writing) none {
 			if in.Records {
@@ -145,8 +145,8 @@ func nodeTasks() tasks {
 			}
 			return none{}
 		}),
-		"stop":     task(func(t *testing.T, _ none) written { w.stop(t); return state(t) }),
-		"look":     task(func(t *testing.T, _ none) written { return state(t) }),
+		"stop": task(func(t *testing.T, _ none) written { w.stop(t); return state(t) }),
+		"look": task(func(t *testing.T, _ none) written { return state(t) }),
 		"judge": task(func(t *testing.T, in judging) verdict {
 			return judgeDevice(t, in.Path, in.History, in.AtLeast, in.AtMost)
 		}),
