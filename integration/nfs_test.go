@@ -9,7 +9,7 @@ import "testing"
 func TestNFS(t *testing.T) {
 	needs(t, "rpc.nfsd", "mount.nfs4", "arping", "etcd")
 	inGuests(t, pairMembers(t, "nfsd", "nfsv4"), pairTasks(), func(t *testing.T, g *guests) {
-		p := newPair(g, "../docs/nfs.md", "/dev/nvme1n1", ubd(0))
+		p := newHAPair(g, "../docs/nfs.md", "/dev/nvme1n1", ubd(0))
 		defer p.explain("'blockferry*'", "srv-data.mount", "nfsdcld", "nfs-server", "nfs-mountd", "data-address", "etcd")
 		p.walk("Switch over")
 		p.writes("/mnt/files/records", true)

@@ -31,8 +31,8 @@ const (
 // pairRecords are those that the client writes.
 var pairRecords = history{Seed: 83, Pause: 20 * time.Millisecond}
 
-// pair drives them, from the host.
-type pair struct {
+// haPair drives them, from the host.
+type haPair struct {
 	*walker
 	a, b, client *farNode
 }
@@ -75,11 +75,11 @@ func pairTasks() tasks {
 	return all
 }
 
-// newPair has the guests ready for a page's commands; here are the page's words and those that
+// newHAPair has the guests ready for a page's commands; here are the page's words and those that
 // stand for them here, beside pairAddresses.
-func newPair(g *guests, page string, here ...string) *pair {
+func newHAPair(g *guests, page string, here ...string) *haPair {
 	g.t.Helper()
-	p := &pair{walker: newWalker(g, page, append(here, pairAddresses...)...)}
+	p := &haPair{walker: newWalker(g, page, append(here, pairAddresses...)...)}
 	node := func(name string) *farNode { return &farNode{guests: g, name: name, installed: true} }
 	p.a, p.b, p.client = node("node-a"), node("node-b"), node("client")
 	for _, n := range []*farNode{p.a, p.b} {
@@ -89,7 +89,7 @@ func newPair(g *guests, page string, here ...string) *pair {
 }
 
 // explain says of a failed test what the servers are like.
-func (p *pair) explain(units ...string) {
+func (p *haPair) explain(units ...string) {
 	for _, n := range []*farNode{p.a, p.b, p.client} {
 		var d shDone
 		line := "systemctl --no-pager --lines=0 status " + strings.Join(units, " ") + "; ip address show dev vec0; tail -5 /proc/mounts; dmesg | tail -20"
@@ -100,14 +100,14 @@ func (p *pair) explain(units ...string) {
 }
 
 // writes has the client begin to write records, locked meanwhile if asked for.
-func (p *pair) writes(path string, lock bool) {
+func (p *haPair) writes(path string, lock bool) {
 	p.t.Helper()
 	p.client.ask(p.client.name, "write", writing{Path: path, History: pairRecords, From: 1, Records: true, Lock: lock}, nil)
 	p.client.acked(20)
 }
 
 // records are those that a server holds in a file.
-func (p *pair) records(n *farNode, path string) (held []span) {
+func (p *haPair) records(n *farNode, path string) (held []span) {
 	p.t.Helper()
 	n.ask(n.name, "records", path, &held)
 	p.logf("%s holds the records %v", n.name, held)
@@ -116,7 +116,7 @@ func (p *pair) records(n *farNode, path string) (held []span) {
 
 // moved has a page's commands move the volume to b while the client writes, and checks that b
 // has every record.
-func (p *pair) moved(until, path string) {
+func (p *haPair) moved(until, path string) {
 	p.t.Helper()
 	p.a.await("up to date", farWait, upToDate)
 	begun := time.Now()
@@ -131,7 +131,7 @@ func (p *pair) moved(until, path string) {
 }
 
 // goesOn waits until the client's record was acknowledged.
-func (p *pair) goesOn(record uint64) {
+func (p *haPair) goesOn(record uint64) {
 	p.t.Helper()
 	for begun := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		s := p.client.written()
@@ -147,7 +147,7 @@ func (p *pair) goesOn(record uint64) {
 // cut cuts the power of b, which writes the volume, while the client writes, and checks that the
 // client goes on at a, and that a holds what status had claimed, and what was written since.
 // It returns when the client has been stopped.
-func (p *pair) cut(path string) {
+func (p *haPair) cut(path string) {
 	p.t.Helper()
 	p.b.await("up to date", farWait, upToDate)
 	// Longer than from one renewal of the lease to the next: who may follow is on record.
