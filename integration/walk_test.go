@@ -80,8 +80,8 @@ for package; do
     *) dpkg-query --show --showformat '${Status}\n' "$package" | grep -q 'ok installed' ;;
     esac
     case $package in
-    nfs-kernel-server) systemctl enable --now nfs-server.service ;;
-    etcd-server) systemctl enable --now etcd.service ;;
+    nfs-kernel-server) systemctl start nfs-server.service ;;
+    etcd-server) systemctl start etcd.service ;;
     esac
 done
 `
