@@ -151,11 +151,8 @@ func (w *walker) block(b block) {
 		return err
 	}))
 	for _, from := range b.machines {
-		for to := range w.members {
-			sent := w.sh(from, "! test -e /run/sent/"+to+" || { cat /run/sent/"+to+"; rm /run/sent/"+to+"; }")
-			if sent != "" {
-				w.sh(to, sent)
-			}
+		for _, to := range strings.Fields(w.sh(from, "mkdir -p /run/sent && ls /run/sent")) {
+			w.sh(to, w.sh(from, "cat /run/sent/"+to+" && rm /run/sent/"+to))
 		}
 	}
 }
