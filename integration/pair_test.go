@@ -22,9 +22,12 @@ import (
 // machine that writes it loses its power.
 
 const (
-	pairDisk = 1 << 30
+	pairDisk = 512 << 20
 	// pairGoesOn is how long a client on a busy machine may have to wait for the other server.
-	pairGoesOn  = 90 * time.Second
+	pairGoesOn = 90 * time.Second
+	// pairWatch is longer than from one renewal of a lease of 15 s to the next: who may follow is
+	// on record then.
+	pairWatch   = 8 * time.Second
 	recordBytes = 4096
 )
 
@@ -150,8 +153,7 @@ func (p *haPair) goesOn(record uint64) {
 func (p *haPair) cut(path string) {
 	p.t.Helper()
 	p.b.await("up to date", farWait, upToDate)
-	// Longer than from one renewal of the lease to the next: who may follow is on record.
-	seen, claimed := p.b.watchWriter(p.client, failoverTTL/2)
+	seen, claimed := p.b.watchWriter(p.client, pairWatch)
 	p.members[p.b.name].Cut()
 	at := time.Now()
 	last := p.client.written().Acked
