@@ -126,7 +126,10 @@ func (p *haPair) moved(until, path string) {
 	p.walk(until)
 	p.logf("the commands took %v", time.Since(begun).Round(time.Millisecond))
 	p.b.await("up", farWait, func(v status.Volume) bool { return v.Up })
-	p.goesOn(p.client.written().Acked + 20)
+	last := p.client.written().Acked
+	p.goesOn(last + 1)
+	p.logf("MEASURED the client has gone on %v after the first command", time.Since(begun).Round(10*time.Millisecond))
+	p.goesOn(last + 20)
 	acked := p.client.written().Acked
 	if held := p.records(p.b, path); len(held) != 1 || held[0].From != 1 || held[0].To < acked {
 		p.t.Errorf("after a planned switch %v are there of records 1 to %d", held, acked)
@@ -164,8 +167,9 @@ func (p *haPair) cut(path string) {
 	p.client.ask(p.client.name, "stop", none{}, &w)
 	p.a.await("up", farWait, func(v status.Volume) bool { return v.Up })
 	held := p.records(p.a, path)
-	// The first that the other server acknowledged is the one after the longest pause.
-	first, pause := w.longestPause(seen)
+	// The first that the other server acknowledged is the one after the longest pause. One answer of
+	// the old one may have been on its way when the client was asked.
+	first, pause := w.longestPause(seen, last+2)
 	p.logf("%d records; the client paused for %v before %d", w.Acked, pause.Round(10*time.Millisecond), first)
 	if len(held) == 0 || held[0].From != 1 || held[0].To < claimed {
 		p.t.Fatalf("up to %d had been claimed, %v are there", claimed, held)
@@ -182,12 +186,12 @@ func (p *haPair) cut(path string) {
 	p.logf("%s says: %s", p.a.name, p.a.shell("grep -h 'took over by itself' "+uml.Dir+"/agent.log"))
 }
 
-// longestPause is the longest between two acknowledgements after a record's, and the record that
-// ended it.
-func (w *written) longestPause(after uint64) (record uint64, pause time.Duration) {
-	for i := int(after); i < len(w.Ended); i++ { // Ended[i] is that of record i+1
-		if p := w.Ended[i-1] - w.Ended[i]; p > pause {
-			record, pause = uint64(i)+1, p
+// longestPause is the longest between two acknowledgements, of those after one record's and up to
+// another's, and the record that ended it.
+func (w *written) longestPause(after, upTo uint64) (record uint64, pause time.Duration) {
+	for k := after + 1; k <= upTo; k++ { // Ended[k-1] is that of record k
+		if p := w.Ended[k-2] - w.Ended[k-1]; p > pause {
+			record, pause = k, p
 		}
 	}
 	return record, pause
