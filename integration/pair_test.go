@@ -27,7 +27,7 @@ const (
 	pairGoesOn = 90 * time.Second
 	// pairWatch is longer than from one renewal of a lease of 15 s to the next: who may follow is
 	// on record then.
-	pairWatch   = 8 * time.Second
+	pairWatch   = 7 * time.Second
 	recordBytes = 4096
 )
 
