@@ -308,8 +308,14 @@ func TestRecordsAreJudged(t *testing.T) {
 	for what, damage := range map[string]func(image []byte) []byte{
 		"half a record": func(image []byte) []byte { clear(image[2*recordBytes:][:sector]); return image },
 		"another one's": func(image []byte) []byte { copy(image[3*recordBytes:], image[:recordBytes]); return image },
-		"a bit":         func(image []byte) []byte { image[100] ^= 1; return image },
-		"cut off":       func(image []byte) []byte { return image[:9*recordBytes+sector] },
+		"another number": func(image []byte) []byte {
+			for at := recordBytes; at < 2*recordBytes; at += sector {
+				h.fillSector(image[at:at+sector], 9, int64(at)/sector)
+			}
+			return image
+		},
+		"a bit":   func(image []byte) []byte { image[100] ^= 1; return image },
+		"cut off": func(image []byte) []byte { return image[:9*recordBytes+sector] },
 	} {
 		if held, err := judge(damage); err == nil {
 			t.Errorf("%s: %v", what, held)

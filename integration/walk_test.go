@@ -177,7 +177,7 @@ func TestWalkIsRead(t *testing.T) {
 	if err != nil || !slices.EqualFunc(blocks, want, func(a, b block) bool { return fmt.Sprint(a) == fmt.Sprint(b) }) {
 		t.Errorf("%v, %v", blocks, err)
 	}
-	for _, bad := range []string{"'''sh\none\n'''\n", "'''sh a\none\n", "nothing\n"} {
+	for _, bad := range []string{"'''sh\none\n'''\n", "'''sh a\none\n'''\n'''sh a\ntwo\n", "nothing\n"} {
 		write(bad)
 		if blocks, err := readWalk(page); err == nil {
 			t.Errorf("%q: %v", bad, blocks)
