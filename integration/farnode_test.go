@@ -139,7 +139,7 @@ func nodeTasks() tasks {
 		"installed": task(func(t *testing.T, _ none) none { c = installedCLI(t); return none{} }),
 		"write": task(func(t *testing.T, in writing) none {
 			if in.Records {
-				w = startRecords(t, in.Path, in.History, in.Lock)
+				w = startNumbered(t, in.Path, in.History, in.Lock)
 			} else {
 				w = startWriter(t, in.Path, in.History, in.From)
 			}

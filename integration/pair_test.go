@@ -197,9 +197,9 @@ func (w *written) longestPause(after, upTo uint64) (record uint64, pause time.Du
 	return record, pause
 }
 
-// startRecords begins to write numbered records to a file, each made durable before the next; it
+// startNumbered begins to write numbered records to a file, each made durable before the next; it
 // has the file locked meanwhile if asked for.
-func startRecords(t *testing.T, path string, h history, lock bool) *writer {
+func startNumbered(t *testing.T, path string, h history, lock bool) *writer {
 	t.Helper()
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {
