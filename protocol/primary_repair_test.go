@@ -168,7 +168,9 @@ func TestRepairEndsWithItsSession(t *testing.T) {
 	rot(t, n.store, 1500)
 	res, err = r.repair("ebs", func() {
 		must(t, r.p.Pause("ebs"))
-		eventually(t, "the session ends", func() bool { return r.p.Status().Replicas[0].Replication == "Paused" && n.recv.Status()[0].Session == nil })
+		eventually(t, "the session ends", func() bool {
+			return r.p.Status().Replicas[0].Replication == "Paused" && n.recv.Status()[0].Session == nil
+		})
 	})
 	if err == nil || !strings.Contains(err.Error(), "not connected: paused") || res.Found.DifferentBytes != BlockSize {
 		t.Fatalf("while paused: %+v, %v", res, err)
