@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -85,7 +86,7 @@ func TestRepair(t *testing.T) {
 				r.sync()
 				n.check(src)
 				for _, e := range r.epochs("ebs")[1:] {
-					if e.Action != "incremental" || e.Link.SentBytes > testVolumeSize/2 {
+					if e.Action != "incremental" {
 						t.Errorf("epoch %+v", e)
 					}
 				}
@@ -292,15 +293,17 @@ func TestRepairIsPassedOn(t *testing.T) {
 func TestRepairSurvivesPowerCuts(t *testing.T) {
 	t.Parallel()
 	const size = 4 << 20
-	src, state := newMemSource(size, BlockSize), &memState{}
-	wroteSome(src, 0, 450)
+	synced, state := newMemSource(size, BlockSize), &memState{}
+	wroteSome(synced, 0, 450)
 	n := newNode(t, "ebs", size, MinJournalBytes)
-	startRig(t, src, state, []*node{n}, nil).sync()
-	n.check(src)
+	first := startRig(t, synced, state, []*node{n}, nil)
+	first.sync()
+	n.check(synced)
+	first.stop()
 	dev := n.store.Clone()
 	rotten := []int64{340, 341, 342, 400, 470} // none of them at a place that is looked at when the replica is opened
 	rot(t, dev, rotten...)
-	repairs := 0
+	src, repairs := synced, 0 // of each try its own
 	do := func(store *blocktest.Memory) error {
 		rep, err := OpenReplica(t.Context(), store, OpenOptions{})
 		if err != nil {
@@ -308,12 +311,13 @@ func TestRepairSurvivesPowerCuts(t *testing.T) {
 		}
 		recv := NewReceiver(ReceiverConfig{WindowBytes: 2 << 20})
 		must(t, recv.Add("ebs", rep))
-		src.mu.Lock()
-		src.forgotten = 0 // this replica was not there then
-		src.mu.Unlock()
+		src = newMemSource(size, BlockSize)
+		copy(src.blocks, synced.blocks)
+		copy(src.marks, synced.marks)
+		src.last, src.cut, src.written, src.images = synced.last, synced.cut, synced.written, maps.Clone(synced.images)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		r := startRig(t, src, state, nil, func(c *PrimaryConfig) {
+		r := startRig(t, src, &memState{b: state.b}, nil, func(c *PrimaryConfig) {
 			c.Replicas = []ReplicaConfig{{Name: "ebs", Client: LocalClient(recv)}}
 			c.Events.Disconnected = func(string, error) { cancel() } // a look would wait for the next session
 		})
