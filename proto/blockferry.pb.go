@@ -2661,6 +2661,66 @@ func (x *VolumeRequest) GetFenced() []string {
 	return nil
 }
 
+type VerifyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"` // empty: all, one after another
+	Repair        bool                   `protobuf:"varint,3,opt,name=repair,proto3" json:"repair,omitempty"`  // what differs gets the volume's content, and is looked at once more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyRequest) Reset() {
+	*x = VerifyRequest{}
+	mi := &file_blockferry_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyRequest) ProtoMessage() {}
+
+func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_blockferry_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
+func (*VerifyRequest) Descriptor() ([]byte, []int) {
+	return file_blockferry_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *VerifyRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *VerifyRequest) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *VerifyRequest) GetRepair() bool {
+	if x != nil {
+		return x.Repair
+	}
+	return false
+}
+
 type Done struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Message       string                 `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
@@ -2670,7 +2730,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2682,7 +2742,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[34]
+	mi := &file_blockferry_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2695,7 +2755,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{34}
+	return file_blockferry_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Done) GetMessage() string {
@@ -2717,7 +2777,7 @@ type HoldRequest struct {
 
 func (x *HoldRequest) Reset() {
 	*x = HoldRequest{}
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2729,7 +2789,7 @@ func (x *HoldRequest) String() string {
 func (*HoldRequest) ProtoMessage() {}
 
 func (x *HoldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[35]
+	mi := &file_blockferry_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2742,7 +2802,7 @@ func (x *HoldRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
 func (*HoldRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{35}
+	return file_blockferry_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *HoldRequest) GetVolume() string {
@@ -2790,7 +2850,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2802,7 +2862,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[36]
+	mi := &file_blockferry_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2815,7 +2875,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{36}
+	return file_blockferry_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Held) GetVolume() string {
@@ -2891,7 +2951,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +2963,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[37]
+	mi := &file_blockferry_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +2976,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{37}
+	return file_blockferry_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SyncRequest) GetVolume() string {
@@ -2943,7 +3003,7 @@ type SyncReply struct {
 
 func (x *SyncReply) Reset() {
 	*x = SyncReply{}
-	mi := &file_blockferry_proto_msgTypes[38]
+	mi := &file_blockferry_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3015,7 @@ func (x *SyncReply) String() string {
 func (*SyncReply) ProtoMessage() {}
 
 func (x *SyncReply) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[38]
+	mi := &file_blockferry_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3028,7 @@ func (x *SyncReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncReply.ProtoReflect.Descriptor instead.
 func (*SyncReply) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{38}
+	return file_blockferry_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *SyncReply) GetEpoch() uint64 {
@@ -2996,7 +3056,7 @@ type RestoreVolumeRequest struct {
 
 func (x *RestoreVolumeRequest) Reset() {
 	*x = RestoreVolumeRequest{}
-	mi := &file_blockferry_proto_msgTypes[39]
+	mi := &file_blockferry_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3068,7 @@ func (x *RestoreVolumeRequest) String() string {
 func (*RestoreVolumeRequest) ProtoMessage() {}
 
 func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[39]
+	mi := &file_blockferry_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3081,7 @@ func (x *RestoreVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{39}
+	return file_blockferry_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RestoreVolumeRequest) GetVolume() string {
@@ -3051,7 +3111,7 @@ type Progress struct {
 	TotalBytes    uint64                 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
 	Phase         string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"`
 	Finished      bool                   `protobuf:"varint,4,opt,name=finished,proto3" json:"finished,omitempty"`
-	Message       string                 `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"` // with finished: the outcome in a line
+	Message       string                 `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"` // with finished: the outcome in a line; else a line to be shown now, and nothing else
 	Failed        bool                   `protobuf:"varint,6,opt,name=failed,proto3" json:"failed,omitempty"`  // with finished: the outcome is bad (verify found differences)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3059,7 +3119,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_blockferry_proto_msgTypes[40]
+	mi := &file_blockferry_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3071,7 +3131,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_blockferry_proto_msgTypes[40]
+	mi := &file_blockferry_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3084,7 +3144,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_blockferry_proto_rawDescGZIP(), []int{40}
+	return file_blockferry_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Progress) GetDoneBytes() uint64 {
@@ -3315,7 +3375,11 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\x12\x16\n" +
-	"\x06fenced\x18\x04 \x03(\tR\x06fenced\" \n" +
+	"\x06fenced\x18\x04 \x03(\tR\x06fenced\"Y\n" +
+	"\rVerifyRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x16\n" +
+	"\x06repair\x18\x03 \x01(\bR\x06repair\" \n" +
 	"\x04Done\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\"|\n" +
 	"\vHoldRequest\x12\x16\n" +
@@ -3390,7 +3454,7 @@ const file_blockferry_proto_rawDesc = "" +
 	"\x04Sync\x12\x1a.blockferry.v1.SyncRequest\x1a\x18.blockferry.v1.SyncReply\x12:\n" +
 	"\x05Pause\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12;\n" +
 	"\x06Resume\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12A\n" +
-	"\x06Verify\x12\x1c.blockferry.v1.VolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12O\n" +
+	"\x06Verify\x12\x1c.blockferry.v1.VerifyRequest\x1a\x17.blockferry.v1.Progress0\x01\x12O\n" +
 	"\rRestoreVolume\x12#.blockferry.v1.RestoreVolumeRequest\x1a\x17.blockferry.v1.Progress0\x01\x12;\n" +
 	"\x06GiveUp\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12<\n" +
 	"\aPrimary\x12\x1c.blockferry.v1.VolumeRequest\x1a\x13.blockferry.v1.Done\x12>\n" +
@@ -3410,7 +3474,7 @@ func file_blockferry_proto_rawDescGZIP() []byte {
 }
 
 var file_blockferry_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_blockferry_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_blockferry_proto_goTypes = []any{
 	(DiskState)(0),               // 0: blockferry.v1.DiskState
 	(Mode)(0),                    // 1: blockferry.v1.Mode
@@ -3449,13 +3513,14 @@ var file_blockferry_proto_goTypes = []any{
 	(*EventsRequest)(nil),        // 34: blockferry.v1.EventsRequest
 	(*Event)(nil),                // 35: blockferry.v1.Event
 	(*VolumeRequest)(nil),        // 36: blockferry.v1.VolumeRequest
-	(*Done)(nil),                 // 37: blockferry.v1.Done
-	(*HoldRequest)(nil),          // 38: blockferry.v1.HoldRequest
-	(*Held)(nil),                 // 39: blockferry.v1.Held
-	(*SyncRequest)(nil),          // 40: blockferry.v1.SyncRequest
-	(*SyncReply)(nil),            // 41: blockferry.v1.SyncReply
-	(*RestoreVolumeRequest)(nil), // 42: blockferry.v1.RestoreVolumeRequest
-	(*Progress)(nil),             // 43: blockferry.v1.Progress
+	(*VerifyRequest)(nil),        // 37: blockferry.v1.VerifyRequest
+	(*Done)(nil),                 // 38: blockferry.v1.Done
+	(*HoldRequest)(nil),          // 39: blockferry.v1.HoldRequest
+	(*Held)(nil),                 // 40: blockferry.v1.Held
+	(*SyncRequest)(nil),          // 41: blockferry.v1.SyncRequest
+	(*SyncReply)(nil),            // 42: blockferry.v1.SyncReply
+	(*RestoreVolumeRequest)(nil), // 43: blockferry.v1.RestoreVolumeRequest
+	(*Progress)(nil),             // 44: blockferry.v1.Progress
 }
 var file_blockferry_proto_depIdxs = []int32{
 	6,  // 0: blockferry.v1.Standing.lineage:type_name -> blockferry.v1.Lineage
@@ -3503,31 +3568,31 @@ var file_blockferry_proto_depIdxs = []int32{
 	34, // 42: blockferry.v1.Control.Events:input_type -> blockferry.v1.EventsRequest
 	36, // 43: blockferry.v1.Control.Up:input_type -> blockferry.v1.VolumeRequest
 	36, // 44: blockferry.v1.Control.Down:input_type -> blockferry.v1.VolumeRequest
-	40, // 45: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
+	41, // 45: blockferry.v1.Control.Sync:input_type -> blockferry.v1.SyncRequest
 	36, // 46: blockferry.v1.Control.Pause:input_type -> blockferry.v1.VolumeRequest
 	36, // 47: blockferry.v1.Control.Resume:input_type -> blockferry.v1.VolumeRequest
-	36, // 48: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VolumeRequest
-	42, // 49: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
+	37, // 48: blockferry.v1.Control.Verify:input_type -> blockferry.v1.VerifyRequest
+	43, // 49: blockferry.v1.Control.RestoreVolume:input_type -> blockferry.v1.RestoreVolumeRequest
 	36, // 50: blockferry.v1.Control.GiveUp:input_type -> blockferry.v1.VolumeRequest
 	36, // 51: blockferry.v1.Control.Primary:input_type -> blockferry.v1.VolumeRequest
 	36, // 52: blockferry.v1.Control.Secondary:input_type -> blockferry.v1.VolumeRequest
-	38, // 53: blockferry.v1.Control.Hold:input_type -> blockferry.v1.HoldRequest
+	39, // 53: blockferry.v1.Control.Hold:input_type -> blockferry.v1.HoldRequest
 	8,  // 54: blockferry.v1.Replication.Replicate:output_type -> blockferry.v1.FromReplica
 	28, // 55: blockferry.v1.Replication.Restore:output_type -> blockferry.v1.RestoreChunk
 	4,  // 56: blockferry.v1.Replication.Watch:output_type -> blockferry.v1.Standing
 	33, // 57: blockferry.v1.Control.Status:output_type -> blockferry.v1.StatusReply
 	35, // 58: blockferry.v1.Control.Events:output_type -> blockferry.v1.Event
-	37, // 59: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
-	37, // 60: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
-	41, // 61: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
-	37, // 62: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
-	37, // 63: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
-	43, // 64: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
-	43, // 65: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
-	37, // 66: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
-	37, // 67: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
-	37, // 68: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
-	39, // 69: blockferry.v1.Control.Hold:output_type -> blockferry.v1.Held
+	38, // 59: blockferry.v1.Control.Up:output_type -> blockferry.v1.Done
+	38, // 60: blockferry.v1.Control.Down:output_type -> blockferry.v1.Done
+	42, // 61: blockferry.v1.Control.Sync:output_type -> blockferry.v1.SyncReply
+	38, // 62: blockferry.v1.Control.Pause:output_type -> blockferry.v1.Done
+	38, // 63: blockferry.v1.Control.Resume:output_type -> blockferry.v1.Done
+	44, // 64: blockferry.v1.Control.Verify:output_type -> blockferry.v1.Progress
+	44, // 65: blockferry.v1.Control.RestoreVolume:output_type -> blockferry.v1.Progress
+	38, // 66: blockferry.v1.Control.GiveUp:output_type -> blockferry.v1.Done
+	38, // 67: blockferry.v1.Control.Primary:output_type -> blockferry.v1.Done
+	38, // 68: blockferry.v1.Control.Secondary:output_type -> blockferry.v1.Done
+	40, // 69: blockferry.v1.Control.Hold:output_type -> blockferry.v1.Held
 	54, // [54:70] is the sub-list for method output_type
 	38, // [38:54] is the sub-list for method input_type
 	38, // [38:38] is the sub-list for extension type_name
@@ -3573,7 +3638,7 @@ func file_blockferry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_blockferry_proto_rawDesc), len(file_blockferry_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

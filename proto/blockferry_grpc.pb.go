@@ -258,7 +258,7 @@ type ControlClient interface {
 	Sync(ctx context.Context, in *SyncRequest, opts ...grpc.CallOption) (*SyncReply, error)
 	Pause(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 	Resume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
-	Verify(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
+	Verify(ctx context.Context, in *VerifyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	RestoreVolume(ctx context.Context, in *RestoreVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	GiveUp(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
 	Primary(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Done, error)
@@ -357,13 +357,13 @@ func (c *controlClient) Resume(ctx context.Context, in *VolumeRequest, opts ...g
 	return out, nil
 }
 
-func (c *controlClient) Verify(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
+func (c *controlClient) Verify(ctx context.Context, in *VerifyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Control_ServiceDesc.Streams[1], Control_Verify_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	x := &grpc.GenericClientStream[VolumeRequest, Progress]{ClientStream: stream}
+	x := &grpc.GenericClientStream[VerifyRequest, Progress]{ClientStream: stream}
 	if err := x.ClientStream.SendMsg(in); err != nil {
 		return nil, err
 	}
@@ -451,7 +451,7 @@ type ControlServer interface {
 	Sync(context.Context, *SyncRequest) (*SyncReply, error)
 	Pause(context.Context, *VolumeRequest) (*Done, error)
 	Resume(context.Context, *VolumeRequest) (*Done, error)
-	Verify(*VolumeRequest, grpc.ServerStreamingServer[Progress]) error
+	Verify(*VerifyRequest, grpc.ServerStreamingServer[Progress]) error
 	RestoreVolume(*RestoreVolumeRequest, grpc.ServerStreamingServer[Progress]) error
 	GiveUp(context.Context, *VolumeRequest) (*Done, error)
 	Primary(context.Context, *VolumeRequest) (*Done, error)
@@ -492,7 +492,7 @@ func (UnimplementedControlServer) Pause(context.Context, *VolumeRequest) (*Done,
 func (UnimplementedControlServer) Resume(context.Context, *VolumeRequest) (*Done, error) {
 	return nil, status.Error(codes.Unimplemented, "method Resume not implemented")
 }
-func (UnimplementedControlServer) Verify(*VolumeRequest, grpc.ServerStreamingServer[Progress]) error {
+func (UnimplementedControlServer) Verify(*VerifyRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Error(codes.Unimplemented, "method Verify not implemented")
 }
 func (UnimplementedControlServer) RestoreVolume(*RestoreVolumeRequest, grpc.ServerStreamingServer[Progress]) error {
@@ -651,11 +651,11 @@ func _Control_Resume_Handler(srv interface{}, ctx context.Context, dec func(inte
 }
 
 func _Control_Verify_Handler(srv interface{}, stream grpc.ServerStream) error {
-	m := new(VolumeRequest)
+	m := new(VerifyRequest)
 	if err := stream.RecvMsg(m); err != nil {
 		return err
 	}
-	return srv.(ControlServer).Verify(m, &grpc.GenericServerStream[VolumeRequest, Progress]{ServerStream: stream})
+	return srv.(ControlServer).Verify(m, &grpc.GenericServerStream[VerifyRequest, Progress]{ServerStream: stream})
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.

@@ -68,6 +68,7 @@ type attempt struct {
 	known    bool
 	resuming *interruptedEpoch // of a session before; nil: the attempt begins here
 	resumed  int               // sessions before this one
+	repair   *repairJob        // ends with the commit; nil: there is none, or what this is goes on with was begun before
 
 	started time.Time
 	away    time.Duration // since then, without a session
@@ -87,6 +88,7 @@ func newAttempt(w *replicaWorker, link *Link, plan Plan) *attempt {
 	if !a.full && !plan.Discard.IsZero() {
 		a.rest = w.itsRanges // what changed there differs, too
 	}
+	a.takeRepair()
 	// What takes long is read live first: a frozen view can't be held that long, and may hold
 	// only what changed here since the base. Unless the tracker can't tell what changes meanwhile.
 	a.liveNext = (a.whole || len(a.rest) > 0 || plan.InPlace || w.liveFirst) && !(a.whole && w.blind)
@@ -329,6 +331,7 @@ func (a *attempt) frozenRound(ctx context.Context, h *cutHandle, r Round) (Linea
 		ev(w.cfg.Name, e)
 	}
 	w.p.forget()
+	a.repaired(h.rec.epoch)
 	w.judge(since, h.rec.epoch, r.Ranges, true)
 	if job != nil {
 		if err := w.verifySlice(ctx, a.link, h, job); err != nil {

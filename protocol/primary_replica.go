@@ -38,7 +38,9 @@ type replicaWorker struct {
 	paused      bool
 	retryNow    bool
 	stopSession func()
+	verifying   bool // by a caller of Verify or Repair
 	verify      *verifyJob
+	repair      *repairJob // wanted of the next attempt, and not committed yet
 	sync        *syncProgress
 	last        *EpochStats
 
@@ -51,6 +53,7 @@ type replicaWorker struct {
 
 	kept     *keptAttempt // of a session that was lost; nil: none
 	resuming bool         // the last attempt went on with one
+	repairs  bool         // the last attempt was a repair as well
 	afresh   bool         // until the next commit none is kept: the journal had no room for it
 
 	// Of a replica that went its own way; for the present session.
@@ -130,6 +133,7 @@ func (w *replicaWorker) run(ctx context.Context) {
 		if progressed {
 			backoff = w.p.cfg.RetryMin
 		}
+		w.repairLost(err)
 		var refused interface{ Reason() string } // a plan, or another primary
 		isRefused := errors.As(err, &refused)
 		w.update(func() {
@@ -326,6 +330,11 @@ func (w *replicaWorker) learn(err error) error {
 			w.update(func() { w.retryNow = true })
 			return fmt.Errorf("what is missing does not fit into the replica's journal beside what it kept, and is sent anew: %w", err)
 		}
+		if w.repairs {
+			// Nothing is known of what changed alone. A repair never goes in place.
+			w.update(func() { w.retryNow = true })
+			return fmt.Errorf("what differs does not fit into the replica's journal; enlarge the journal, or give the replica room in a spill file: %w", err)
+		}
 		w.journalTooSmall = true
 		if w.cfg.CatchUpInPlace {
 			w.update(func() { w.retryNow = true })
@@ -351,7 +360,7 @@ func (w *replicaWorker) linkErr() error {
 func (w *replicaWorker) await(ctx context.Context, wish cutWish, since uint64, liveRounds int, urgent bool, patience time.Duration) (*cutHandle, error) {
 	w.update(func() {
 		w.wish, w.since, w.liveRounds, w.patience = wish, since, liveRounds, patience
-		w.urgent = urgent || w.verify != nil
+		w.urgent = urgent || w.verify != nil || w.repair != nil
 	})
 	w.p.wake()
 	select {

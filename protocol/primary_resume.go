@@ -72,6 +72,7 @@ func (k *keptAttempt) fits(link *Link, plan Plan) bool {
 // takeUp makes the attempt one that goes on with another.
 func (a *attempt) takeUp(k *keptAttempt) {
 	a.resuming, a.known, a.resumed = k.epoch, true, k.resumed+1
+	a.repair = nil // the next attempt's
 	a.plan, a.full, a.whole, a.base, a.rest, a.round = k.plan, k.epoch.start.Full, false, k.base, k.rest, k.round
 	a.withdrawn, a.started, a.stats = k.withdrawn, k.started, a.stats.sub(k.stats)
 	a.away = k.away + a.w.p.cfg.Clock.Now().Sub(k.left)
@@ -87,6 +88,7 @@ func (w *replicaWorker) epoch(ctx context.Context, link *Link, plan Plan, urgent
 		a.takeUp(w.kept)
 		w.kept = nil
 	}
+	w.repairs = a.repair != nil
 	at, err := a.run(ctx, urgent || a.resuming != nil)
 	if a.sync != nil {
 		w.update(func() { w.sync = nil })

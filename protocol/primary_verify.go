@@ -16,6 +16,9 @@ const (
 	maxDifferences = 1000
 	// maxIdleSlices is how many slices in a row may come to nothing.
 	maxIdleSlices = 20
+	// maxRepairRanges is how many ranges a repair keeps apart: 16 bytes each. Beyond, one
+	// range reaches to the last difference.
+	maxRepairRanges = 1 << 20
 )
 
 // VerifyProgress is how far a verification has come.
@@ -39,6 +42,7 @@ func (r VerifyResult) Same() bool { return r.DifferentBytes == 0 }
 type verifyJob struct {
 	ctx      context.Context
 	progress func(VerifyProgress)
+	repair   bool       // keep all that differs
 	done     chan error // room for one
 
 	// Used by the replica's goroutine, read by Verify after done.
@@ -50,6 +54,7 @@ type verifyJob struct {
 	suspectSince uint64
 	suspects     []Range
 	result       VerifyResult
+	found        []Range // with repair: all that differs, ascending, disjoint
 }
 
 // Verify compares a replica with the source, both at the same epoch, so that
@@ -58,40 +63,63 @@ type verifyJob struct {
 // Differences are not an error. The replica must be connected; a session
 // that breaks meanwhile is waited for.
 func (p *Primary) Verify(ctx context.Context, replica string, progress func(VerifyProgress)) (VerifyResult, error) {
-	w, err := p.worker(replica)
+	w, end, err := p.beginVerify(replica)
 	if err != nil {
 		return VerifyResult{}, err
 	}
-	job := &verifyJob{ctx: ctx, progress: progress, done: make(chan error, 1), result: VerifyResult{TotalBytes: p.size}}
+	defer end()
+	job, err := w.look(ctx, progress, false)
+	if err != nil {
+		return VerifyResult{}, w.verifyError("verify", err)
+	}
+	return job.result, nil
+}
+
+func (w *replicaWorker) verifyError(what string, err error) error {
+	return fmt.Errorf("volume %q: %s of replica %q: %w", w.p.cfg.Volume, what, w.cfg.Name, err)
+}
+
+// beginVerify keeps others from verifying a replica until end is called.
+func (p *Primary) beginVerify(replica string) (w *replicaWorker, end func(), err error) {
+	if w, err = p.worker(replica); err != nil {
+		return nil, nil, err
+	}
 	refused := ""
 	w.update(func() {
 		switch {
-		case w.verify != nil:
+		case w.verifying:
 			refused = "it is being verified already"
 		case !w.connected:
 			refused = "it is not connected: " + w.whyBehind()
 		default:
-			w.verify = job
-			// It may be waiting for its interval.
-			w.urgent = w.wish != wishNone
+			w.verifying = true
 		}
 	})
 	if refused != "" {
-		return VerifyResult{}, fmt.Errorf("volume %q: replica %q can't be verified: %s", p.cfg.Volume, replica, refused)
+		return nil, nil, fmt.Errorf("volume %q: replica %q can't be verified: %s", p.cfg.Volume, replica, refused)
 	}
-	p.wake()
+	return w, func() { w.update(func() { w.verifying = false }) }, nil
+}
+
+// look compares all of the volume once.
+func (w *replicaWorker) look(ctx context.Context, progress func(VerifyProgress), repair bool) (*verifyJob, error) {
+	job := &verifyJob{ctx: ctx, progress: progress, repair: repair, done: make(chan error, 1), result: VerifyResult{TotalBytes: w.p.size}}
+	w.update(func() {
+		w.verify = job
+		// It may be waiting for its interval.
+		w.urgent = w.wish != wishNone
+	})
+	w.p.wake()
+	var err error
 	select {
 	case err = <-job.done:
 	case <-ctx.Done():
 		err = ctx.Err()
-	case <-p.ctx.Done():
+	case <-w.p.ctx.Done():
 		err = ErrStopped
 	}
 	w.update(func() { w.verify = nil })
-	if err != nil {
-		return VerifyResult{}, fmt.Errorf("volume %q: verify of replica %q: %w", p.cfg.Volume, replica, err)
-	}
-	return job.result, nil
+	return job, err
 }
 
 // verifySlice compares the next slice on a cut that the replica has just
@@ -196,6 +224,13 @@ func (job *verifyJob) differ(found []Range) {
 	for _, r := range found {
 		if len(job.result.Differences) < maxDifferences {
 			job.result.Differences = appendRange(job.result.Differences, r)
+		}
+		switch n := len(job.found); {
+		case !job.repair:
+		case n < maxRepairRanges:
+			job.found = appendRange(job.found, r)
+		default:
+			job.found[n-1].Length = r.End() - job.found[n-1].Offset
 		}
 	}
 }

@@ -402,6 +402,17 @@ func (l *Link) pack(ctx context.Context, meta FrameMeta, r Range, data []byte, i
 	return nil
 }
 
+// described is how much of some ranges the frames of this attempt hold.
+func (l *Link) described(ranges []Range) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []Range
+	for _, r := range ranges {
+		out = l.sent.within(out, r)
+	}
+	return totalBytes(out)
+}
+
 // flush sends what is packed, as soon as the window has room for it.
 func (l *Link) flush(ctx context.Context, p *packer) error {
 	if p.out == nil {

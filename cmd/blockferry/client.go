@@ -78,6 +78,13 @@ func (g *globalOptions) follow(ctx context.Context, volume string, stream progre
 		if err != nil {
 			return err
 		}
+		if !m.Finished && m.Message != "" {
+			p.Done()
+			if err := g.say(map[string]any{"volume": volume, "message": m.Message}, "%s", m.Message); err != nil {
+				return err
+			}
+			continue
+		}
 		if !m.Finished {
 			if g.json {
 				g.sayJSON(map[string]any{"volume": volume, "phase": m.Phase, "done-bytes": m.DoneBytes, "total-bytes": m.TotalBytes})

@@ -94,14 +94,14 @@ func (c control) Sync(ctx context.Context, r *proto.SyncRequest) (*proto.SyncRep
 	return v.sync(ctx)
 }
 
-func (c control) Verify(r *proto.VolumeRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {
+func (c control) Verify(r *proto.VerifyRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {
 	v, err := c.agent.one(r.Volume)
 	if err != nil {
 		return err
 	}
 	ctx, end := c.agent.untilStop(stream.Context())
 	defer end()
-	return v.verify(ctx, r.Replica, stream.Send)
+	return v.verify(ctx, r.Replica, r.Repair, stream.Send)
 }
 
 func (c control) RestoreVolume(r *proto.RestoreVolumeRequest, stream grpc.ServerStreamingServer[proto.Progress]) error {

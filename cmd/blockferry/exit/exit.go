@@ -48,7 +48,7 @@ func Table() []Row {
 		{Failed, "failed", codes.Internal, "Something failed on the way; the message says what and where."},
 		{Usage, "usage", codes.InvalidArgument, "The command line or the configuration is wrong. Nothing was touched."},
 		{Refused, "refused", codes.FailedPrecondition, "Refused for safety, for example because a disk holds somebody's data. Nothing was written."},
-		{Differs, "differs", codes.DataLoss, "A verify or a restore found blocks that differ."},
+		{Differs, "differs", codes.DataLoss, "A verify or a restore found blocks that differ; with --repair: they still do, or may."},
 		{Unreachable, "unreachable", codes.Unavailable, "The agent does not answer; is it running?"},
 		{Timeout, "timeout", codes.DeadlineExceeded, "The limit given with --timeout passed first; what was begun goes on. Or that of a snapshot's --limit; its command was ended."},
 		{Prerequisite, "prerequisite", codes.Unimplemented, "Something blockferry needs is missing: root, a kernel module, a device."},
