@@ -583,7 +583,7 @@ func TestFenced(t *testing.T) {
 			}
 		}, now: clusterOf(false, false, wednesday("reboot", "success"))},
 	} {
-		for _, looks := range []string{"monitor", "start", "notify"} {
+		for _, looks := range []string{"monitor", "start"} {
 			if looks != "monitor" && name != "it was" {
 				continue
 			}
@@ -703,25 +703,36 @@ func TestNotify(t *testing.T) {
 		v     *status.Volume
 		env   []string
 		calls []string
+		asks  bool // blockferry, which takes its time
 	}{
-		"a secondary":          {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, []string{scored(1000)}},
-		"one left behind":      {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}},
-		"its own promotion":    {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{unscored}},
-		"the primary":          {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{scored(10000)}},
-		"another is to be":     {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}},
-		"this one is to be":    {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, []string{scored(5000)}},
-		"another thing's news": {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, []string{unscored}},
-		"a demotion elsewhere": {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}},
+		"a secondary":              {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, nil, true},
+		"one left behind":          {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}, true},
+		"its own promotion":        {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{unscored}, true},
+		"the primary":              {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, true},
+		"another is to be":         {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}, true},
+		"another, and it can't be": {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data"}, true},
+		"another, beside a copy":   {secondary(5), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, nil, true},
+		"this one is to be":        {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"another thing's news":     {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, nil, false},
+		"a demotion elsewhere":     {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}, true},
+		"before one":               {secondary(5), []string{"type=pre", "operation=demote", "demote_uname=node-b"}, nil, false},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
 		s.started(true)
-		var env []string
+		if slices.Contains(c.calls, scored(5000)) {
+			s.write("do/blockferry_secondary_data", "echo done\n", 0o644)
+		}
+		env := []string{"OCF_RESKEY_failover=fenced"}
 		for _, e := range c.env {
 			env = append(env, "OCF_RESKEY_CRM_meta_notify_"+e)
 		}
-		if code, calls, said := s.run("notify", env...); code != success || !slices.Equal(calls, c.calls) {
+		code, calls, said := s.run("notify", env...)
+		if code != success || !slices.Equal(calls, c.calls) {
 			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
+		}
+		if all, err := os.ReadFile(filepath.Join(s.dir, "calls")); !c.asks && err == nil {
+			t.Errorf("%s: a failover waits for: %s", name, all)
 		}
 	}
 }
