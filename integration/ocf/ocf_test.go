@@ -1,5 +1,5 @@
 // Package ocf holds the tests of the OCF resource agent (deploy/ocf/volume) beside stand-ins
-// for blockferry and Pacemaker's tools. TestPacemaker, in package integration, has the real ones.
+// for blockferry and Pacemaker's tools. TestPacemakerNFS, in package integration, has the real ones.
 package ocf
 
 import (
@@ -705,17 +705,18 @@ func TestNotify(t *testing.T) {
 		calls []string
 		asks  bool // blockferry, which takes its time
 	}{
-		"a secondary":              {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, nil, true},
-		"one left behind":          {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}, true},
-		"its own promotion":        {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{unscored}, true},
-		"the primary":              {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, true},
-		"another is to be":         {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}, true},
-		"another, and it can't be": {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data"}, true},
-		"another, beside a copy":   {secondary(5), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, nil, true},
-		"this one is to be":        {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, nil, false},
-		"another thing's news":     {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, nil, false},
-		"a demotion elsewhere":     {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}, true},
-		"before one":               {secondary(5), []string{"type=pre", "operation=demote", "demote_uname=node-b"}, nil, false},
+		"a secondary":                {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, nil, true},
+		"one left behind":            {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}, true},
+		"its own promotion":          {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"the primary":                {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"a primary, told of another": {up(), []string{"type=post", "operation=promote", "promote_uname=node-b"}, nil, true},
+		"another is to be":           {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}, true},
+		"another, and it can't be":   {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data"}, true},
+		"another, beside a copy":     {secondary(5), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, nil, true},
+		"this one is to be":          {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"another thing's news":       {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, nil, false},
+		"a demotion elsewhere":       {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}, true},
+		"before one":                 {secondary(5), []string{"type=pre", "operation=demote", "demote_uname=node-b"}, nil, false},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
