@@ -94,7 +94,7 @@ func TestPacemakerNFSOrder(t *testing.T) {
 	s.add("nodes", `<nodes><node id="1" uname="node-a"/><node id="2" uname="node-b"/></nodes>`)
 
 	up := func(node string) []string {
-		return []string{"data-fs start " + node, "data-nfsdcld start " + node, "data-server start " + node, "data-address start " + node}
+		return []string{"data-fs start " + node, "data-server start " + node, "data-address start " + node}
 	}
 	wants := func(what string, did, want []string) {
 		t.Helper()
@@ -110,7 +110,7 @@ func TestPacemakerNFSOrder(t *testing.T) {
 	promoted := s.cib
 
 	s.run("crm_resource", "--resource", "data-clone", "--move", "--promoted")
-	wants("a planned move", s.goesOn(), append([]string{"data-address stop node-a", "data-server stop node-a", "data-nfsdcld stop node-a", "data-fs stop node-a",
+	wants("a planned move", s.goesOn(), append([]string{"data-address stop node-a", "data-server stop node-a", "data-fs stop node-a",
 		"data demote node-a", "data promote node-b"}, up("node-b")...))
 
 	s.cib = promoted
