@@ -209,7 +209,11 @@ func farTwins(g *guests, top, more string) (a, b *farNode) {
 	folders := issue(t, blockferry(t), "node-a", "node-b")
 	node := func(n, other int, role string) *farNode {
 		name := func(n int) string { return "node-" + string(rune('a'+n)) }
-		return &farNode{g, string(rune('a' + n)), twinFile(top, name(n), uml.GuestPath(folders[name(n)]), vm.MemberAddress(n), farRescue,
+		guest := name(n)
+		if _, is := g.members[guest]; !is {
+			guest = string(rune('a' + n))
+		}
+		return &farNode{g, guest, twinFile(top, name(n), uml.GuestPath(folders[name(n)]), vm.MemberAddress(n), farRescue,
 			role, ubd(0), farVolume, more, name(other), vm.MemberAddress(other)), g.systemd}
 	}
 	a, b = node(0, 1, "primary"), node(1, 0, "secondary")

@@ -1,9 +1,11 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -19,6 +21,10 @@ import (
 // configuration, and a fence device whose power switch is the test at the host.
 const (
 	ocfAgent = "/usr/lib/ocf/resource.d/blockferry/volume"
+
+	// goesOnWithin is how long a client may have to wait for the other node while the machine is busy with
+	// other things, too. 12 seconds of it are corosync's here.
+	goesOnWithin = 100 * time.Second
 
 	// The device says whom to cut off, and waits until that was done.
 	fenceDevice = `#!/bin/sh
@@ -54,12 +60,15 @@ esac
 exit 0
 `
 
-	// Tokens get through in time on a busy machine with one CPU for each guest.
+	// Tokens get through in time on a busy machine with one CPU for each guest. A node that is lost is missed
+	// after the token's time, and the other one goes on alone after the consensus', which is short of
+	// two nodes alone (docs/pacemaker.md).
 	corosyncFile = `totem {
 	version: 2
 	cluster_name: test
 	transport: udpu
 	token: 10000
+	consensus: 2000
 }
 nodelist {
 	node {
@@ -85,29 +94,16 @@ logging {
 }
 `
 
+	// A node that starts takes 5 seconds for finding nobody to lead, not 20.
 	clusterOptions = `<crm_config><cluster_property_set id="options">
-<nvpair id="options-stonith" name="stonith-enabled" value="true"/>
+<nvpair id="options-stonith" name="stonith-enabled" value="true"/><nvpair id="options-deadtime" name="dc-deadtime" value="5s"/>
 </cluster_property_set></crm_config>`
 
-	clusterResources = `<resources>
-<primitive id="fence" class="stonith" type="fence_host"><instance_attributes id="fence-attributes">
+	clusterFence = `<resources><primitive id="fence" class="stonith" type="fence_host"><instance_attributes id="fence-attributes">
 <nvpair id="fence-list" name="pcmk_host_list" value="node-a node-b"/><nvpair id="fence-check" name="pcmk_host_check" value="static-list"/>
 </instance_attributes><operations>
 <op id="fence-start" name="start" interval="0" timeout="120s"/><op id="fence-monitor" name="monitor" interval="0" timeout="120s"/>
-</operations></primitive>
-<clone id="data-clone"><meta_attributes id="data-clone-meta">
-<nvpair id="data-promotable" name="promotable" value="true"/><nvpair id="data-notify" name="notify" value="true"/>
-<nvpair id="data-interleave" name="interleave" value="true"/>
-</meta_attributes>
-<primitive id="data" class="ocf" provider="blockferry" type="volume">
-<instance_attributes id="data-attributes"><nvpair id="data-volume" name="volume" value="data"/><nvpair id="data-failover" name="failover" value="fenced"/></instance_attributes>
-<operations>
-<op id="data-start" name="start" interval="0" timeout="240s"/><op id="data-stop" name="stop" interval="0" timeout="150s"/>
-<op id="data-promote" name="promote" interval="0" timeout="120s"/><op id="data-demote" name="demote" interval="0" timeout="150s"/>
-<op id="data-notify-op" name="notify" interval="0" timeout="150s"/>
-<op id="data-monitor-p" name="monitor" role="Promoted" interval="10s" timeout="60s"/><op id="data-monitor-u" name="monitor" role="Unpromoted" interval="11s" timeout="60s"/>
-</operations></primitive></clone>
-</resources>`
+</operations></primitive></resources>`
 )
 
 // withAgent adds the resource agent to a guest's files.
@@ -145,12 +141,22 @@ func TestPacemakerTester(t *testing.T) {
 	})
 }
 
-// clusterMembers are guests for two nodes of a cluster.
+// clusterMembers are guests for two nodes of a cluster that serve what is on the volume, and a client.
 func clusterMembers(t *testing.T) []member {
 	t.Helper()
 	files := logs(map[string]string{"/etc/corosync/corosync.conf": fmt.Sprintf(corosyncFile, vm.MemberAddress(0), vm.MemberAddress(1)), "/usr/sbin/fence_host": fenceDevice})
-	g := guest{Memory: "900M", Disks: []disk{{Size: farDisk}}, Timeout: 12 * time.Minute, Systemd: true, Files: withAgent(files)}
-	return []member{{"a", g}, {"b", g}}
+	if !uml.Inside() {
+		examples, err := filepath.Glob("../deploy/nfs/*")
+		if err != nil || len(examples) == 0 {
+			t.Fatalf("%q, %v", examples, err)
+		}
+		for _, path := range examples {
+			files["/usr/share/doc/blockferry/examples/nfs/"+filepath.Base(path)] = mustRead(t, path)
+		}
+	}
+	g := guest{Memory: "900M", Modules: []string{"nfsd"}, Disks: []disk{{Size: farDisk}}, Timeout: 12 * time.Minute, Systemd: true, Files: withAgent(files)}
+	client := guest{Memory: "300M", Modules: []string{"nfsv4"}, Timeout: 12 * time.Minute}
+	return []member{{"node-a", g}, {"node-b", g}, {"client", client}}
 }
 
 // fences does for a fence device what it is asked to, if it is, and says whose power was cut.
@@ -160,16 +166,34 @@ func (n *farNode) fences() (fenced string) {
 	if fenced = strings.TrimSpace(out); fenced == "" {
 		return ""
 	}
-	n.members[strings.TrimPrefix(fenced, "node-")].Cut()
+	n.members[fenced].Cut()
 	n.shell("rm /run/fence/want && touch /run/fence/done")
 	n.logf("%s: has %s fenced", n.name, fenced)
 	return fenced
 }
 
-// joins has a node be one of the cluster.
-func (n *farNode) joins() {
-	n.t.Helper()
-	n.shell("chmod 755 /usr/sbin/fence_host " + ocfAgent + " && systemd-tmpfiles --create --prefix=/run/crm --prefix=/run/resource-agents && systemctl start corosync.service pacemaker.service")
+// clusterStart has a node be one of the cluster.
+const clusterStart = "set -e\nchmod 755 /usr/sbin/fence_host " + ocfAgent + `
+systemd-tmpfiles --create --prefix=/run/crm --prefix=/run/resource-agents
+cib=/var/lib/pacemaker/cib/cib.xml
+cibadmin --empty >$cib
+CIB_file=$cib cibadmin --modify --allow-create --scope crm_config --xml-text '` + clusterOptions + `'
+chown hacluster:haclient /var/lib/pacemaker/cib/*
+systemctl start corosync.service pacemaker.service`
+
+// joined has nodes be those of the cluster, at once.
+func joined(nodes ...*farNode) {
+	var on []*vm.Member
+	for _, n := range nodes {
+		on = append(on, n.members[n.name])
+	}
+	nodes[0].must(vm.Each(on, func(m *vm.Member) error {
+		var d shDone
+		if err := m.Call(taskLimit, "sh", clusterStart, &d); err != nil || d.Code != 0 {
+			return errors.Join(err, fmt.Errorf("guest %s, the cluster's start: exit code %d\n%s", m.Name, d.Code, d.Out))
+		}
+		return nil
+	}))
 }
 
 // inOneTag joins words that one XML tag has, in any order.
@@ -205,16 +229,24 @@ func (n *farNode) awaitCluster(limit time.Duration, words ...string) {
 	}
 }
 
-// Pacemaker decides where the volume is written: it starts and promotes, moves the volume as
-// planned, with nothing lost, and when the primary's machine loses its power it fences that, and
-// has the other one take over with all that status had claimed. In the long form (BLOCKFERRY_ROUNDS=2)
-// the old primary joins again, and waits for the operator's word.
-func TestPacemaker(t *testing.T) {
-	needs(t, "corosync", "pacemakerd", "crm_mon", "cibadmin")
-	inGuests(t, clusterMembers(t), nodeTasks(), pacemaker)
+// A cluster that Pacemaker runs by the manual's page serves NFS from where it has the volume promoted. A
+// client with a hard mount goes on without a new one when the volume is moved, with nothing lost, and when
+// the primary's machine loses its power: Pacemaker fences that, and has the other one take over with all
+// that status had claimed, and nothing torn. In the long form (BLOCKFERRY_ROUNDS=2) the old primary
+// joins again, and waits for the operator's word.
+func TestPacemakerNFS(t *testing.T) {
+	needs(t, "corosync", "pacemakerd", "crm_mon", "cibadmin", "rpc.nfsd", "mount.nfs4")
+	inGuests(t, clusterMembers(t), pairTasks(), pacemakerNFS)
 }
 
-func pacemaker(t *testing.T, g *guests) {
+func pacemakerNFS(t *testing.T, g *guests) {
+	blocks, err := readWalk("../docs/pacemaker.md")
+	g.must(err)
+	p := &haPair{walker: &walker{g, "../docs/pacemaker.md", strings.NewReplacer(pairAddresses...), blocks}}
+	p.client = &farNode{guests: g, name: "client"}
+	a, b := farTwins(g, "", "stall-limit: 20s")
+	p.a, p.b = a, b
+	defer p.explain("corosync", "pacemaker", "srv-data.mount", "nfsdcld", "nfs-server")
 	defer func() {
 		for name, m := range g.members {
 			var d shDone
@@ -223,19 +255,18 @@ func pacemaker(t *testing.T, g *guests) {
 			}
 		}
 	}()
-	a, b := farTwins(g, "", "stall-limit: 20s")
-	a.run("secondary") // from here on it is Pacemaker's
-	a.joins()
-	b.joins()
+	for _, n := range []*farNode{a, b} { // as two machines are
+		n.shell("hostname " + n.name + " && mount -t tmpfs tmpfs /srv")
+	}
+	joined(a, b)
 	// One that starts long after the other is unclean until then, and would be fenced as soon as
 	// there is a device: nobody cuts it off yet.
 	online := func(node string) string {
 		return strings.Join([]string{`<node name="` + node + `" `, ` online="true"`, ` unclean="false"`, ` pending="false"`}, inOneTag)
 	}
 	a.awaitCluster(2*farWait, online("node-a"), online("node-b"), `with_quorum="true"`)
-	for scope, xml := range map[string]string{"crm_config": clusterOptions, "resources": clusterResources} {
-		a.shell("cat >/run/" + scope + ".xml <<'END'\n" + xml + "\nEND\ncibadmin --modify --allow-create --scope " + scope + " --xml-file /run/" + scope + ".xml")
-	}
+	a.shell("cat >/run/fence.xml <<'END'\n" + clusterFence + "\nEND\ncibadmin --modify --allow-create --scope resources --xml-file /run/fence.xml")
+	p.walk("Moving the server")
 	isUp := func(v status.Volume) bool { return v.Up }
 	var now, then *farNode
 	for end := time.Now().Add(farWait); now == nil; time.Sleep(200 * time.Millisecond) {
@@ -249,61 +280,61 @@ func pacemaker(t *testing.T, g *guests) {
 		}
 	}
 	g.logf("%s is promoted", now.name)
-	v := now.await("up to date", farWait, upToDate)
-	now.writes(v.Path, ofA)
-	var last written
-	now.ask(now.name, "stop", none{}, &last)
+	// mount tries again until there is a server.
+	p.client.shell("mkdir /mnt/files && mount -t nfs4 -o vers=4.2,hard " + vm.MemberAddress(19) + ":/ /mnt/files")
+	const here, there = "/mnt/files/records", "/srv/data/share/records"
+	p.writes(here, true)
+	now.await("up to date", farWait, upToDate)
 
 	// As planned.
 	begun := time.Now()
-	then.shell("crm_resource --resource data-clone --move --promoted --node node-" + then.name)
-	v = then.await("promoted", farWait, isUp)
-	g.logf("%s is promoted %v after the order", then.name, time.Since(begun).Round(time.Millisecond))
-	then.holds(v.Path, ofA, last.Acked, last.Acked)
-	now.await("secondary", farWait, isSecondary)
-	then.shell("crm_resource --resource data-clone --clear")
+	p.walk("")
+	g.logf("MEASURED the commands that move it took %v", time.Since(begun).Round(10*time.Millisecond))
+	then.await("promoted", farWait, isUp)
+	p.goesOn(p.client.written().Acked + 20)
+	acked := p.client.written().Acked
+	if held := p.records(then, there); len(held) != 1 || held[0].From != 1 || held[0].To < acked {
+		t.Errorf("after a planned move %v are there of records 1 to %d", held, acked)
+	}
 	now, then = then, now
-	v = now.await("up to date", farWait, upToDate)
+	then.await("secondary", farWait, isSecondary)
+	now.await("up to date", farWait, upToDate)
 	then.awaitCluster(farWait, `role="Promoted"`, `role="Unpromoted"`)
 
 	// The power of the primary's machine is cut.
 	if asked, _ := then.sh("cat /run/fence/want 2>/dev/null"); asked != "" {
 		t.Fatalf("'%s' is to be fenced, and nothing is wrong yet", asked)
 	}
-	now.writes(v.Path, ofB)
-	_, claimed := now.watch(3 * time.Second)
+	seen, claimed := now.watchWriter(p.client, 3*time.Second)
 	g.members[now.name].Cut()
 	cut := time.Now()
-	fenced := ""
-	for {
+	last := p.client.written().Acked
+	fenced, wanted, promoted := "", time.Duration(0), time.Duration(0)
+	for ; p.client.written().Acked == last; time.Sleep(50 * time.Millisecond) {
+		took := time.Since(cut)
 		if f := then.fences(); f != "" {
-			fenced = f
+			fenced, wanted = f, took
 		}
-		if v, _, known := then.look(); known && v.Up {
-			break
+		if promoted == 0 {
+			if v, _, known := then.look(); known && v.Up {
+				promoted = took
+			}
 		}
-		if time.Since(cut) > farWait {
-			then.awaitCluster(0, "another promoted instance")
+		if took > farWait {
+			then.awaitCluster(0, "a client that goes on")
 		}
-		time.Sleep(100 * time.Millisecond)
 	}
 	took := time.Since(cut)
-	g.logf("%s is promoted %v after the power cut", then.name, took.Round(time.Millisecond))
-	// corosync misses the other one after the token's 10 seconds, and agrees on that in 12 more
-	// (1.2 times as long). On busy machines 41 seconds were seen when these were 9 together.
-	if took > 110*time.Second {
-		t.Errorf("it took %v", took)
+	g.logf("MEASURED after the power cut: %v until the node is to be fenced, %v until %s is promoted, %v until the client goes on", wanted.Round(10*time.Millisecond), promoted.Round(10*time.Millisecond), then.name, took.Round(10*time.Millisecond))
+	if took > goesOnWithin {
+		t.Errorf("the client went on after %v", took)
 	}
-	if fenced != "node-"+now.name {
+	if fenced != now.name {
 		t.Errorf("'%s' was fenced", fenced)
 	}
-	v = then.await("up", farWait, isUp)
-	then.holds(v.Path, ofA, last.Acked, last.Acked)
-	held := then.holds(v.Path, ofB, claimed, anyWrite)
-	if held.Partial {
-		t.Errorf("write %d is in halfway", held.K+1)
-	}
-	g.logf("up to %d had been claimed, %d are held", claimed, held.K)
+	p.goesOn(last + 20)
+	p.lost(then, seen, last, claimed, there)
+	g.logf("%s says: %s", then.name, then.shell("grep -h 'takes over' "+uml.Dir+"/agent.log | tail -1"))
 
 	if powerNumber(t, roundsVar, 1) == 1 {
 		return
@@ -311,7 +342,7 @@ func pacemaker(t *testing.T, g *guests) {
 	// The long form. It comes back, and what only it has is kept until the operator gives it up.
 	g.boot(now.name)
 	now.begin(false)
-	now.joins()
+	joined(now)
 	now.await("secondary", farWait, func(v status.Volume) bool { return isSecondary(v) && v.Position != nil })
 	then.awaitCluster(farWait, `role="Promoted"`, `role="Unpromoted"`)
 	if back := then.await("aware of it", farWait, func(v status.Volume) bool {

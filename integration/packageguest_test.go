@@ -46,9 +46,9 @@ type packaged struct {
 	suspend *suspendWatch
 }
 
-// suspendLimit is how long the volume may be suspended. A cut takes milliseconds; the agent that is
-// not run meanwhile, and what is in flight on disks that the installation flushes, are in it, too.
-const suspendLimit = 5 * time.Second
+// suspendLimit is how long the volume may be suspended, of the time that the guest was run for. A cut
+// takes milliseconds; at the default stall-limit, which is this, the dead-man ends one that lasts.
+const suspendLimit = time.Second
 
 var packageHistory = history{Seed: 53, Size: 24 << 20, MaxBytes: 64 << 10, Pause: 10 * time.Millisecond}
 

@@ -163,10 +163,18 @@ func (p *haPair) cut(path string) {
 	p.goesOn(last + 1)
 	p.logf("MEASURED the client goes on %v after the power cut", time.Since(at).Round(10*time.Millisecond))
 	p.goesOn(last + 50)
+	p.lost(p.a, seen, last, claimed, path)
+	p.logf("%s says: %s", p.a.name, p.a.shell("grep -h 'took over by itself' "+uml.Dir+"/agent.log"))
+}
+
+// lost stops the client, and checks what a server holds that took over: what status had claimed before,
+// and what was written since. Of the other one, which was lost, are the records up to seen, and some up to last.
+func (p *haPair) lost(server *farNode, seen, last, claimed uint64, path string) {
+	p.t.Helper()
 	var w written
 	p.client.ask(p.client.name, "stop", none{}, &w)
-	p.a.await("up", farWait, func(v status.Volume) bool { return v.Up })
-	held := p.records(p.a, path)
+	server.await("up", farWait, func(v status.Volume) bool { return v.Up })
+	held := p.records(server, path)
 	// The first that the other server acknowledged is the one after the longest pause. One answer of
 	// the old one may have been on its way when the client was asked.
 	first, pause := w.longestPause(seen, last+2)
@@ -176,14 +184,13 @@ func (p *haPair) cut(path string) {
 	}
 	k := held[0].To
 	if end := held[len(held)-1]; len(held) > 2 || end.To != w.Acked || len(held) == 2 && end.From != first {
-		p.t.Errorf("%v are there of records 1 to %d; %d is the first that %s acknowledged", held, w.Acked, first, p.a.name)
+		p.t.Errorf("%v are there of records 1 to %d; %d is the first that %s acknowledged", held, w.Acked, first, server.name)
 	}
 	if k < first-1 {
 		p.logf("MEASURED lost: records %d to %d, acknowledged in the %v before the last of them; up to %d had been claimed by status", k+1, first-1, (w.Ended[k-1] - w.Ended[first-2]).Round(time.Millisecond), claimed)
 	} else {
 		p.logf("MEASURED lost: nothing; up to %d had been claimed by status", claimed)
 	}
-	p.logf("%s says: %s", p.a.name, p.a.shell("grep -h 'took over by itself' "+uml.Dir+"/agent.log"))
 }
 
 // longestPause is the longest between two acknowledgements, of those after one record's and up to

@@ -12,7 +12,10 @@ import (
 // suspendWatch looks at devices over and over and measures how long they are
 // seen suspended. A span ends with the first look that finds the device
 // running again and began with the last one before it that did: it is never
-// measured too short. Spans that fall between two looks are not seen.
+// measured too short by the clock that counts here, which goes on by at most
+// lookAtMost from one look to the next. What is beyond that the watch was not run
+// for, and nor was anything else in its guest, which has one CPU. Spans that fall
+// between two looks are not seen.
 type suspendWatch struct {
 	stop, done chan struct{}
 	once       sync.Once
@@ -23,6 +26,9 @@ type suspendWatch struct {
 	blind time.Duration   // the longest time without a look
 	err   error
 }
+
+// lookAtMost is far longer than from one look to the next in a guest that its host runs.
+const lookAtMost = 50 * time.Millisecond
 
 // watchSuspends looks until the test ends, or end is called.
 func watchSuspends(t *testing.T, devices ...string) *suspendWatch {
@@ -47,12 +53,9 @@ func (w *suspendWatch) halt() {
 }
 
 func (w *suspendWatch) run(ctl *dm.Control, devices []string) {
-	running := make([]time.Time, len(devices)) // when it was last seen so
-	span := make([]int, len(devices))          // its place in spans while suspended, from 1
-	last := time.Now()
-	for i := range running {
-		running[i] = last
-	}
+	running := make([]time.Duration, len(devices)) // when it was last seen so, by now
+	span := make([]int, len(devices))              // its place in spans while suspended, from 1
+	last, now := time.Now(), time.Duration(0)
 	for {
 		select {
 		case <-w.stop:
@@ -62,13 +65,16 @@ func (w *suspendWatch) run(ctl *dm.Control, devices []string) {
 		for i, name := range devices {
 			info, err := ctl.Info(name)
 			w.mu.Lock()
-			now := time.Now()
+			gap := time.Since(last)
+			last = last.Add(gap)
+			now += min(gap, lookAtMost)
+			w.blind = max(w.blind, gap)
 			if info.Suspended && span[i] == 0 {
 				w.spans = append(w.spans, 0)
 				span[i] = len(w.spans)
 			}
 			if span[i] > 0 {
-				w.spans[span[i]-1] = now.Sub(running[i])
+				w.spans[span[i]-1] = now - running[i]
 			}
 			if !info.Suspended {
 				span[i], running[i] = 0, now
@@ -81,9 +87,7 @@ func (w *suspendWatch) run(ctl *dm.Control, devices []string) {
 		}
 		w.mu.Lock()
 		w.looks++
-		w.blind = max(w.blind, time.Since(last))
 		w.mu.Unlock()
-		last = time.Now()
 	}
 }
 
@@ -111,9 +115,8 @@ func (w *suspendWatch) median() time.Duration {
 }
 
 // end stops the watch and fails the test if a device was suspended for longer
-// than the limit. A span may be shorter than measured by the time without a
-// look at its end: on a machine that does not run the guest for a while that
-// is most of it.
+// than the limit. A span is longer than the device was suspended by a look at
+// either end.
 func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 	t.Helper()
 	w.halt()
@@ -124,7 +127,7 @@ func (w *suspendWatch) end(t *testing.T, limit time.Duration) {
 	if w.count() == 0 {
 		t.Error("no suspend was seen: this watch proves nothing")
 	}
-	if w.longest() > limit+w.blind {
-		t.Errorf("a device stayed suspended for %v, want at most %v and the %v without a look", w.longest(), limit, w.blind)
+	if w.longest() > limit+2*lookAtMost {
+		t.Errorf("a device stayed suspended for %v, want at most %v", w.longest(), limit)
 	}
 }

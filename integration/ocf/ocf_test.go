@@ -1,5 +1,5 @@
 // Package ocf holds the tests of the OCF resource agent (deploy/ocf/volume) beside stand-ins
-// for blockferry and Pacemaker's tools. TestPacemaker, in package integration, has the real ones.
+// for blockferry and Pacemaker's tools. TestPacemakerNFS, in package integration, has the real ones.
 package ocf
 
 import (
@@ -222,20 +222,21 @@ func TestScores(t *testing.T) {
 		v    *status.Volume
 		want []string
 	}{
-		"primary":              {up(), []string{lastIs, scored(10000)}},
-		"down":                 {at("down"), []string{scored(5000)}},
-		"level":                {secondary(0), []string{scored(1000)}},
-		"what is on its way":   {secondary(2), []string{scored(1000)}},
-		"behind":               {secondary(3), []string{scored(490)}},
-		"further behind":       {secondary(1000), []string{scored(410)}},
-		"very far behind":      {secondary(1 << 62), []string{scored(10)}},
-		"nobody was heard":     {secondary(-1), []string{scored(5)}},
-		"strayed or not whole": {useless(), []string{unscored}},
-		"refused":              {at("refused"), []string{unscored}},
-		"its disk is away":     {at("absent"), []string{unscored}},
-		"for a moment":         {at("busy"), nil},
-		"its disk went":        {diskless(), []string{unscored}},
-		"a replica's did":      {behind(), []string{lastIs, scored(10000)}},
+		"primary":                {up(), []string{lastIs, scored(10000)}},
+		"down":                   {at("down"), []string{scored(5000)}},
+		"other nodes are silent": {at("waiting"), []string{scored(5000)}},
+		"level":                  {secondary(0), []string{scored(1000)}},
+		"what is on its way":     {secondary(2), []string{scored(1000)}},
+		"behind":                 {secondary(3), []string{scored(490)}},
+		"further behind":         {secondary(1000), []string{scored(410)}},
+		"very far behind":        {secondary(1 << 62), []string{scored(10)}},
+		"nobody was heard":       {secondary(-1), []string{scored(5)}},
+		"strayed or not whole":   {useless(), []string{unscored}},
+		"refused":                {at("refused"), []string{unscored}},
+		"its disk is away":       {at("absent"), []string{unscored}},
+		"for a moment":           {at("busy"), nil},
+		"its disk went":          {diskless(), []string{unscored}},
+		"a replica's did":        {behind(), []string{lastIs, scored(10000)}},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
@@ -380,7 +381,10 @@ func TestStart(t *testing.T) {
 			calls: []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}},
 		"one that might come up beside another": {v: at("absent"), other: "node-b", want: failed, words: "may come up by itself",
 			calls: []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data"}},
-		"another is only to be": {v: at("refused"), planned: "node-b", calls: []string{unscored}},
+		"one that comes up once others answer": {v: at("waiting"), do: func(t *testing.T) answers { return answers{"blockferry down --force data": then(t, at("down"))} },
+			calls: []string{"blockferry down --force data", scored(5000)}},
+		"one that does so whatever is said": {v: at("waiting"), want: failed, words: "may come up by itself", calls: []string{"blockferry down --force data"}},
+		"another is only to be":             {v: at("refused"), planned: "node-b", calls: []string{unscored}},
 	} {
 		var do answers
 		if c.do != nil {
@@ -583,7 +587,7 @@ func TestFenced(t *testing.T) {
 			}
 		}, now: clusterOf(false, false, wednesday("reboot", "success"))},
 	} {
-		for _, looks := range []string{"monitor", "start", "notify"} {
+		for _, looks := range []string{"monitor", "start"} {
 			if looks != "monitor" && name != "it was" {
 				continue
 			}
@@ -703,25 +707,38 @@ func TestNotify(t *testing.T) {
 		v     *status.Volume
 		env   []string
 		calls []string
+		asks  bool // blockferry, which takes its time
 	}{
-		"a secondary":          {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, []string{scored(1000)}},
-		"one left behind":      {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}},
-		"its own promotion":    {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{unscored}},
-		"the primary":          {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, []string{scored(10000)}},
-		"another is to be":     {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}},
-		"this one is to be":    {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, []string{scored(5000)}},
-		"another thing's news": {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, []string{unscored}},
-		"a demotion elsewhere": {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}},
+		"a secondary":                 {secondary(0), []string{"type=post", "operation=promote", "promoted_uname=node-b"}, nil, true},
+		"one left behind":             {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", "blockferry secondary --force data", "blockferry down --force data", unscored}, true},
+		"its own promotion":           {at("refused"), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"the primary":                 {up(), []string{"type=post", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"a primary, told of another":  {up(), []string{"type=post", "operation=promote", "promote_uname=node-b"}, nil, true},
+		"another is to be":            {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}, true},
+		"another, and this one waits": {at("waiting"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data", scored(5000)}, true},
+		"another, and it can't be":    {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, []string{"blockferry secondary data"}, true},
+		"another, beside a copy":      {secondary(5), []string{"type=pre", "operation=promote", "promote_uname=node-b"}, nil, true},
+		"this one is to be":           {at("down"), []string{"type=pre", "operation=promote", "promote_uname=node-a"}, nil, false},
+		"another thing's news":        {at("refused"), []string{"type=post", "operation=start", "promoted_uname=node-b"}, nil, false},
+		"a demotion elsewhere":        {secondary(5), []string{"type=post", "operation=demote", "demote_uname=node-b"}, []string{scored(490)}, true},
+		"before one":                  {secondary(5), []string{"type=pre", "operation=demote", "demote_uname=node-b"}, nil, false},
 	} {
 		s := newStage(t, nil)
 		s.is(c.v)
 		s.started(true)
-		var env []string
+		if slices.Contains(c.calls, scored(5000)) {
+			s.write("do/blockferry_secondary_data", "echo done\n", 0o644)
+		}
+		env := []string{"OCF_RESKEY_failover=fenced"}
 		for _, e := range c.env {
 			env = append(env, "OCF_RESKEY_CRM_meta_notify_"+e)
 		}
-		if code, calls, said := s.run("notify", env...); code != success || !slices.Equal(calls, c.calls) {
+		code, calls, said := s.run("notify", env...)
+		if code != success || !slices.Equal(calls, c.calls) {
 			t.Errorf("%s: %d, %q: %s", name, code, calls, said)
+		}
+		if all, err := os.ReadFile(filepath.Join(s.dir, "calls")); !c.asks && err == nil {
+			t.Errorf("%s: a failover waits for: %s", name, all)
 		}
 	}
 }

@@ -21,6 +21,15 @@ import (
 // tellEvery is how often a node tells those that watch it.
 const tellEvery = 500 * time.Millisecond
 
+const (
+	// heardFor is how long what a node said counts as what it says: several times as long as
+	// from one word of its to the next.
+	heardFor = 10 * tellEvery
+	// askOff is how long a node has that is known to write no more, if it was listened to in vain for
+	// heardFor: whoever waits is a failover.
+	askOff = time.Second
+)
+
 // askNode is how long another node has to say where it stands; tests give it more.
 var askNode = 3 * time.Second
 
@@ -220,8 +229,8 @@ func (s *switching) hearFrom(ctx context.Context, node string, uuid volume.UUID,
 }
 
 // ask asks every node that may be primary where it stands. Those that did not
-// say are in silent, with the reason.
-func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]heard, silent map[string]string) {
+// say are in silent, with the reason. The nodes off are known to write no more.
+func (s *switching) ask(ctx context.Context, uuid volume.UUID, off ...string) (said map[string]heard, silent map[string]string) {
 	said, silent = map[string]heard{}, map[string]string{}
 	ctx, cancel := context.WithTimeout(ctx, askNode)
 	defer cancel()
@@ -233,6 +242,12 @@ func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]
 			continue
 		}
 		asking.Go(func() {
+			ctx := ctx
+			if slices.Contains(off, node) && s.fellSilent(node) {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, askOff)
+				defer cancel()
+			}
 			err := s.hearFrom(ctx, node, uuid, nil, func(h heard) bool {
 				mu.Lock()
 				defer mu.Unlock()
@@ -248,6 +263,14 @@ func (s *switching) ask(ctx context.Context, uuid volume.UUID) (said map[string]
 	}
 	asking.Wait()
 	return said, silent
+}
+
+// fellSilent says whether a node was heard since the agent's start, and was listened to in vain since.
+func (s *switching) fellSilent(node string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h, was := s.heard[node]
+	return was && !h.before && time.Since(h.at) >= heardFor
 }
 
 // knowledge is what is known of the primary that a copy followed. written says that
@@ -283,7 +306,7 @@ func (k knowledge) beside(mine protocol.Lineage) protocol.Heard {
 // answer, and why. fenced are those that were fenced since they were asked last, off those that
 // who asks knows to write no more.
 func (s *switching) hear(ctx context.Context, st protocol.ReplicaStatus, fenced map[string]string, off []string) (k knowledge, words string, silent map[string]string) {
-	said, silent := s.ask(ctx, st.VolumeUUID)
+	said, silent := s.ask(ctx, st.VolumeUUID, off...)
 	unended, unknown := "", false
 	for _, node := range s.config.Peers {
 		if _, is := silent[node]; is && !slices.Contains(off, node) {

@@ -116,6 +116,50 @@ func TestListenWaitsLonger(t *testing.T) {
 	}
 }
 
+// A node that was fenced is not waited for as long as others if it has been silent since before: a
+// failover waits meanwhile. One that spoke a moment ago, or is known by what was written down, is.
+func TestFencedAndSilentIsNotWaitedFor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path) // it takes calls, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	const enough = 2 * askOff
+	for name, c := range map[string]struct {
+		off   []string
+		heard *heard
+		soon  bool
+	}{
+		"fenced, and silent":           {[]string{"node-b"}, &heard{primary: true, at: time.Now().Add(-heardFor)}, true},
+		"silent":                       {nil, &heard{primary: true, at: time.Now().Add(-heardFor)}, false},
+		"another one was fenced":       {[]string{"node-c"}, &heard{primary: true, at: time.Now().Add(-heardFor)}, false},
+		"fenced, and heard just now":   {[]string{"node-b"}, &heard{primary: true, at: time.Now().Add(time.Minute)}, false},
+		"fenced, and heard by another": {[]string{"node-b"}, &heard{primary: true, at: time.Now().Add(-heardFor), before: true}, false},
+		"fenced, and never heard":      {[]string{"node-b"}, nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := aSwitching(t, nil, &config.Replica{Name: "far", Peer: "node-b", Address: "unix:" + path})
+			s.config.Peers, s.agent.identity = []string{"node-b"}, transport.NewIdentity("node-a", "", quiet())
+			if c.heard != nil {
+				s.heard["node-b"] = *c.heard
+			}
+			limit := askNode // longer than any machine is busy
+			if !c.soon {
+				limit = enough
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), limit)
+			defer cancel()
+			begun := time.Now()
+			_, silent := s.ask(ctx, volume.UUID{7}, c.off...)
+			if took := time.Since(begun); silent["node-b"] == "" || c.soon && ctx.Err() != nil || !c.soon && took < askOff*3/2 {
+				t.Errorf("asked for %v: %q", took, silent)
+			}
+		})
+	}
+}
+
 // Of another secondary it is said when that one holds more.
 func TestWhoIsAheadIsNamed(t *testing.T) {
 	for name, c := range map[string]struct {

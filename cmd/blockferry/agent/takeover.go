@@ -8,10 +8,6 @@ import (
 	"blockferry/protocol"
 )
 
-// heardFor is how long what a node said counts as what it says: several times as long as
-// from one word of its to the next.
-const heardFor = 10 * tellEvery
-
 // takeOverStatus is what is known, without asking anybody, of the copy here if it took over.
 // A nil s has no copy that can.
 func (s *switching) takeOverStatus() *status.TakeOver {
