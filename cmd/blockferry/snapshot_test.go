@@ -135,6 +135,7 @@ func TestSnapshotRunsTheCommand(t *testing.T) {
 	if _, errs, code := blockferry(t, append(g, "snapshot", "data", "node-b", "--", "/bin/sh", "-c", "exit 9")...); code != exit.Failed || !strings.Contains(errs, "the command ended with exit status 9") {
 		t.Errorf("of a command that fails: %d: %s", code, errs)
 	}
+	awaitCopy(t, g, "let go", func(s string) bool { return !isHeld(s) }) // by the end of its stream
 	if _, errs, code := blockferry(t, append(g, "snapshot", "data", "node-b", "--", "/no/such/program")...); code != exit.Failed || !strings.Contains(errs, "could not be started") {
 		t.Errorf("of no command: %d: %s", code, errs)
 	}
