@@ -60,12 +60,27 @@ func TestHeldDiskIsLetGo(t *testing.T) {
 	}
 
 	l := s.copy.replica
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) { // it is open a moment before others may use it
+		_, _, used, err := l.use(t.Context())
+		if err == nil {
+			used()
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
 	held, done := make(chan *proto.Held, 1), make(chan error, 1)
 	go func() {
 		done <- l.hold(t.Context(), time.Hour, func(h *proto.Held) error { held <- h; return nil }, nil)
 	}()
-	if h := <-held; h.Epoch != 5 || h.Offset != 1<<20 || h.SizeBytes != 4<<20 || h.Device != s.config.Device {
-		t.Errorf("held as %v", h)
+	select {
+	case h := <-held:
+		if h.Epoch != 5 || h.Offset != 1<<20 || h.SizeBytes != 4<<20 || h.Device != s.config.Device {
+			t.Errorf("held as %v", h)
+		}
+	case err := <-done:
+		t.Fatalf("it is not held: %v", err)
 	}
 	l.mu.Lock()
 	r := l.replica
