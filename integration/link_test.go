@@ -89,7 +89,7 @@ func (w *twins) cutInAnEpoch(t *testing.T) {
 		message  = 1 << 20            // at most
 		more     = changed/16 + 1<<20 // headers, handshakes, acknowledgements, comparisons
 	)
-	w.ends[0].netem("delay 5ms rate 32mbit limit 200") // 4 s for what changed
+	w.ends[0].netem("delay 5ms rate 16mbit limit 200") // 8 s for what changed
 	w.ends[1].netem("delay 5ms")
 	v := w.a.await(t, "up to date", time.Minute, upToDate)
 	w.a.must(t, "pause")

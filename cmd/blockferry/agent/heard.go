@@ -441,7 +441,7 @@ func (s *switching) superseded(uuid volume.UUID, disk protocol.Lineage) error {
 	}
 	for node, why := range silent {
 		// It took over, whether or not it answers at this moment.
-		if h, was := s.overtaken[node]; was && protocol.Superseded(disk, h.lineage) {
+		if h, was := s.overtaken[node]; was && (protocol.Superseded(disk, h.lineage) || protocol.Compare(disk, h.lineage).Kind == protocol.Unrelated) {
 			return &supersededError{s.config.Device + " " + h.supersedes(disk, node) + ", as it said before; now it does not answer: " + why}
 		}
 	}

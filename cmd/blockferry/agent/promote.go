@@ -134,10 +134,10 @@ func (s *switching) primaryWithout(ctx context.Context, force bool, off []string
 		}
 		s.decide(forcedIf(force)) // by force also where another node went on from what it has
 		message, err := s.managed.up(ctx)
+		s.decide(undecided) // it counts for this try alone: what is found later may be another node's
 		if err != nil {
 			return "", err
 		}
-		s.decide(undecided) // it may have been up
 		return "is primary already: " + message, nil
 	}
 	begun := time.Now()

@@ -96,6 +96,10 @@ func (fakeStack) Path() string         { return "/dev/mapper/data" }
 func TestForceCountsOnce(t *testing.T) {
 	s := aSwitching(t, nil)
 	s.config.Attach = true // needs no mapper
+	s.role = rolePrimary
+	if _, err := s.primary(t.Context(), true); err == nil || s.decided != undecided {
+		t.Errorf("after a 'primary --force' that failed: %v, %v", s.decided, err)
+	}
 	s.decide(forced)
 	if _, err := s.managed.down(t.Context(), true); err != nil || s.decided != undecided {
 		t.Errorf("after a down: %v, %v", s.decided, err)

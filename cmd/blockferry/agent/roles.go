@@ -95,8 +95,8 @@ func (s *switching) at() role {
 	return s.role
 }
 
-// decision is the operator's word on a primary's disk that is down. It counts for one start,
-// until the volume is up.
+// decision is the operator's word on a primary's disk that is down. It counts for one try, or
+// until the volume of a copy that took over is up.
 type decision int
 
 const (

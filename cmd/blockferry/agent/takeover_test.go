@@ -161,8 +161,9 @@ func TestOvertakenStaysDown(t *testing.T) {
 		says  *proto.Standing
 		stays bool
 	}{
-		"it took over": {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10, 2, 12).Proto()}, true},
-		"it serves":    {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10).Proto()}, false},
+		"it took over":                        {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10, 2, 12).Proto()}, true},
+		"neither remembers where they parted": {&proto.Standing{Primary: true, Lineage: history(3, 13).Proto()}, true},
+		"it serves":                           {&proto.Standing{Primary: true, Serving: true, Lineage: history(1, 10).Proto()}, false},
 	} {
 		asked := new(atomic.Int32)
 		asked.Store(1) // it answers at once

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -34,6 +35,7 @@ func (m *managed) verify(ctx context.Context, replica string, repair bool, send 
 		return err
 	}
 	var outcome []string
+	var unseen error
 	failed := false
 	for _, name := range names {
 		shown := func(v protocol.VerifyProgress) {
@@ -49,11 +51,18 @@ func (m *managed) verify(ctx context.Context, replica string, repair bool, send 
 				words, good = m.compared(name, result)
 			}
 		}
-		if err != nil {
+		if err != nil && (ctx.Err() != nil || len(names) == 1) {
 			return err
 		}
-		failed = failed || !good
+		if err != nil { // what was found at others is told all the same
+			words, unseen = fmt.Sprintf("replica '%s': %v", name, err), errors.Join(unseen, err)
+		} else {
+			failed = failed || !good
+		}
 		outcome = append(outcome, words)
+	}
+	if unseen != nil && !failed {
+		return fmt.Errorf("not every replica could be verified: %s: %w", strings.Join(outcome, "; "), unseen)
 	}
 	return send(&proto.Progress{Finished: true, Failed: failed, Message: m.config.Name + ": " + strings.Join(outcome, "; ")})
 }
