@@ -17,7 +17,7 @@ TEST_DEPS := mdadm=mdadm qemu-system-x86_64=qemu-system-x86 modprobe=kmod dpkg-d
 	rpm=rpm man=man-db mandoc=mandoc zsh=zsh fish=fish \
 	corosync=corosync pacemakerd=pacemaker crm_mon=pacemaker-cli-utils ocf-tester=resource-agents xmllint=libxml2-utils \
 	$(or $(firstword $(wildcard /usr/lib/postgresql/*/bin/postgres)),postgres)=postgresql \
-	rpc.nfsd=nfs-kernel-server mount.nfs4=nfs-common arping=iputils-arping smbd=samba mount.cifs=cifs-utils
+	rpc.nfsd=nfs-kernel-server mount.nfs4=nfs-common arping=iputils-arping
 # What benchmarks compare with and draw with. Tests do without.
 BENCH_DEPS := rsync=rsync lsyncd=lsyncd nbdcopy=libnbd-bin nbdkit=nbdkit mdadm=mdadm drbdsetup=drbd-utils gnuplot=gnuplot-nox
 RACE_DEPS := gcc=gcc gcc=libc6-dev

@@ -42,8 +42,6 @@ type (
 		From    uint64
 		// Records of recordBytes, each made durable, in a file, instead of the history's writes.
 		Records, Lock bool
-		// Reopen: records, and after an error the file is opened anew, and the record written again.
-		Reopen bool
 	}
 	written struct {
 		Acked, Issued uint64
@@ -140,9 +138,7 @@ func nodeTasks() tasks {
 		"dead-man":  task(func(*testing.T, none) string { return deadMan.String() }),
 		"installed": task(func(t *testing.T, _ none) none { c = installedCLI(t); return none{} }),
 		"write": task(func(t *testing.T, in writing) none {
-			if in.Reopen {
-				w = startReopening(t, in.Path, in.History)
-			} else if in.Records {
+			if in.Records {
 				w = startNumbered(t, in.Path, in.History, in.Lock)
 			} else {
 				w = startWriter(t, in.Path, in.History, in.From)

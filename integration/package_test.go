@@ -157,7 +157,6 @@ func TestPackageContents(t *testing.T) {
 		"../deploy/single":        "/usr/share/doc/blockferry/examples/single",
 		"../deploy/postgres":      "/usr/share/doc/blockferry/examples/postgres",
 		"../deploy/nfs":           "/usr/share/doc/blockferry/examples/nfs",
-		"../deploy/samba":         "/usr/share/doc/blockferry/examples/samba",
 	} {
 		entries, err := os.ReadDir(folder)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {

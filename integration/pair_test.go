@@ -232,7 +232,7 @@ func startNumbered(t *testing.T, path string, h history, lock bool) *writer {
 	return w
 }
 
-func (w *writer) writeRecords(file recordFile, h history) error {
+func (w *writer) writeRecords(file *os.File, h history) error {
 	record := make([]byte, recordBytes)
 	for k := uint64(1); !w.stopping.Load(); k++ {
 		h.fillRecord(record, k)
@@ -249,12 +249,6 @@ func (w *writer) writeRecords(file recordFile, h history) error {
 		time.Sleep(h.Pause)
 	}
 	return nil
-}
-
-// recordFile is what records are written to, each by a WriteAt and a Sync.
-type recordFile interface {
-	io.WriterAt
-	Sync() error
 }
 
 // fillRecord makes the record k, which stands at its own place.

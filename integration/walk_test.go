@@ -80,7 +80,6 @@ for package; do
     *) dpkg-query --show --showformat '${Status}\n' "$package" | grep -q 'ok installed' ;;
     esac
     case $package in
-    samba) systemctl start smbd.service ;;
     nfs-kernel-server) systemctl start nfs-server.service ;;
     etcd-server) systemctl start etcd.service ;;
     esac
